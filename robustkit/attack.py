@@ -1,0 +1,188 @@
+"""How an attack is run: it solves a Problem; all that surrounds this is here, once."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TypeVar, final
+
+import torch
+from torch import Tensor, nn
+
+from robustkit._random import Noise
+from robustkit._tensors import toward, wide
+from robustkit._world import seeded
+from robustkit.errors import ArgumentError, ShapeError
+from robustkit.goals import Goal, Misclassify
+from robustkit.keep import Keep, Kept, check_keep
+from robustkit.ledger import Remark
+from robustkit.problem import Problem
+from robustkit.result import Result
+from robustkit.target import Fn, Target
+from robustkit.threats import Threat
+from robustkit.verdict import verdict
+
+__all__ = ["Attack"]
+
+T = TypeVar("T")
+
+
+class Attack(ABC):
+    """A way to solve a Problem. Concrete attacks are frozen dataclasses: the fields are the method, the call is the problem."""
+
+    @abstractmethod
+    def run(self, problem: Problem) -> Tensor:
+        """The last iterate, (N, *S); what was visited on the way is kept by the problem."""
+
+    @final
+    def __call__(self, target: Target | nn.Module | Fn, x: Tensor, ref: Tensor, *, goal: Goal = Misclassify(),
+                 threat: Threat, seed: int = 0, ids: Tensor | None = None, keep: Keep = "first") -> Result:  # fmt: skip
+        """Attack every example and judge the outcome.
+
+        Args:
+            target: A module, a bound method of one, a function, or a `Target`.
+            x: Inputs inside the threat's bounds, (N, *S), any floating type.
+            ref: What the goal compares with, (N, ...): labels, wanted classes, embeddings, images.
+            goal: What success means; the attack descends its loss.
+            threat: What may change.
+            seed: Any integer; the same seed gives the same bytes.
+            ids: Names of the examples, (N,) int64; noise belongs to them. Default 0, 1, ... N - 1.
+            keep: Which iterate comes back: "first" that succeeds (solved examples leave at once), "best" by the goal's
+                loss, "smallest" success, or "last".
+
+        Returns:
+            A `Result`, a row an example, judged on the target's own function.
+
+        Raises:
+            ArgumentError: A value outside its range, inputs outside the bounds among them.
+            ShapeError: Tensors that do not fit each other, or an output that the goal cannot read.
+        """
+        check_keep(keep)
+        target = Target.of(target)
+        ids = _checked(x, ref, threat, seed, ids)
+        if not len(x):
+            return Result.empty(x)
+
+        def solve(rows: slice) -> Result:
+            noise = Noise(seed, ids[rows])
+            with seeded(noise.at("model", int(ids[rows][0])).key):
+                return self._solve(target, x[rows], ref[rows], goal, threat[rows], noise, keep)
+
+        flags = _flags(target)
+        with target.held():
+            parts, notes = _in_batches(solve, len(x), target.batch_size)
+        whole = Result.cat(parts)
+        object.__setattr__(whole, "flags", (*flags, *whole.flags))
+        object.__setattr__(whole, "notes", (*notes, *whole.notes))
+        return whole
+
+    @final
+    def perturb(self, target: Target | nn.Module | Fn, x: Tensor, ref: Tensor, *, goal: Goal = Misclassify(),
+                threat: Threat, seed: int = 0, ids: Tensor | None = None) -> Tensor:  # fmt: skip
+        """The last iterates alone, (N, *S), judged by nobody: what adversarial training needs. Arguments as above."""
+        target, ids = Target.of(target), _checked(x, ref, threat, seed, ids)
+        if not len(x):
+            return x.clone()
+
+        def solve(rows: slice) -> Tensor:
+            noise = Noise(seed, ids[rows])
+            kept = Kept("last", x[rows], target.stochastic)
+            problem = Problem(target, x[rows], ref[rows], goal, threat[rows], noise, kept)
+            with seeded(noise.at("model", int(ids[rows][0])).key):
+                return _finished(problem, self.run(problem), x[rows])
+
+        with target.held():
+            return torch.cat(_in_batches(solve, len(x), target.batch_size)[0])
+
+    @final
+    def _solve(self, target: Target, x: Tensor, ref: Tensor, goal: Goal, threat: Threat, noise: Noise,
+               keep: Keep) -> Result:  # fmt: skip
+        kept = Kept(keep, wide(x), target.stochastic)
+        problem = Problem(target, x, ref, goal, threat, noise, kept)
+        stage = kept.ledger.stage
+        met = torch.zeros_like(kept.open)
+        if goal.met_before and keep in ("first", "smallest"):
+            with stage("clean", kept.found):
+                met = problem.success(problem.x) & (not kept.stochastic)
+                kept.open &= ~met
+        with stage("attack", kept.found):
+            x_last = self.run(problem) if kept.open.any() else problem.x
+            x_adv, success, rate, flags, notes = verdict(problem, kept, _finished(problem, x_last, problem.x), met)
+            kept.found[:] = success
+        x_adv = _finished(problem, x_adv, x)
+        ledger = kept.ledger
+        return Result(x_adv, success, rate, threat.size(x_adv, x), ledger.forwards, ledger.backwards, ledger.flat,
+                      tuple(flags), tuple(notes), stages=tuple(ledger.stages))  # fmt: skip
+
+
+def _finished(problem: Problem, x_adv: Tensor, like: Tensor) -> Tensor:
+    """`x_adv` inside the threat, detached, in the type of `like`."""
+    if x_adv.shape != problem.x.shape:
+        raise ShapeError(f"the attack returned shape {tuple(x_adv.shape)} for inputs {tuple(problem.x.shape)}")
+    x_adv = x_adv.detach()
+    inside = problem.threat.contains(x_adv, problem.x)
+    if not inside.all():
+        outside = (~inside).reshape(-1, *[1] * (x_adv.dim() - 1))
+        x_adv = torch.where(outside, problem.threat.project(x_adv, problem.x), x_adv)
+    return x_adv if x_adv.dtype == like.dtype else toward(x_adv, like)
+
+
+def _in_batches(solve: Callable[[slice], T], n: int, size: int) -> tuple[list[T], list[Remark]]:
+    """`solve` for every slice of at most `size` rows; where memory runs out, half the size is tried from there on."""
+    parts, notes, start = [], [], 0
+    while start < n:
+        try:
+            parts.append(solve(slice(start, min(start + size, n))))
+            start += size
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if size == 1 or not _is_out_of_memory(error):
+                raise
+            size = -(-size // 2)
+            notes = [Remark("batch-halved", f"memory ran out; the last batches held {size} images")]
+    return parts, notes
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _flags(target: Target) -> list[Remark]:
+    if target.mode == "eval" and target.in_training:
+        return [Remark("train-mode", "the model arrived in training mode; it was attacked in evaluation mode")]
+    return []
+
+
+def _checked(x: Tensor, ref: Tensor, threat: Threat, seed: int, ids: Tensor | None) -> Tensor:
+    """The ids, after a look at everything that can be seen to be wrong before any work."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise ArgumentError(f"x is {kind}; inputs must be a floating-point tensor (byte images: x.float() / 255)")
+    if not isinstance(ref, Tensor) or ref.shape[:1] != x.shape[:1]:
+        found = tuple(ref.shape) if isinstance(ref, Tensor) else type(ref).__name__
+        raise ShapeError(f"ref is {found}, x is {tuple(x.shape)}; both must be tensors with one row an example")
+    if not isinstance(seed, int):
+        raise ArgumentError(f"seed={seed!r} must be an integer")
+    _check_eps(threat, x)
+    _check_range(threat, x)
+    if ids is None:
+        return torch.arange(len(x), device=x.device)
+    if ids.dtype != torch.int64 or ids.shape != x.shape[:1]:
+        raise ShapeError(f"ids are {ids.dtype} of shape {tuple(ids.shape)}; they must be int64 of shape ({len(x)},)")
+    return ids.to(x.device)
+
+
+def _check_eps(threat: Threat, x: Tensor) -> None:
+    if isinstance(threat.eps, Tensor) and threat.eps.dim() and threat.eps.shape != x.shape[:1]:
+        raise ShapeError(f"eps has shape {tuple(threat.eps.shape)}; it must be one number, or one an example: ({len(x)},)")
+
+
+def _check_range(threat: Threat, x: Tensor) -> None:
+    if not len(x):
+        return
+    low, high = (float(v) for v in torch.aminmax(x))
+    lowest, highest = threat.bounds or (-torch.inf, torch.inf)
+    if not (lowest <= low and high <= highest and low > -torch.inf and high < torch.inf):
+        raise ArgumentError(
+            f"x has values from {low:g} to {high:g}, outside bounds={threat.bounds}; give images as the model's user "
+            "would, with the normalisation inside the model, or state the true bounds in the threat"
+        )

@@ -1,0 +1,142 @@
+"""WHAT SUCCESS IS: a loss that attacks descend, and the fact that they want to bring about."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor
+
+from robustkit._world import held, module_of, seeded
+from robustkit.errors import ShapeError
+from robustkit.losses import Loss, cross_entropy, logits_of
+
+__all__ = ["ClassifyAs", "Goal", "Misclassify", "Out", "least_likely"]
+
+Out = Any  # what a target returns: a tensor (N, ...) or a tuple of such; only the goal knows which
+
+
+class Goal(ABC):
+    """What an adversary wants of a model's output, compared with a reference.
+
+    The reference `ref` comes with the call: labels, wanted classes, embeddings, images, one row an example. Goals hold
+    no data, so they index, batch and print. Concrete goals are frozen dataclasses.
+
+    Attributes:
+        met_before: True where an input on which the goal holds without any change counts as a success of size zero
+            (a classifier that is wrong anyway). Other goals attack such inputs like all others.
+        vanishes_at_x: True where the gradient is zero at the unchanged input by mathematics (a distance to the
+            output itself), so that a zero there is no sign of a masked gradient. Such goals need a random start.
+    """
+
+    met_before: ClassVar[bool] = False
+    vanishes_at_x: ClassVar[bool] = False
+
+    @abstractmethod
+    def loss(self, out: Out, ref: Tensor) -> Tensor:
+        """What attacks descend, (N,)."""
+
+    @abstractmethod
+    def success(self, out: Out, ref: Tensor) -> Tensor:
+        """Whether the goal is reached, (N,) bool."""
+
+    def parts(self, out: Out, ref: Tensor) -> list[tuple[Goal, Tensor]]:
+        """Sub-goals any of which is enough, each with its reference (N,), likeliest first; by default the goal itself.
+
+        Attacks that try one direction after another work through this, so that none needs to know what a label is.
+        """
+        return [(self, ref)]
+
+    def check(self, out: Out, ref: Tensor) -> None:
+        """Refuse an output or a reference that this goal cannot read; called once a run, so it may be thorough.
+
+        Raises:
+            ShapeError: With what came and what was expected.
+        """
+        return
+
+
+@final
+@dataclass(frozen=True)
+class Misclassify(Goal):
+    """Any class but the right one. `ref`: the right classes, (N,) int64.
+
+    Attributes:
+        surrogate: The loss whose growth the attack follows; success does not depend on it.
+    """
+
+    surrogate: Loss = cross_entropy
+    met_before: ClassVar[bool] = True
+
+    def loss(self, out: Out, ref: Tensor) -> Tensor:
+        """Minus the surrogate of the right class, (N,)."""
+        return -self.surrogate(out, ref)
+
+    def success(self, out: Out, ref: Tensor) -> Tensor:
+        """Where another class comes first, or the output is not a number: that is no right answer either."""
+        logits = logits_of(out, ref)
+        return (logits.argmax(1) != ref) | logits.isnan().any(1)
+
+    def parts(self, out: Out, ref: Tensor) -> list[tuple[Goal, Tensor]]:
+        """One `ClassifyAs` for each rank among the wrong classes, that of the largest logit first."""
+        others = logits_of(out, ref).scatter(1, ref.unsqueeze(1), -torch.inf).argsort(1, descending=True)[:, :-1]
+        return [(ClassifyAs(self.surrogate), column) for column in others.unbind(1)]
+
+    def check(self, out: Out, ref: Tensor) -> None:
+        """Refuse outputs that are no logits, and labels that are no classes of theirs."""
+        _check_classes(out, ref)
+
+
+@final
+@dataclass(frozen=True)
+class ClassifyAs(Goal):
+    """One wanted class. `ref`: the wanted classes, (N,) int64.
+
+    Attributes:
+        surrogate: The loss whose fall the attack follows; success does not depend on it.
+    """
+
+    surrogate: Loss = cross_entropy
+
+    def loss(self, out: Out, ref: Tensor) -> Tensor:
+        """The surrogate of the wanted class, (N,)."""
+        return self.surrogate(out, ref)
+
+    def success(self, out: Out, ref: Tensor) -> Tensor:
+        """Where the wanted class comes first."""
+        logits = logits_of(out, ref)
+        return (logits.argmax(1) == ref) & ~logits.isnan().any(1)
+
+    def check(self, out: Out, ref: Tensor) -> None:
+        """Refuse outputs that are no logits, and wanted classes that are no classes of theirs."""
+        _check_classes(out, ref)
+
+
+def _check_classes(out: Out, ref: Tensor) -> None:
+    classes = logits_of(out, ref).shape[1]
+    if len(ref) and not bool(((ref >= 0) & (ref < classes)).all()):
+        raise ShapeError(
+            f"labels run from {int(ref.min())} to {int(ref.max())}, but the model has {classes} classes: "
+            f"they must lie in [0, {classes})"
+        )
+
+
+def least_likely(model: Callable[[Tensor], Tensor], x: Tensor, *, batch_size: int = 128) -> Tensor:
+    """The class that the model finds least likely for each x: the wanted class of a hard targeted attack.
+
+    Args:
+        model: A classifier, (N, *S) -> logits (N, C); a module is held in evaluation mode.
+        x: Inputs, (N, *S).
+        batch_size: The most inputs that go through the model at once.
+
+    Returns:
+        Shape (N,), int64.
+
+    Source: Kurakin et al. 2017, "Adversarial examples in the physical world", section 2.3 (https://arxiv.org/abs/1607.02533).
+    """
+    with torch.no_grad(), held(module_of(model), "eval"), seeded(0):
+        parts = [model(x[i : i + batch_size]).argmin(1) for i in range(0, len(x), batch_size)]
+    return torch.cat([x.new_zeros(0, dtype=torch.int64), *parts])

@@ -1,0 +1,195 @@
+"""THE ONLY THING AN ATTACK TALKS TO: answers questions about a target, counts them, and keeps the best answer so far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from robustkit._random import Noise
+from robustkit._tensors import amax, toward, wide
+from robustkit._world import random_state
+from robustkit.goals import Goal
+from robustkit.keep import Kept
+from robustkit.target import Fn, Target
+from robustkit.threats import Threat
+
+__all__ = ["Problem"]
+
+
+@final
+class Problem:
+    """Some examples to be attacked. All tensors that go in and come out have a row for each of them.
+
+    Examples that are solved leave: the model no longer sees them, and their loss and gradient come back as zero. An
+    attack need not know; its loop ends by itself when it runs over `steps(n)`.
+
+    Attributes:
+        x: The unchanged inputs, (N, *S); in float32 where the model works in half precision.
+        ref: What the goal compares with, (N, ...).
+        threat: What may change.
+        goal: What success is.
+    """
+
+    def __init__(self, target: Target, x: Tensor, ref: Tensor, goal: Goal, threat: Threat, noise: Noise, kept: Kept,
+                 rows: Tensor | None = None) -> None:  # fmt: skip
+        self._target, self._raw, self.ref, self.goal, self.threat = target, x, ref, goal, threat
+        self._noise, self._kept, self._rows = noise, kept, rows
+        self.x = wide(x)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, rows: Tensor) -> Problem:
+        """The same questions about some of the examples, given by their indices (M,) int64; same ledger."""
+        inner = rows if self._rows is None else self._rows[rows]
+        return Problem(self._target, self._raw[rows], self.ref[rows], self.goal, self.threat[rows], self._noise[rows],
+                       self._kept, inner)  # fmt: skip
+
+    def batches(self, size: int) -> Iterator[Problem]:
+        """The examples in groups of at most `size`, in order."""
+        everyone = torch.arange(len(self), device=self.x.device)
+        for first in range(0, len(self), size):
+            yield self[everyone[first : first + size]]
+
+    @property
+    def open(self) -> Tensor:
+        """Which examples are still to be solved, (N,) bool."""
+        return self._kept.open if self._rows is None else self._kept.open[self._rows]
+
+    def steps(self, count: int) -> Iterator[int]:
+        """0, 1, ... count - 1, ending early when every example is solved."""
+        for step in range(count):
+            if self._kept.leaving and not self.open.any():
+                return
+            yield step
+
+    def noise(self, *path: str | int) -> Noise:
+        """Random numbers for these examples; name what they are for and which draw it is, so that none repeats."""
+        return self._noise.at(*path)
+
+    def start(self, draw: int = 0) -> Tensor:
+        """A random point of the threat set for each example; restarts number their draws."""
+        return self.threat.sample(self.x, self.noise("start", draw))
+
+    def success(self, x_adv: Tensor) -> Tensor:
+        """Whether each goal is reached at `x_adv`, (N,) bool; true for the examples that were solved before."""
+        at = self._asked()
+        reached = ~self.open
+        if len(at):
+            reached[at] = self._judge(x_adv, at)[1]
+        return reached
+
+    def loss(self, x_adv: Tensor, goal: Goal | None = None) -> Tensor:
+        """What the attack is to make small, (N,), without a gradient; `goal` may stand in for the problem's own."""
+        at = self._asked()
+        out = self.x.new_zeros(len(self))
+        if len(at):
+            answer, loss = self._judge(x_adv, at)[::2]
+            out[at] = loss.to(out) if goal is None else goal.loss(answer, self.ref[at]).to(out)
+        return out
+
+    def loss_and_grad(self, x_adv: Tensor, goal: Goal | None = None) -> tuple[Tensor, Tensor]:
+        """The loss (N,) and its gradient with respect to `x_adv` (N, *S); `goal` may stand in for the problem's own.
+
+        One pass through the model serves loss, gradient and judgement alike. Gradients are averaged over the target's
+        `draws`; entries that are not finite come back as zero and are counted as flat.
+        """
+        at = self._asked()
+        if len(at) == len(self):
+            return self._differentiate(x_adv, slice(None), goal or self.goal)
+        loss, grad = self.x.new_zeros(len(self)), torch.zeros_like(self.x)
+        if len(at):
+            loss[at], grad[at] = self._differentiate(x_adv, at, goal or self.goal)
+        return loss, grad
+
+    @torch.no_grad()
+    def recount(self, x_adv: Tensor, at: Tensor) -> Tensor:
+        """Whether each goal is reached at `x_adv` for the examples `at` (M,), solved or not; nothing is kept. (M,) bool."""
+        out = self._forward(self._target.fn, self._input(x_adv, at), at)
+        return self.goal.success(out, self.ref[at])
+
+    def _asked(self) -> Tensor:
+        """The examples that the model still has to see, as indices."""
+        if self._kept.leaving and not self._kept.open.all():
+            return self.open.nonzero().squeeze(1)
+        return torch.arange(len(self), device=self.x.device)
+
+    def _ledger_rows(self, at: Tensor | slice) -> Tensor | slice:
+        return at if self._rows is None else self._rows[at]
+
+    def _input(self, x_adv: Tensor, at: Tensor | slice) -> Tensor:
+        x_adv = x_adv[at].detach()
+        return toward(x_adv, self._raw[at]) if x_adv.dtype != self._raw.dtype else x_adv
+
+    def _forward(self, fn: Fn, x: Tensor, at: Tensor | slice) -> Any:
+        """One counted pass; a copy goes in, so that a model that writes to its input harms nobody."""
+        self._kept.ledger.add(self._kept.ledger.forwards, self._ledger_rows(at))
+        if self._kept.checked:
+            return fn(x.clone())
+        before = random_state()
+        out = fn(x.clone())
+        self._kept.found_out(stochastic=self._target.draws > 1 or before != random_state())
+        self.goal.check(out, self.ref[at])
+        return out
+
+    @torch.no_grad()
+    def _judge(self, x_adv: Tensor, at: Tensor | slice) -> tuple[Any, Tensor, Tensor]:
+        """The output, whether the goal is reached and the loss at `x_adv` for the examples `at`, by the deployed function."""
+        out = self._forward(self._target.fn, self._input(x_adv, at), at)
+        reached, loss = self.goal.success(out, self.ref[at]), self.goal.loss(out, self.ref[at])
+        self._offer(x_adv, at, reached, loss)
+        return out, reached, loss
+
+    def _offer(self, x_adv: Tensor, at: Tensor | slice, reached: Tensor, loss: Tensor) -> None:
+        self._kept.offer(self._ledger_rows(at), x_adv[at].detach(), self.x[at], self.threat[at], reached, loss)
+
+    def _differentiate(self, x_adv: Tensor, at: Tensor | slice, goal: Goal) -> tuple[Tensor, Tensor]:
+        ref, view = self.ref[at], self._target.view
+        x_in = self._input(x_adv, at).requires_grad_()
+        losses, grads = [], []
+        for _ in range(self._target.draws):
+            with torch.enable_grad():
+                out = self._forward(view, x_in, at)
+                loss = goal.loss(out, ref)
+            grads.append(_gradient(loss, x_in))
+            losses.append(loss.detach())
+        self._kept.ledger.add(self._kept.ledger.backwards, self._ledger_rows(at), self._target.draws)
+        loss, grad = _mean(losses).to(self.x), _mean(grads).to(self.x)
+        if self._kept.judging:
+            with torch.no_grad():
+                self._judge_on_the_way(x_adv, at, out, loss if goal is self.goal else None)
+        return loss, self._with_signal(grad, x_adv, at)
+
+    def _judge_on_the_way(self, x_adv: Tensor, at: Tensor | slice, out: Any, loss: Tensor | None) -> None:
+        """Judge the iterate by the output at hand where it is the deployed function's, by another pass where not."""
+        if self._target.view is not self._target.fn:
+            self._judge(x_adv, at)
+            return
+        own_loss = self.goal.loss(out, self.ref[at]) if loss is None else loss
+        self._offer(x_adv, at, self.goal.success(out, self.ref[at]), own_loss)
+
+    def _with_signal(self, grad: Tensor, x_adv: Tensor, at: Tensor | slice) -> Tensor:
+        """The gradient made finite; rows without signal are counted."""
+        largest = amax(grad)
+        flat = ~(largest.isfinite() & (largest > 0))
+        if not flat.any():
+            return grad
+        if self.goal.vanishes_at_x:
+            flat &= amax(x_adv[at] - self.x[at]) > 0
+        self._kept.ledger.add(self._kept.ledger.flat, self._ledger_rows(at), flat.long())
+        return torch.where(grad.isfinite(), grad, 0)
+
+
+def _mean(draws: list[Tensor]) -> Tensor:
+    return torch.stack(draws).mean(0) if len(draws) > 1 else draws[0]
+
+
+def _gradient(loss: Tensor, x: Tensor) -> Tensor:
+    """d sum(loss) / dx; zero where there is no path from x to the loss."""
+    if not loss.requires_grad:
+        return torch.zeros_like(x)
+    (grad,) = torch.autograd.grad(loss.sum(), x, allow_unused=True)
+    return torch.zeros_like(x) if grad is None else grad.detach()

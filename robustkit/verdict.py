@@ -1,0 +1,73 @@
+"""The last word on a run: which point comes back for each example, and whether it holds when it is asked again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from robustkit.keep import Kept
+from robustkit.ledger import Remark
+from robustkit.problem import Problem
+
+__all__ = ["FRESH_DRAWS", "SELECTION_DRAWS", "verdict"]
+
+SELECTION_DRAWS = 16  # on which a stochastic target's candidates compete
+FRESH_DRAWS = 40  # on which the winner is scored; never searched, so that its rate is no winner's curse
+
+Verdict = tuple[Tensor, Tensor, Tensor, list[Remark], list[Remark]]  # x_adv, success, rate, flags, notes
+
+
+def verdict(problem: Problem, kept: Kept, x_last: Tensor, met: Tensor) -> Verdict:
+    """The point that comes back for each example, and what the deployed function says of it.
+
+    Args:
+        problem: The attacked examples.
+        kept: What the run has kept.
+        x_last: The last iterates, inside the threat, (N, *S).
+        met: Examples solved without any change, whose one forward was their verdict, (N,) bool.
+    """
+    if kept.stochastic:
+        return _of_stochastic(problem, kept, x_last)
+    if kept.keep in ("best", "smallest") and len(problem):
+        problem.loss(x_last)  # the last iterate competes too
+    scored = kept.score < torch.inf
+    x_adv = torch.where(scored.reshape(-1, *[1] * (x_last.dim() - 1)), kept.x_adv, x_last)
+    success = met.clone()
+    asked = (~met).nonzero().squeeze(1)
+    if len(asked):
+        success[asked] = problem.recount(x_adv, asked)
+    lost = kept.found & ~success
+    if lost.any():
+        return _of_unsteady(problem, x_adv, int(lost.sum()))
+    return x_adv, success, success.float(), [], []
+
+
+def _of_stochastic(problem: Problem, kept: Kept, x_last: Tensor) -> Verdict:
+    candidates = [x_last]
+    if kept.judging:
+        candidates += [kept.x_adv]
+        candidates += [problem.x] if problem.goal.met_before and kept.keep != "best" else []
+    x_adv, best = x_last, None
+    for candidate in candidates if len(candidates) > 1 else []:
+        rate = _rate(problem, candidate, SELECTION_DRAWS)
+        better = torch.ones_like(rate, dtype=torch.bool) if best is None else rate > best
+        x_adv = torch.where(better.reshape(-1, *[1] * (x_last.dim() - 1)), candidate, x_adv)
+        best = rate if best is None else torch.maximum(rate, best)
+    rate = _rate(problem, x_adv, FRESH_DRAWS)
+    why = f"the target draws random numbers; success means on more than half of {FRESH_DRAWS} fresh draws"
+    return x_adv, rate > 0.5, rate, [], [Remark("stochastic-target", why)]
+
+
+def _of_unsteady(problem: Problem, x_adv: Tensor, lost: int) -> Verdict:
+    """A success that does not repeat on a target that seemed deterministic: everything is scored on fresh draws."""
+    rate = _rate(problem, x_adv, FRESH_DRAWS)
+    why = f"{lost} of {len(problem)} successes failed when asked again; all were scored on {FRESH_DRAWS} further calls"
+    remark = Remark("unsteady-target", why + "; declare Target(stochastic=True)")
+    # A rounding difference between batches settles on one answer; randomness that nobody declared does not.
+    steady = bool(((rate == 0) | (rate == 1)).all())
+    return x_adv, rate > 0.5, rate, [] if steady else [remark], [remark] if steady else []
+
+
+def _rate(problem: Problem, x_adv: Tensor, draws: int) -> Tensor:
+    everyone = torch.arange(len(problem), device=x_adv.device)
+    return torch.stack([problem.recount(x_adv, everyone) for _ in range(draws)]).float().mean(0)
