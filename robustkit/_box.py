@@ -34,8 +34,8 @@ def l1_nearest(size: Tensor, room: Tensor, eps: Tensor) -> Tensor:
 def l1_steepest(weight: Tensor, room: Tensor, eps: Tensor) -> Tensor:
     """The d with 0 <= d <= room and sum(d) <= eps that makes sum(weight * d) largest: a fractional knapsack."""
     weight, order = weight.sort(1, descending=True)
-    room = room.gather(1, order) * (weight > 0)
-    spent = room.cumsum(1) - room
+    room = torch.where(weight > 0, room.gather(1, order), 0)
+    spent = _before(room)
     taken = torch.minimum(room, (eps - spent).clamp(min=0))
     return torch.zeros_like(taken).scatter(1, order, taken)
 
@@ -50,10 +50,15 @@ def l2_steepest(weight: Tensor, room: Tensor, eps: Tensor) -> Tensor:
     room = torch.where(moves, room, 0)
     full_at, order = torch.where(moves, room / weight, torch.inf).sort(1)
     squares = torch.gather(room**2, 1, order)
-    full = squares.cumsum(1) - squares  # |d|^2 of the coordinates that are full before this one
+    full = _before(squares)  # |d|^2 of the coordinates that are full before this one
     left = torch.gather(weight**2, 1, order).flip(1).cumsum(1).flip(1)
     grown = torch.where(full_at.isinf(), torch.inf, full + full_at**2 * left)  # |d|^2 when this one becomes full
     first = (grown < eps**2).sum(1, keepdim=True).clamp(max=weight.shape[1] - 1)
     scale = ((eps**2 - full.gather(1, first)).clamp(min=0) / left.gather(1, first)).sqrt()
     everything = room.square().sum(1, keepdim=True) <= eps**2
     return torch.where(everything, room, torch.minimum(torch.where(moves, scale * weight, 0), room))
+
+
+def _before(x: Tensor) -> Tensor:
+    """The sum of all earlier columns; subtracting from the running sum would not do where a column is infinite."""
+    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1].cumsum(1)], 1)

@@ -72,7 +72,7 @@ class Noise:
         zero = torch.zeros_like(block)
         words: Iterable[Tensor] = philox((ids & _LOW, (ids >> 32) & _LOW, block, zero), (self.key & _LOW, self.key >> 32))
         words = [word.expand(len(ids), block.shape[1]) for word in words]
-        return torch.stack(words, -1).reshape(len(ids), -1)[:, :count].reshape(-1, *shape)
+        return torch.stack(list(words), -1).flatten(1)[:, :count].reshape(len(ids), *shape)
 
     def uniform(self, *shape: int) -> Tensor:
         """Uniform in [0, 1), (N, *shape) float32: 24 random bits, each value exact."""

@@ -129,7 +129,7 @@ def _finished(problem: Problem, x_adv: Tensor, like: Tensor) -> Tensor:
 
 def _in_batches(solve: Callable[[slice], T], n: int, size: int) -> tuple[list[T], list[Remark]]:
     """`solve` for every slice of at most `size` rows; where memory runs out, half the size is tried from there on."""
-    parts, notes, start = [], [], 0
+    parts, notes, start, size = [], [], 0, min(size, n)
     while start < n:
         try:
             parts.append(solve(slice(start, min(start + size, n))))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, final
 
 import torch
@@ -110,6 +110,36 @@ class Problem:
         """Whether each goal is reached at `x_adv` for the examples `at` (M,), solved or not; nothing is kept. (M,) bool."""
         out = self._forward(self._target.fn, self._input(x_adv, at), at)
         return self.goal.success(out, self.ref[at])
+
+    def answer(self, x_adv: Tensor) -> Any:
+        """What the deployed function says of `x_adv`, for every example, solved or not; kept if it solves one."""
+        return self._judge(x_adv, slice(None))[0]
+
+    def answer_and_pull(self, x_adv: Tensor) -> tuple[Any, Callable[[Tensor], Tensor]]:
+        """What the adversary's view says of `x_adv`, and the way back through it, for attacks with a loss of their own.
+
+        The way back takes d loss / d output to d loss / d x_adv, (N, K) -> (N, *S), for outputs that are one tensor. Each
+        call of it counts as a gradient; the gradient of a foreign loss may well be zero, so only an output without any
+        graph counts as flat. Every example is asked, solved or not; what solves one on the way is kept.
+        """
+        at, view = slice(None), self._target.view
+        x_in = self._input(x_adv, at).requires_grad_()
+        with torch.enable_grad():
+            out = self._forward(view, x_in, at)
+        if self._kept.judging:
+            with torch.no_grad():
+                self._judge_on_the_way(x_adv, at, out, None)
+
+        def pull(grad_out: Tensor) -> Tensor:
+            ledger, rows = self._kept.ledger, self._ledger_rows(at)
+            ledger.add(ledger.backwards, rows)
+            ledger.add(ledger.flat, rows, 0 if out.requires_grad else 1)
+            if not out.requires_grad:
+                return torch.zeros_like(self.x)
+            grad = torch.autograd.grad(out, x_in, grad_out, retain_graph=True, allow_unused=True)[0]
+            return torch.zeros_like(self.x) if grad is None else grad.to(self.x)
+
+        return out, pull
 
     def _asked(self) -> Tensor:
         """The examples that the model still has to see, as indices."""

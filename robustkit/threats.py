@@ -117,7 +117,7 @@ class Threat(ABC):
     def _rounding(self, x: Tensor) -> Tensor:
         """One float32 rounding of the data range, (N,) float64."""
         if self.bounds is None:
-            return amax(x).double().clamp(min=1.0) * _ROUNDING
+            return (amax(x).double() + self._eps_column(x)[:, 0]) * _ROUNDING
         low, high = self.bounds
         return torch.full((len(x),), max(high - low, -low, high) * _ROUNDING, dtype=torch.float64, device=x.device)
 

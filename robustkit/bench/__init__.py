@@ -1,0 +1,1 @@
+"""Measures models against attacks and shows what came out."""

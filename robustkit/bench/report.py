@@ -1,0 +1,277 @@
+"""Shows a run as one self-contained HTML page: data in, string out."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from numpy.typing import NDArray
+from PIL import Image
+
+from robustkit.errors import ArgumentError, ShapeError
+
+__all__ = ["Picture", "report"]
+
+Record = Mapping[str, Any]  # one record of results.json: strings, numbers, and lists of {name, why}
+Bytes = NDArray[np.uint8]
+
+_NONE = "–"
+_UNTARGETED = "misclassify"  # the one goal under which robust accuracy is the figure
+_GREY = 128  # no change, in a picture of a perturbation
+_SIDE = 96  # CSS pixels of a picture's longer side, at most; three of them fit a phone
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """One attacked image, before and after, C being 1 or 3.
+
+    Attributes:
+        model: The model's spec, as in the record that the picture belongs to.
+        attack: The attack's spec, likewise.
+        goal: The goal's spec, likewise.
+        threat: The threat's spec, likewise.
+        index: Which image of the data it is.
+        clean: The image, (C, H, W), float32 in [0, 1].
+        adversarial: The attacked image, (C, H, W), float32 in [0, 1].
+        label: Its true class.
+        clean_as: What the model takes the clean image for.
+        clean_confidence: The probability that the model gives that, in [0, 1].
+        adversarial_as: What the model takes the attacked image for.
+        adversarial_confidence: The probability that the model gives that, in [0, 1].
+        size: How large the change is, in the units of the threat.
+        success: Whether the attack reached its goal.
+    """
+
+    model: str
+    attack: str
+    goal: str
+    threat: str
+    index: int
+    clean: NDArray[np.float32]
+    adversarial: NDArray[np.float32]
+    label: str
+    clean_as: str
+    clean_confidence: float
+    adversarial_as: str
+    adversarial_confidence: float
+    size: float
+    success: bool
+
+    def __post_init__(self) -> None:
+        for name, image in (("clean", self.clean), ("adversarial", self.adversarial)):
+            if image.ndim != 3 or image.shape[0] not in (1, 3) or image.size == 0:
+                raise ShapeError(
+                    f"{name} has shape {image.shape}; a picture is (C, H, W) with C = 1 or 3, so move channels first"
+                )
+            if not bool(((image >= 0) & (image <= 1)).all()):
+                raise ArgumentError(
+                    f"{name} of picture {self.index} leaves [0, 1]; divide byte images by 255, undo normalisation"
+                )
+        if self.clean.shape != self.adversarial.shape:
+            raise ShapeError(f"clean has shape {self.clean.shape}, adversarial {self.adversarial.shape}; they must be equal")
+
+
+def report(results: Mapping[str, Any], pictures: Sequence[Picture], *, command: str) -> str:
+    """The page that shows a run: the answer, the table, pictures, flags, and how to repeat it.
+
+    The page loads nothing, runs no script, and depends on the arguments alone: equal arguments give equal bytes.
+    A row is called lowest among the rows of one model, data, defence and threat, and only where the goal is that the
+    model be wrong: robust accuracy under any other goal is high by definition and says nothing about robustness.
+
+    Args:
+        results: The content of results.json.
+        pictures: Attacked images; shown by model, threat, goal and attack, in the order of the records.
+        command: The command line that repeats the run, shown as it is.
+
+    Returns:
+        One HTML document, to be written as UTF-8.
+    """
+    records: Sequence[Record] = results["records"]
+    plain = [record for record in records if record["goal"] == _UNTARGETED]
+    other = [record for record in records if record["goal"] != _UNTARGETED]
+    flags = _flags(records)
+    page = (
+        _environment()
+        .get_template("report.html")
+        .render(
+            version=results["robustkit"],
+            records=records,
+            verdicts=_verdicts(records),
+            untargeted=[(group, sorted(rows, key=lambda row: float(row["robust_accuracy"]))) for group, rows in _groups(plain)],
+            targeted=[(group, sorted(rows, key=lambda row: -float(row["success_rate"]))) for group, rows in _groups(other)],
+            lowest={group: _lowest(rows) for group, rows in _groups(plain)},
+            seeds={record["seed"] for record in records},
+            flags=flags,
+            flag_numbers={flag: number for number, flag in enumerate(flags, start=1)},
+            gallery=_gallery(records, pictures),
+            environment=results["environment"],
+            command=command,
+        )
+    )
+    # A file name that is no Unicode holds lone surrogates, and these cannot be written as UTF-8.
+    return page.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,  # names of models, classes and files are not to be trusted
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "size": _size, "count": _count, "seconds": _seconds}
+    return environment
+
+
+@final
+@dataclass(frozen=True)
+class _Group:
+    """Rows that may be compared: one thing attacked, one threat."""
+
+    model: str
+    data: str
+    defence: str | None
+    threat: str
+
+
+def _groups(records: Iterable[Record]) -> list[tuple[_Group, list[Record]]]:
+    """The records by what may be compared, models kept together, all in order of first appearance."""
+    groups: dict[_Group, list[Record]] = defaultdict(list)
+    first: dict[tuple[str, str, str | None], int] = {}
+    for record in records:
+        group = _Group(record["model"], record["data"], record["defence"], record["threat"])
+        groups[group].append(record)
+        first.setdefault((group.model, group.data, group.defence), len(first))
+    return sorted(groups.items(), key=lambda item: first[item[0].model, item[0].data, item[0].defence])
+
+
+def _lowest(rows: Iterable[Record]) -> float:
+    return min(float(row["robust_accuracy"]) for row in rows)
+
+
+def _verdicts(records: Iterable[Record]) -> list[dict[str, Any]]:
+    """One sentence a model: clean accuracy (a range where the rows differ), then the lowest figure of each threat."""
+    subjects: dict[tuple[str, str, str | None], list[tuple[_Group, list[Record]]]] = defaultdict(list)
+    for group, rows in _groups(records):
+        subjects[group.model, group.data, group.defence].append((group, rows))
+    return [
+        {
+            "group": found[0][0],
+            "clean": _span([float(row["clean_accuracy"]) for _, rows in found for row in rows]),
+            "images": sorted({int(row["n"]) for _, rows in found for row in rows}),
+            "threats": [{"threat": group.threat, **_answer(rows)} for group, rows in found],
+        }
+        for found in subjects.values()
+    ]
+
+
+def _answer(rows: Iterable[Record]) -> dict[str, Any]:
+    """The lowest robust accuracy, or None where no attack tried to make the model be wrong; and whether it is flagged."""
+    plain = [row for row in rows if row["goal"] == _UNTARGETED]
+    if not plain:
+        return {"robust": None, "flagged": False}
+    lowest = _lowest(plain)
+    return {"robust": lowest, "flagged": any(row["flags"] for row in plain)}
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = _percent(min(values)), _percent(max(values))
+    return high if low == high else f"{low} to {high}"
+
+
+def _flags(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
+    """Each alarm told once, with the rows that it concerns."""
+    flags: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    for record in records:
+        for name, why in dict.fromkeys((flag["name"], flag["why"]) for flag in record["flags"]):
+            flags[name, why].append(record)
+    return dict(flags)
+
+
+def _gallery(records: Iterable[Record], pictures: Iterable[Picture]) -> list[dict[str, Any]]:
+    """The pictures by model, threat, goal and attack, in the order of the table; strays come last."""
+    shown: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {
+        (record["model"], record["threat"], record["goal"], record["attack"]): []
+        for record in sorted(records, key=lambda record: bool(record["goal"] != _UNTARGETED))
+    }
+    for picture in pictures:
+        shown.setdefault((picture.model, picture.threat, picture.goal, picture.attack), []).append(_panel(picture))
+    names = ("model", "threat", "goal", "attack")
+    return [{**dict(zip(names, key, strict=True)), "panels": panels} for key, panels in shown.items() if panels]
+
+
+def _panel(picture: Picture) -> dict[str, Any]:
+    """What the template shows of one picture."""
+    change, scale = _change(picture.clean, picture.adversarial)
+    height, width = picture.clean.shape[1:]
+    longer = max(height, width)
+    zoom = _SIDE // longer if longer <= _SIDE else _SIDE / longer  # whole pixels where the picture is enlarged
+    return {
+        "picture": picture,
+        "clean": _png(_to_bytes(picture.clean)),
+        "change": _png(change),
+        "adversarial": _png(_to_bytes(picture.adversarial)),
+        "scale": f"{scale:g}" if scale else None,
+        "width": max(1, round(width * zoom)),
+        "height": max(1, round(height * zoom)),
+        "enlarged": zoom >= 1,
+    }
+
+
+def _to_bytes(image: NDArray[np.float32]) -> Bytes:
+    return np.rint(image.astype(np.float64) * 255).astype(np.uint8)
+
+
+def _change(clean: NDArray[np.float32], adversarial: NDArray[np.float32]) -> tuple[Bytes, float]:
+    """The signed change as a picture, grey + scale * change, and the scale; scale 0 where nothing changed.
+
+    The scale takes the largest change to (nearly) black or white and is rounded down to two digits, so that what the
+    page states is exactly what it draws.
+    """
+    delta = adversarial.astype(np.float64) - clean.astype(np.float64)
+    largest = float(np.abs(delta).max())
+    if largest == 0:
+        return np.full(delta.shape, _GREY, dtype=np.uint8), 0.0
+    widest = 0.5 / largest
+    digits = 1 - math.floor(math.log10(widest))
+    scale = round(math.floor(widest * 10.0**digits) / 10.0**digits, digits)
+    return np.clip(_GREY + np.rint(255 * scale * delta), 0, 255).astype(np.uint8), scale
+
+
+def _png(image: Bytes) -> str:
+    """The image, (C, H, W), as a data URI."""
+    # (C, H, W) -> (H, W) or (H, W, 3)
+    drawn = Image.fromarray(np.ascontiguousarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)))
+    file = io.BytesIO()
+    drawn.save(file, format="PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
+
+
+def _size(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return _NONE
+    return f"{value:,.0f}" if value == round(value) or value >= 100 else f"{value:#.3g}"
+
+
+def _count(value: float) -> str:
+    return f"{value:,.1f}".removesuffix(".0") if value < 100 else f"{value:,.0f}"
+
+
+def _seconds(value: float) -> str:
+    if value < 0.1:
+        return "<\N{NO-BREAK SPACE}0.1\N{NO-BREAK SPACE}s"
+    return f"{value:,.1f}\N{NO-BREAK SPACE}s" if value < 100 else f"{value:,.0f}\N{NO-BREAK SPACE}s"

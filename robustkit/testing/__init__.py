@@ -1,0 +1,12 @@
+"""For test suites: assert that a model is robust, and check attacks, threats and goals of your own against the laws.
+
+`assert_robust` needs nothing but torch; the checks need hypothesis: pip install 'robustkit[testing]'.
+"""
+
+from robustkit.testing.assertion import assert_robust
+from robustkit.testing.attack_laws import check_attack
+from robustkit.testing.goal_laws import check_goal
+from robustkit.testing.hyperplane import Hyperplane
+from robustkit.testing.threat_laws import check_threat
+
+__all__ = ["Hyperplane", "assert_robust", "check_attack", "check_goal", "check_threat"]

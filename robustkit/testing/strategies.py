@@ -1,0 +1,105 @@
+"""Hypothesis strategies: images, gradients, labels, logits, threats and hyperplane classifiers.
+
+Tensors are made from a drawn seed and a drawn kind, not number by number: hypothesis then explores a thousand cases in
+the time of one, and still shrinks to the smallest shape and the simplest kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from robustkit.errors import MissingExtraError
+from robustkit.testing.hyperplane import Halfspace, Hyperplane
+from robustkit.threats import L1, L2, Linf, Pixels, Threat
+
+try:
+    from hypothesis import strategies as st
+    from hypothesis.strategies import SearchStrategy
+except ImportError as error:
+    raise MissingExtraError("hypothesis", "testing", error) from error
+
+__all__ = ["ALL_THREATS", "gradients", "hyperplanes", "images", "labels", "logits", "shapes", "threats"]
+
+ALL_THREATS: tuple[type[Threat], ...] = (Linf, L2, L1, Pixels)
+_SEEDS = st.integers(0, 2**32 - 1)
+
+
+def shapes(*, largest: int = 5) -> SearchStrategy[tuple[int, int, int, int]]:
+    """Shapes (N, C, H, W) with 1 to `largest` images, 1 to 3 channels and sides from 2 to 2 + `largest`."""
+    side = st.integers(2, 2 + largest)
+    return st.tuples(st.integers(1, largest), st.integers(1, 3), side, side)
+
+
+def images(shape: tuple[int, ...]) -> SearchStrategy[Tensor]:
+    """Images in [0, 1] of a given shape: uniform, bytes over 255, black and white, mostly black, or of one grey."""
+    return st.builds(lambda seed, kind: _image(shape, seed, kind), _SEEDS, st.sampled_from(sorted(_KINDS)))
+
+
+def gradients(shape: tuple[int, ...]) -> SearchStrategy[Tensor]:
+    """Gradients of a given shape: of all scales from 1e-12 to 1e6, some with zeros, ties, or all zero."""
+    kinds = st.sampled_from(["normal", "zeros", "signs", "nothing"])
+    return st.builds(lambda seed, kind, scale: _gradient(shape, seed, kind, 10.0**scale), _SEEDS, kinds, st.integers(-12, 6))
+
+
+def labels(n: int, classes: int) -> SearchStrategy[Tensor]:
+    """Classes in [0, classes), (n,) int64."""
+    return st.lists(st.integers(0, classes - 1), min_size=n, max_size=n).map(lambda y: torch.tensor(y, dtype=torch.int64))
+
+
+def logits(n: int, classes: int) -> SearchStrategy[Tensor]:
+    """Logits (n, classes) of all scales."""
+    return gradients((n, classes))
+
+
+def threats(kinds: Sequence[type[Threat]] = ALL_THREATS, *, bounded: bool = True, locations: int = 4) -> SearchStrategy[Threat]:
+    """Threats of some kinds, from budgets too small to matter up to the whole range; `locations` bounds Pixels."""
+    eps = {
+        Linf: st.floats(1e-4, 1.0),
+        L2: st.floats(1e-3, 5.0),
+        L1: st.floats(1e-2, 30.0),
+        Pixels: st.integers(1, locations),
+    }
+    bounds = (0.0, 1.0) if bounded else None
+    return st.sampled_from(kinds).flatmap(lambda kind: st.builds(kind, eps[kind], st.just(bounds)))
+
+
+def hyperplanes(*, largest: int = 4) -> SearchStrategy[Hyperplane]:
+    """Hyperplane classifiers on small images, in float64 so that the closed form is exact to 1e-12."""
+    return st.builds(_hyperplane, _SEEDS, shapes(largest=largest), st.sampled_from(["uniform", "bytes", "binary"]))
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+_KINDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a grey": lambda x: x.flatten(1)[:, :1].reshape(-1, *[1] * (x.dim() - 1)).expand_as(x).clone(),
+    "binary": lambda x: x.round(),
+    "bytes": lambda x: (x * 255).round() / 255,
+    "mostly black": lambda x: (2 * x - 1).clamp(min=0),
+    "uniform": lambda x: x,
+}
+
+
+def _image(shape: tuple[int, ...], seed: int, kind: str) -> Tensor:
+    return _KINDS[kind](torch.rand(shape, generator=_generator(seed)))
+
+
+def _gradient(shape: tuple[int, ...], seed: int, kind: str, scale: float) -> Tensor:
+    normal = torch.randn(shape, generator=_generator(seed))
+    kinds = {"normal": normal, "zeros": normal * (normal > 0), "signs": normal.sign(), "nothing": torch.zeros(shape)}
+    return kinds[kind] * scale
+
+
+def _hyperplane(seed: int, shape: tuple[int, int, int, int], kind: str) -> Hyperplane:
+    x = _image(shape, seed, kind).double()
+    weight = torch.randn(shape[1:], generator=_generator(seed + 1), dtype=torch.float64)
+    centre = float((x * weight).flatten(1).sum(1).median())  # the plane runs among the points
+    shift = float(torch.rand((), generator=_generator(seed + 2))) - 0.5
+    net = Halfspace(weight, shift - centre)
+    with torch.no_grad():
+        y = net(x).argmax(1)
+    return Hyperplane(net, x, y)

@@ -1,0 +1,47 @@
+"""The tables: a new attack, threat or goal is one row here, and all laws run on it."""
+
+from dataclasses import dataclass, field
+
+from hypothesis import strategies as st
+
+from robustkit import FGSM, L1, L2, MIFGSM, PGD, ClassifyAs, Linf, Misclassify, Pixels
+from robustkit.losses import cross_entropy, dlr, margin
+from robustkit.testing.strategies import labels, logits
+
+
+@dataclass(frozen=True)
+class AttackRow:
+    attack: object
+    serves: tuple = (Linf, L2, L1, Pixels)
+    exact: tuple = ()  # threats in which hyperplanes are solved whenever they can be
+    within: float | None = None  # minimum-norm attacks: largest ratio to the optimum
+    keywords: dict = field(default_factory=dict, compare=False)
+
+    @property
+    def name(self):
+        return repr(self.attack)
+
+
+ATTACKS = [
+    AttackRow(FGSM(), exact=(Linf, L2)),
+    AttackRow(PGD(steps=12), exact=(Linf,)),
+    AttackRow(PGD(), exact=(Linf, L2)),
+    AttackRow(PGD(steps=12, random_start=False), exact=(Linf, L2)),
+    AttackRow(PGD(steps=5, step_size=0.02)),
+    AttackRow(MIFGSM(), exact=(Linf, L2)),
+]
+
+THREATS = [Linf, L2, L1, Pixels]
+
+
+def classified(classes):
+    """Pairs (logits, labels) for 1 to 5 examples."""
+    return st.integers(1, 5).flatmap(lambda n: st.tuples(logits(n, classes), labels(n, classes)))
+
+
+GOALS = [
+    (goal(surrogate), classified(classes))
+    for goal in (Misclassify, ClassifyAs)
+    for surrogate in (cross_entropy, margin, dlr)
+    for classes in (2, 3, 10)
+]

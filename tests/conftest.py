@@ -1,0 +1,32 @@
+"""Set-up of the tests: one thread, hypothesis profiles, and a count of all generated cases."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(1)
+settings.register_profile("quick", max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+settings.register_profile("nightly", max_examples=int(os.environ.get("CASES", "1000")), deadline=None, print_blob=True,
+                          suppress_health_check=list(HealthCheck))  # fmt: skip
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+COUNT = pytest.StashKey[int]()
+
+
+@pytest.fixture
+def cases(request):
+    """Call it with the number of generated cases that a check ran; the summary shows the sum."""
+
+    def count(number):
+        request.config.stash[COUNT] = request.config.stash.get(COUNT, 0) + number
+
+    return count
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.stash.get(COUNT, 0):
+        terminalreporter.write_line(f"{config.stash[COUNT]:,} generated cases over the laws, none violated" if not
+                                    terminalreporter.stats.get("failed") else "a law was violated")  # fmt: skip

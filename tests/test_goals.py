@@ -1,0 +1,66 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from robustkit import ClassifyAs, Misclassify
+from robustkit.errors import ShapeError
+from robustkit.goals import least_likely
+from robustkit.losses import cross_entropy
+from robustkit.testing.strategies import labels, logits
+
+CASES = st.tuples(st.integers(1, 4), st.integers(2, 6)).flatmap(lambda s: st.tuples(logits(*s), labels(*s)))
+
+
+@given(CASES)
+def test_success_by_row(case):
+    out, y = case
+    for z, i, wrong, right in zip(out, y, Misclassify().success(out, y), ClassifyAs().success(out, y), strict=True):
+        first = max(range(len(z)), key=lambda j: (float(z[j]), -j))
+        assert bool(wrong) == (first != int(i))
+        assert bool(right) == (first == int(i))
+
+
+@given(CASES)
+def test_losses_are_the_two_signs_of_the_surrogate(case):
+    assert torch.equal(Misclassify().loss(*case), -cross_entropy(*case))
+    assert torch.equal(ClassifyAs().loss(*case), cross_entropy(*case))
+
+
+@given(CASES)
+def test_parts_are_all_other_classes_likeliest_first(case):
+    out, y = case
+    parts = Misclassify().parts(out, y)
+    assert all(isinstance(part, ClassifyAs) for part, _ in parts)
+    wanted = torch.stack([ref for _, ref in parts], 1)
+    for z, i, row in zip(out, y, wanted, strict=True):
+        assert sorted([*row.tolist(), int(i)]) == list(range(len(z)))
+        assert torch.equal(z[row], z[row].sort(descending=True).values)
+    assert ClassifyAs().parts(out, y)[0][0] == ClassifyAs()
+
+
+def test_what_is_not_a_number_is_never_right():
+    out = torch.tensor([[1.0, 0.0], [float("nan"), 0.0], [0.0, float("nan")]])
+    y = torch.zeros(3, dtype=torch.int64)
+    assert Misclassify().success(out, y).tolist() == [False, True, True]
+    assert ClassifyAs().success(out, y).tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("bad", [-1, 3, 99])
+def test_labels_that_are_no_classes_are_refused(bad):
+    for goal in (Misclassify(), ClassifyAs()):
+        with pytest.raises(ShapeError, match=r"\[0, 3\)"):
+            goal.check(torch.zeros(2, 3), torch.tensor([0, bad]))
+
+
+def test_least_likely_is_the_smallest_logit_in_evaluation_mode():
+    torch.manual_seed(0)
+    linear = nn.Linear(6, 5)
+    net = nn.Sequential(nn.Flatten(), linear, nn.Dropout(0.9)).train()
+    x = torch.rand(7, 1, 2, 3)
+    state = torch.get_rng_state()
+    assert torch.equal(least_likely(net, x, batch_size=3), linear(x.flatten(1)).argmin(1))
+    assert net.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert least_likely(net, x[:0]).shape == (0,)

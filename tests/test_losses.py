@@ -1,0 +1,62 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from robustkit.errors import ShapeError
+from robustkit.losses import cross_entropy, dlr, margin
+from robustkit.testing.strategies import labels, logits
+
+CASES = st.tuples(st.integers(1, 4), st.integers(2, 6)).flatmap(lambda s: st.tuples(logits(*s), labels(*s)))
+
+
+def by_hand(name, z, y):
+    """One example, in Python's own floats."""
+    others = [v for i, v in enumerate(z) if i != y]
+    if name == "cross_entropy":
+        return math.log(sum(math.exp(v - max(z)) for v in z)) + max(z) - z[y]
+    top = sorted(z, reverse=True)
+    difference = max(others) - z[y]
+    return difference if name == "margin" or len(z) < 3 else difference / (top[0] - top[2] + 1e-12)
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, margin, dlr], ids=lambda f: f.__name__)
+@given(case=CASES)
+def test_rows_equal_a_slow_recomputation(loss, case):
+    out, y = case[0].double(), case[1]
+    slow = torch.tensor([by_hand(loss.__name__, z.tolist(), int(i)) for z, i in zip(out, y, strict=True)], dtype=torch.float64)
+    torch.testing.assert_close(loss(out, y), slow, rtol=1e-9, atol=1e-9)
+
+
+@given(case=CASES)
+def test_margin_is_positive_exactly_where_the_class_changes(case):
+    out, y = case
+    strict = margin(out, y) != 0
+    assert torch.equal((margin(out, y) > 0)[strict], (out.argmax(1) != y)[strict])
+
+
+@given(case=CASES, scale=st.floats(0.1, 10), shift=st.floats(-5, 5))
+def test_dlr_is_blind_to_scale_and_shift(case, scale, shift):
+    out, y = case[0].double() * 1e3, case[1]
+    clear = (out.topk(2, 1).values.diff(dim=1).abs() > 1e-6).squeeze(1) & (out.shape[1] > 2)
+    torch.testing.assert_close(dlr(out * scale + shift, y)[clear], dlr(out, y)[clear], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("out", "y", "words"),
+    [
+        ((torch.zeros(2, 3),), torch.zeros(2, dtype=torch.int64), "tuple"),
+        (None, torch.zeros(2, dtype=torch.int64), "NoneType"),
+        (torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64), "C >= 2"),
+        (torch.zeros(2, 3, 1), torch.zeros(2, dtype=torch.int64), r"\(2, 3, 1\)"),
+        (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), "int64"),
+        (torch.zeros(2, 3), torch.zeros(2), "float32"),
+        (torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64), r"\(3,\)"),
+    ],
+)
+def test_what_is_no_logits_is_refused(out, y, words):
+    for loss in (cross_entropy, margin, dlr):
+        with pytest.raises(ShapeError, match=words):
+            loss(out, y)
