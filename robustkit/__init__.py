@@ -1,13 +1,19 @@
 """How robust is a model, really? An Attack solves a Problem: a Target, a Goal and a Threat."""
 
-from robustkit.attack import Attack
-from robustkit.attacks import FGSM, MIFGSM, PGD
-from robustkit.goals import ClassifyAs, Goal, Misclassify
-from robustkit.normalize import Normalize
-from robustkit.problem import Problem
-from robustkit.result import Result
-from robustkit.target import Target
-from robustkit.threats import L1, L2, Linf, Pixels, Threat
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from robustkit.attack import Attack
+    from robustkit.attacks import FGSM, MIFGSM, PGD
+    from robustkit.goals import ClassifyAs, Goal, Misclassify
+    from robustkit.normalize import Normalize
+    from robustkit.problem import Problem
+    from robustkit.result import Result
+    from robustkit.target import Target
+    from robustkit.threats import L1, L2, Linf, Pixels, Threat
 
 __version__ = "0.1.0"
 
@@ -29,3 +35,26 @@ __all__ = [
     "Target",
     "Threat",
 ]
+
+_HOMES = {
+    "attack": ("Attack",),
+    "attacks": ("FGSM", "MIFGSM", "PGD"),
+    "goals": ("ClassifyAs", "Goal", "Misclassify"),
+    "normalize": ("Normalize",),
+    "problem": ("Problem",),
+    "result": ("Result",),
+    "target": ("Target",),
+    "threats": ("L1", "L2", "Linf", "Pixels", "Threat"),
+}
+
+
+def __getattr__(name: str) -> Any:  # Any: a class of ours, whichever is asked for
+    """Import the home of a name when it is first used: `robustkit --help` need not wait two seconds for torch."""
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"robustkit.{home}"), name)
+    raise AttributeError(f"module 'robustkit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TypeVar, final
+from typing import ClassVar, Literal, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,13 @@ T = TypeVar("T")
 
 
 class Attack(ABC):
-    """A way to solve a Problem. Concrete attacks are frozen dataclasses: the fields are the method, the call is the problem."""
+    """A way to solve a Problem. Concrete attacks are frozen dataclasses: the fields are the method, the call is the problem.
+
+    Attributes:
+        access: What the attack sees of the target: its gradients ("white"), its outputs ("score") or its decision ("label").
+    """
+
+    access: ClassVar[Literal["white", "score", "label"]] = "white"
 
     @abstractmethod
     def run(self, problem: Problem) -> Tensor:

@@ -1,0 +1,94 @@
+"""`robustkit bench` and `robustkit crosscheck`: from the words of the command line to a finished folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+from rich.console import Console
+
+from robustkit import data as real_data
+from robustkit.bench import console, folder
+from robustkit.bench.models import load_model
+from robustkit.bench.plan import Case, Plan, default_plan
+from robustkit.bench.record import Record
+from robustkit.bench.report import Picture
+from robustkit.bench.runner import run
+from robustkit.errors import ArgumentError
+from robustkit.interop.crosscheck import crosscheck, table
+
+__all__ = ["Request", "bench_command", "crosscheck_command", "plan_of"]
+
+
+@final
+@dataclass(frozen=True)
+class Request:
+    """The options of `robustkit bench` as they were given; None where one was not."""
+
+    model: list[str] | None = None
+    data: str | None = None
+    limit: int | None = None
+    offset: int = 0
+    threat: list[str] | None = None
+    attack: list[str] | None = None
+    goal: list[str] | None = None
+    seed: int = 0
+    batch_size: int = 100
+    device: str = "cpu"
+
+
+def plan_of(request: Request) -> Plan:
+    """The plan of a request: the default one where no model is named, otherwise every combination of what is.
+
+    Raises:
+        ArgumentError: A model without data or threat.
+    """
+    default = default_plan()
+    models = request.model or list(dict.fromkeys(case.model for case in default.cases))
+    if request.model and not (request.data and request.threat):
+        missing = "--data" if not request.data else "--threat"
+        raise ArgumentError(
+            f"{missing} is missing; say on what and against what, for example: "
+            f"robustkit bench --model {models[0]} --data mnist-5k --threat linf:0.1"
+        )
+    threats = request.threat or list(dict.fromkeys(case.threat for case in default.cases))
+    if request.attack or request.goal or request.model:
+        pairs = [(attack, goal) for attack in request.attack or ["pgd"] for goal in request.goal or ["misclassify"]]
+    else:
+        pairs = list(dict.fromkeys((case.attack, case.goal) for case in default.cases))
+    cases = [Case(model, threat, attack, goal) for model in models for threat in threats for attack, goal in pairs]
+    return Plan(
+        tuple(dict.fromkeys(cases)), request.data or default.data, request.offset, request.limit, request.seed,
+        request.batch_size, request.device,
+    )  # fmt: skip
+
+
+def bench_command(request: Request, out: Path | None, command: str) -> None:
+    """Run, show and write. Files are written after every case, so that an interrupted run leaves what was finished."""
+    plan, screen = plan_of(request), Console()
+    target = folder.new_folder(out)
+    records: list[Record] = []
+    pictures: list[Picture] = []
+    try:
+        with console.live(screen) as bar:
+            task = bar.add_task("preparing", total=None)
+
+            def progress(case: Case, images: int, total: int) -> None:
+                bar.update(task, description=f"{case.model} {case.threat} {case.attack}", advance=images, total=total)
+
+            for outcome in run(plan, progress):
+                records.append(outcome.record)
+                pictures.extend(outcome.pictures)
+                folder.write(target, records, pictures, device=plan.device, command=command)
+    finally:
+        if not records:
+            target.rmdir()
+    screen.print(console.table(records))
+    screen.print(f"report: {target / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def crosscheck_command(model: str, data: str, limit: int) -> None:
+    """Compare with the other installed libraries and print the table."""
+    part = real_data.load(data).part(0, limit)
+    Console().print(table(crosscheck(load_model(model), part.x, part.y)))

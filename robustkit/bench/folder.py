@@ -1,0 +1,72 @@
+"""The folder of a run: results.json and report.html, each written aside and renamed, so that none is ever half there."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+import robustkit
+from robustkit.bench.report import Picture, report
+from robustkit.errors import ArgumentError
+
+__all__ = ["SCHEMA", "environment", "new_folder", "write"]
+
+SCHEMA = 1
+
+
+def new_folder(out: Path | None) -> Path:
+    """An empty folder for a run; default one of the present date and time under runs/.
+
+    Raises:
+        ArgumentError: It exists and is not empty, or cannot be written.
+    """
+    folder = out if out is not None else Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ArgumentError(f"out={str(folder)!r} exists; nothing is overwritten: name a new folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise ArgumentError(f"out={str(folder)!r} cannot be written ({error.strerror}); name another folder") from error
+    return folder
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What a result depends on besides the plan: versions and hardware, no time and no process."""
+    cuda = device.startswith("cuda") and torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if cuda else device,
+    }
+
+
+def write(folder: Path, records: Sequence[dict[str, Any]], pictures: Sequence[Picture], *, device: str, command: str) -> None:
+    """Write results.json and report.html of the records so far."""
+    results = {
+        "robustkit": robustkit.__version__,
+        "schema": SCHEMA,
+        "environment": environment(device),
+        "command": command,
+        "records": list(records),
+    }
+    _replace(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    _replace(folder / "report.html", report(results, pictures, command=command))
+
+
+def _replace(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(text, encoding="utf-8", errors="surrogateescape")
+    os.replace(aside, path)

@@ -1,0 +1,124 @@
+"""Models by name: `zoo:mnist-cnn`, `net.py:factory`, `torchvision:resnet50`, each with weights of its own if wanted."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from robustkit import zoo
+from robustkit._factory import load_factory
+from robustkit.errors import ArgumentError, MissingExtraError
+
+__all__ = ["load_model", "model_hash"]
+
+_FORMS = "zoo:NAME, path/to/file.py:factory, package.module:factory, torchvision:NAME or timm:NAME"
+
+
+def load_model(spec: str, device: str = "cpu") -> nn.Module:
+    """The model that `spec` names, in evaluation mode on `device`.
+
+    Args:
+        spec: zoo:NAME, path/to/file.py:factory, package.module:factory, torchvision:NAME or timm:NAME, each optionally
+            followed by @weights=FILE (.safetensors, or .pt and .pth read without executing code).
+        device: "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        ArgumentError: Nothing of that name, a factory that fails or returns no module, or weights that do not fit.
+        MissingExtraError: torchvision or timm is not installed.
+    """
+    name, at, weights = spec.partition("@weights=")
+    model = _made(name)
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model {name!r} returned {type(model).__name__}; a factory must return a torch nn.Module")
+    if at:
+        _fill(model, Path(weights), spec)
+    try:
+        return model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise ArgumentError(
+            f"device={device!r} cannot be used ({_line(error)}); write cpu, or cuda where there is one"
+        ) from error
+
+
+def model_hash(model: nn.Module) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of the names and bytes of all weights and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _made(name: str) -> Any:  # Any: a factory may return what it likes
+    kind, _, rest = name.partition(":")
+    if kind == "zoo":
+        return zoo.load(rest)
+    if kind in ("torchvision", "timm"):
+        return _pretrained(kind, rest)
+    if ":" not in name:
+        raise ArgumentError(f"model {name!r} does not exist; write {_FORMS}")
+    try:
+        return load_factory(name)()
+    except ArgumentError as error:
+        raise ArgumentError(f"model {error}") from error
+
+
+def _pretrained(library: str, name: str) -> nn.Module:
+    """A model of another library with its default weights and its own normalisation inside."""
+    try:
+        package = importlib.import_module(library)
+        models = importlib.import_module("torchvision.models") if library == "torchvision" else package
+    except (ImportError, RuntimeError) as error:  # a torchvision built for another torch raises RuntimeError
+        raise MissingExtraError(library, "vision", error) from error
+    try:
+        if library == "torchvision":
+            weights = models.get_model_weights(name).DEFAULT
+            return nn.Sequential(weights.transforms(), models.get_model(name, weights=weights))
+        model: nn.Module = models.create_model(name, pretrained=True)
+        config = models.data.resolve_model_data_config(model)
+    except Exception as error:
+        raise ArgumentError(f"model '{library}:{name}' cannot be had: {_line(error)}; its weights need the network") from error
+    from robustkit.normalize import Normalize
+
+    return nn.Sequential(Normalize(config["mean"], config["std"]), model)
+
+
+def _fill(model: nn.Module, path: Path, spec: str) -> None:
+    weights = _read(path, spec)
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ArgumentError(f"model {spec!r}: {path} does not fit the model: {_line(error)}") from error
+
+
+def _read(path: Path, spec: str) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ArgumentError(f"model {spec!r}: there is no weights file {path}; paths are relative to {Path.cwd()}")
+    if path.suffix not in (".safetensors", ".pt", ".pth"):
+        raise ArgumentError(
+            f"model {spec!r}: {path.name} must end in .safetensors, .pt or .pth; other formats may execute code"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch, pickle, zip and safetensors raise errors of a dozen types for broken files
+        if isinstance(error, SafetensorError) or path.suffix == ".safetensors":
+            raise ArgumentError(f"model {spec!r}: {path} is no readable safetensors file ({_line(error)})") from error
+        raise ArgumentError(
+            f"model {spec!r}: {path} is broken or holds more than tensors, which could execute code; "
+            "save the state_dict() alone, best as .safetensors"
+        ) from error
+    return weights
+
+
+def _line(error: BaseException) -> str:
+    """An exception in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

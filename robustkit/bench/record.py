@@ -1,0 +1,71 @@
+"""One row of results.json: what was asked, what came out, and what may be said of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+
+from robustkit.bench.plan import Case, Plan
+from robustkit.ledger import Remark
+from robustkit.result import Result
+
+__all__ = ["make_record", "wilson"]
+
+Record = dict[str, Any]  # Any: strings, numbers, and lists of {name, why}, ready for JSON
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share over the choice of images (Wilson 1927, by scipy)."""
+    interval = binomtest(successes, n).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def make_record(case: Case, plan: Plan, *, access: str, result: Result, clean: NDArray[np.bool_], robust: NDArray[np.bool_],
+                seconds: float) -> Record:  # fmt: skip
+    """The record of a case.
+
+    Args:
+        case: What was asked.
+        plan: The run that it belongs to.
+        access: What the attack sees: "white", "score" or "label".
+        result: Of all blocks together; its images are not looked at.
+        clean: Which images are classified correctly without an attack, (N,).
+        robust: Which are classified correctly both before and after, (N,).
+        seconds: Wall time of the attack.
+    """
+    n = len(clean)
+    low, high = wilson(int(robust.sum()), n)
+    sizes = result.size[result.success]
+    flags, notes = _once(result.flags), _once((*result.notes, *_flat_note(result)))
+    return {
+        "model": case.model, "data": plan.data, "defence": None, "goal": case.goal, "threat": case.threat,
+        "attack": case.attack, "seed": plan.seed, "n": n,
+        "clean_accuracy": float(clean.mean()), "robust_accuracy": float(robust.mean()),
+        "success_rate": float(result.success.double().mean()), "low": low, "high": high,
+        "median_size": float(sizes.quantile(0.5)) if len(sizes) else None,
+        "forwards": int(result.forwards.sum()), "backwards": int(result.backwards.sum()), "seconds": seconds,
+        "access": access, "flags": flags, "notes": notes,
+    }  # fmt: skip
+
+
+def _once(remarks: Sequence[Remark]) -> list[dict[str, str]]:
+    """Each name once with its first evidence, and in how many blocks more it was found."""
+    found: dict[str, list[Remark]] = {}
+    for remark in remarks:
+        found.setdefault(remark.name, []).append(remark)
+    more = {name: f" (and {len(all_) - 1} more blocks)" if len(all_) > 1 else "" for name, all_ in found.items()}
+    return [asdict(Remark(name, all_[0].why + more[name])) for name, all_ in found.items()]
+
+
+def _flat_note(result: Result) -> list[Remark]:
+    """Gradients without signal, where more than one in a hundred queries gave one."""
+    asked, flat = int(result.backwards.sum()), int(result.flat.sum())
+    if flat <= asked / 100:
+        return []
+    images = int((result.flat > 0).sum())
+    return [Remark("flat-gradients", f"{flat / asked:.1%} of the gradient queries were zero or not finite, on {images} images")]

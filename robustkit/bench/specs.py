@@ -1,0 +1,114 @@
+"""What the words of the command line mean: `linf:8/255`, `pgd:steps=20`, `least-likely`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from robustkit.attack import Attack
+from robustkit.attacks import FGSM, MIFGSM, PGD
+from robustkit.errors import ArgumentError
+from robustkit.goals import ClassifyAs, Goal, Misclassify, least_likely
+from robustkit.threats import L1, L2, Linf, Pixels, Threat
+
+__all__ = ["Aim", "attack", "attack_names", "goal", "number", "threat"]
+
+_THREATS: tuple[tuple[str, type[Threat], str], ...] = (
+    ("linf", Linf, "linf:8/255"),
+    ("l2", L2, "l2:0.5"),
+    ("l1", L1, "l1:12"),
+    ("pixels", Pixels, "pixels:1"),
+)
+
+
+def number(text: str, name: str) -> float:
+    """A decimal number or a fraction, read exactly and rounded once.
+
+    Raises:
+        ArgumentError: It is neither; `name` says what it was meant to be.
+    """
+    try:
+        return float(Fraction(text.strip()))
+    except (ValueError, ZeroDivisionError, OverflowError) as error:
+        raise ArgumentError(f"{name}={text!r} must be a number or a fraction such as 8/255") from error
+
+
+def threat(spec: str) -> Threat:
+    """The threat that `spec` names: linf:EPS, l2:EPS, l1:EPS or pixels:K, on images in [0, 1]."""
+    kind, colon, eps = spec.partition(":")
+    for name, cls, _ in _THREATS:
+        if kind == name and colon:
+            value = number(eps, f"threat {spec!r}: eps")
+            return cls(int(value) if cls is Pixels and value.is_integer() else value)
+    raise ArgumentError(f"threat {spec!r} does not exist; write one of {', '.join(example for *_, example in _THREATS)}")
+
+
+def attack_names() -> dict[str, tuple[type[Attack], dict[str, Any]]]:
+    """The attacks of the command line: for each name its class, and the fields in which it differs from the class's own."""
+    return {
+        "fgsm": (FGSM, {}),
+        "ifgsm": (PGD, {"steps": 10, "reach": 2.0, "random_start": False}),
+        "mifgsm": (MIFGSM, {}),
+        "pgd": (PGD, {}),
+    }
+
+
+def attack(spec: str) -> Attack:
+    """The attack that `spec` names: NAME or NAME:field=value,field=value."""
+    name, _, given = spec.partition(":")
+    known = attack_names()
+    if name not in known:
+        raise ArgumentError(f"attack {name!r} does not exist; there are {', '.join(known)}")
+    cls, preset = known[name]
+    kinds = {field.name: str(field.type) for field in fields(cls)}  # type: ignore[arg-type]
+    chosen = dict(preset)
+    for item in given.split(",") if given else []:
+        field, equals, value = item.partition("=")
+        if field not in kinds or not equals:
+            raise ArgumentError(
+                f"attack {spec!r}: {item!r} is no field=value of {name}; its fields: {', '.join(kinds) or 'none'}"
+            )
+        chosen[field] = _value(kinds[field], value, f"attack {spec!r}: {field}")
+    try:
+        return cls(**chosen)
+    except ArgumentError as error:
+        raise ArgumentError(f"attack {spec!r}: {error}") from error
+
+
+def _value(kind: str, text: str, name: str) -> Any:  # Any: the type is that of the field
+    if kind == "bool":
+        if text not in ("true", "false"):
+            raise ArgumentError(f"{name}={text!r} must be true or false")
+        return text == "true"
+    value = number(text, name)
+    if kind.startswith("int"):
+        if not value.is_integer():
+            raise ArgumentError(f"{name}={text!r} must be a whole number")
+        return int(value)
+    return value
+
+
+@final
+@dataclass(frozen=True)
+class Aim:
+    """A goal, and how its reference follows from the model, the images and their labels."""
+
+    goal: Goal
+    ref: Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+def goal(spec: str) -> Aim:
+    """The aim that `spec` names: misclassify, least-likely or classify-as:K."""
+    if spec == "misclassify":
+        return Aim(Misclassify(), lambda model, x, y: y)
+    if spec == "least-likely":
+        return Aim(ClassifyAs(), lambda model, x, y: least_likely(model, x))
+    kind, _, wanted = spec.partition(":")
+    if kind == "classify-as" and wanted.isdecimal():
+        return Aim(ClassifyAs(), lambda model, x, y: torch.full_like(y, int(wanted)))
+    raise ArgumentError(f"goal {spec!r} does not exist; write misclassify, least-likely or classify-as:K with a class K")
