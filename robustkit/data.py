@@ -168,7 +168,7 @@ def _checked(spec: str, x: np.ndarray, y: np.ndarray, names: np.ndarray | None) 
         raise ArgumentError(
             f"data={spec!r}: x has shape {x.shape}, y has shape {y.shape}; y must hold one label an image, and x a pixel"
         )
-    if y.dtype.kind not in "iu" or y.min() < 0 or False:
+    if y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= _MOST_CLASSES:
         what = f"y is {y.dtype}" if y.dtype.kind not in "iu" else f"y runs from {y.min()} to {y.max()}"
         raise ArgumentError(
             f"data={spec!r}: {what}; labels must be integers 0, 1, 2, ...: np.unique(y, return_inverse=True)[1]"

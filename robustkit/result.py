@@ -10,7 +10,7 @@ from typing import final
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from robustkit.errors import ArgumentError
@@ -85,7 +85,7 @@ class Result:
         """Write everything to one safetensors file."""
         told = {kind: [asdict(item) for item in getattr(self, kind)] for kind in ("flags", "notes", "stages")}
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
-        save_file(tensors, path, metadata={"robustkit": json.dumps(told)})
+        Path(path).write_bytes(save(tensors, metadata={"robustkit": json.dumps(told)}))
 
     @classmethod
     def load(cls, path: str | Path) -> Result:

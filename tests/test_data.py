@@ -242,8 +242,8 @@ def tensors():
     return torch.full((3, 1, 2, 2), 0.5, requires_grad=True), torch.tensor(LABELS)
 
 def arrays():
-    import beside_{tag}
-    return np.full((3, 2, 2), 51, dtype=np.uint8), beside_{tag}.LABELS
+    from later_{tag} import LABELS
+    return np.full((3, 2, 2), 51, dtype=np.uint8), LABELS
 
 def ragged():
     return [[1.0], [1.0, 2.0]], [0, 1]
@@ -264,7 +264,8 @@ def factories(tmp_path, monkeypatch):
     folder = tmp_path / "a: folder"
     folder.mkdir()
     tag = tmp_path.name.replace("-", "_")
-    (folder / f"beside_{tag}.py").write_text("LABELS = [0, 1, 1]\n")
+    for beside in ("beside", "later"):
+        (folder / f"{beside}_{tag}.py").write_text("LABELS = [0, 1, 1]\n")
     (folder / "mine.py").write_text(FACTORIES.format(tag=tag))
     return f"{folder}/mine.py"
 

@@ -1,6 +1,7 @@
 """Functions by name: files, modules, and errors that say which of the two is wrong."""
 
 import dataclasses
+import pickle
 import sys
 
 import pytest
@@ -10,9 +11,12 @@ from robustkit.errors import ArgumentError
 
 
 @pytest.fixture(autouse=True)
-def _clean(monkeypatch):
+def _clean():
     """Modules that a test imports are forgotten after it."""
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
 
 
 def test_a_function_of_an_installed_module_is_found():
@@ -33,9 +37,11 @@ def test_files_of_one_name_do_not_meet(tmp_path):
     functions = []
     for number in (1, 2):
         (tmp_path / str(number)).mkdir()
-        (tmp_path / str(number) / "model.py").write_text(f"def number():\n    return {number}\n")
-        functions.append(load_factory(f"{tmp_path}/{number}/model.py:number"))
-    assert [function() for function in functions] == [1, 2]
+        (tmp_path / str(number) / "model.py").write_text(f"class Number:\n    value = {number}\n")
+        functions.append(load_factory(f"{tmp_path}/{number}/model.py:Number"))
+    made = [function() for function in functions]
+    assert [number.value for number in made] == [1, 2]
+    assert [number.value for number in pickle.loads(pickle.dumps(made))] == [1, 2]
 
 
 def test_a_file_may_define_dataclasses(tmp_path):
