@@ -125,7 +125,7 @@ def _finished(problem: Problem, x_adv: Tensor, like: Tensor) -> Tensor:
     """`x_adv` inside the threat, detached, in the type of `like`."""
     if x_adv.shape != problem.x.shape:
         raise ShapeError(f"the attack returned shape {tuple(x_adv.shape)} for inputs {tuple(problem.x.shape)}")
-    x_adv = x_adv.detach()
+    x_adv = torch.where(x_adv.isnan(), problem.x, x_adv).detach()  # not a number is no image: a lost search ends at x
     inside = problem.threat.contains(x_adv, problem.x)
     if not inside.all():
         outside = (~inside).reshape(-1, *[1] * (x_adv.dim() - 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, final
 
 import torch
@@ -50,6 +50,12 @@ class Goal(ABC):
         """
         return [(self, ref)]
 
+    def __repr__(self) -> str:
+        """The recipe: functions by their names, so that it reads the same in every process."""
+        given = [f"{f.name}={value.__name__ if callable(value) else repr(value)}" for f in fields(self)  # type: ignore[arg-type]
+                 if (value := getattr(self, f.name)) != f.default]  # fmt: skip
+        return f"{type(self).__name__}({', '.join(given)})"
+
     def check(self, out: Out, ref: Tensor) -> None:
         """Refuse an output or a reference that this goal cannot read; called once a run, so it may be thorough.
 
@@ -60,7 +66,7 @@ class Goal(ABC):
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Misclassify(Goal):
     """Any class but the right one. `ref`: the right classes, (N,) int64.
 
@@ -91,7 +97,7 @@ class Misclassify(Goal):
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ClassifyAs(Goal):
     """One wanted class. `ref`: the wanted classes, (N,) int64.
 

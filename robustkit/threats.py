@@ -130,6 +130,10 @@ class Threat(ABC):
         return torch.where(flat(grad) > 0, self.bounds[1] - x, x - self.bounds[0]).clamp(min=0)
 
     @final
+    def _eps_row(self, x: Tensor) -> float | Tensor:
+        return self.eps.to(x) if isinstance(self.eps, Tensor) else self.eps
+
+    @final
     def _eps_column(self, x: Tensor) -> Tensor:
         return torch.as_tensor(self.eps, dtype=torch.float64, device=x.device).reshape(-1, 1).expand(len(x), 1)
 
@@ -186,7 +190,7 @@ class L2(Threat):
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Shrunk to the ball, then cut to the box: inside both, though not always the nearest point of both."""
         delta = x_adv - x
-        shrink = (self._eps_column(x)[:, 0] / norm(delta, 2).clamp(min=1e-12)).clamp(max=1.0)
+        shrink = (self._eps_row(x) / _length(delta)).clamp(max=1.0)
         return self.clamp(x + delta * as_rows(shrink, x))
 
     def steepest(self, grad: Tensor, x: Tensor) -> Tensor:
@@ -198,9 +202,11 @@ class L2(Threat):
 
     def move(self, grad: Tensor, x_adv: Tensor, x: Tensor, length: float | Tensor) -> Tensor:
         """Along the gradient."""
-        # Dividing by the largest entry first keeps tiny gradients from vanishing when they are squared.
-        grad = grad / as_rows(amax(grad).clamp(min=torch.finfo(grad.dtype).tiny), grad)
-        return x_adv + grad * as_rows(torch.as_tensor(length, device=x.device) / norm(grad, 2).clamp(min=1e-12), x)
+        largest = amax(grad)
+        # Gradients whose squares would vanish or overflow are scaled first; all others keep the bits of other libraries.
+        extreme = (largest > 0) & ((largest < 1e-10) | (largest > 1e10))
+        grad = grad / as_rows(torch.where(extreme, largest, torch.ones_like(largest)), grad)
+        return x_adv + as_rows(length, x) * (grad * as_rows(1 / _length(grad), grad))
 
     def sample(self, x: Tensor, noise: Noise) -> Tensor:
         """Uniform in the ball (a random direction, a radius of density r^(D-1)), cut to the box."""
@@ -319,6 +325,11 @@ class Pixels(Threat):
         within = torch.arange(most, device=x.device) < self._eps_column(x)
         chosen = torch.zeros_like(flat(value)).scatter(1, top.indices, ((top.values > 0) & within).double())
         return torch.where(chosen.reshape(value.shape).unsqueeze(1) > 0, x_adv, x)
+
+
+def _length(x: Tensor) -> Tensor:
+    """The Euclidean length of each row, (N,), in the operations and the type of other libraries; never quite zero."""
+    return flat(x).square().sum(1).sqrt().clamp(min=1e-12)
 
 
 def _image(x: Tensor) -> Tensor:

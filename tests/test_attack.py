@@ -152,3 +152,13 @@ def test_an_attack_that_leaves_the_threat_is_brought_back():
 
     result = Leaves()(NET, X, Y, threat=Linf(0.1), goal=Misclassify())
     assert Linf(0.1).contains(result.x_adv, X).all()
+
+
+def test_not_a_number_is_no_adversarial_image():
+    class Lost(Attack):
+        def run(self, problem):
+            return problem.x * math.nan
+
+    result = Lost()(NET, X, Y, threat=Linf(0.1), keep="last")
+    assert torch.equal(result.x_adv, X)
+    assert not result.success.any()

@@ -64,3 +64,10 @@ def test_least_likely_is_the_smallest_logit_in_evaluation_mode():
     assert net.training
     assert torch.equal(torch.get_rng_state(), state)
     assert least_likely(net, x[:0]).shape == (0,)
+
+
+def test_repr_is_a_recipe():
+    from robustkit.losses import margin
+
+    assert repr(Misclassify()) == "Misclassify()"
+    assert repr(ClassifyAs(margin)) == "ClassifyAs(surrogate=margin)"

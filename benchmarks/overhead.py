@@ -1,0 +1,224 @@
+"""What does the interface cost? PGD-40 here, in a hand-written loop, in foolbox and in ART; time, and memory against N.
+
+    make overhead            or            OMP_NUM_THREADS=1 python -m benchmarks.overhead [--colour FILE.npz]
+
+Every figure is the median of paired runs on one thread: in each round all contestants run once, in an order that turns.
+The result goes to benchmarks/results/overhead.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from robustkit import PGD, Linf, Result, Target, data, zoo
+
+RESULT = Path(__file__).parent / "results" / "overhead.json"
+STEPS, BATCH, IMAGES, ROUNDS = 40, 128, 256, 15
+Contestants = dict[str, Callable[[], object]]
+
+
+class Residual(nn.Module):
+    """A small residual net for 32 x 32 colours: three stages of two blocks, 16 to 64 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        widths = [(16, 16, 1), (16, 16, 1), (16, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1)]
+        self.blocks = nn.ModuleList(self._block(*width) for width in widths)
+        self.short = nn.ModuleList(nn.Conv2d(a, b, 1, stride=s, bias=False) if a != b else nn.Identity() for a, b, s in widths)
+        self.head = nn.Linear(64, 10)
+
+    @staticmethod
+    def _block(before: int, after: int, stride: int) -> nn.Module:
+        return nn.Sequential(
+            nn.BatchNorm2d(before), nn.ReLU(), nn.Conv2d(before, after, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(after), nn.ReLU(), nn.Conv2d(after, after, 3, padding=1, bias=False),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (N, 3, 32, 32) -> logits (N, 10)."""
+        h = self.stem(x)
+        for block, short in zip(self.blocks, self.short, strict=True):
+            h = short(h) + block(h)
+        logits: Tensor = self.head(h.mean((2, 3)))
+        return logits
+
+
+def hand_written(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
+    """The loop that people write: no counting, no judging on the way; one pass at the end to know what succeeded."""
+    step, wrong = 2.5 / STEPS * eps, []
+    for x0, y0 in zip(x.split(BATCH), y.split(BATCH), strict=True):
+        x_adv = (x0 + torch.empty_like(x0).uniform_(-eps, eps)).clamp(0, 1)
+        for _ in range(STEPS):
+            x_adv.requires_grad_()
+            loss = nn.functional.cross_entropy(model(x_adv), y0, reduction="sum")
+            (grad,) = torch.autograd.grad(loss, x_adv)
+            x_adv = x_adv.detach() + step * grad.sign()
+            x_adv = (x0 + (x_adv - x0).clamp(-eps, eps)).clamp(0, 1)
+        with torch.no_grad():
+            wrong.append(model(x_adv).argmax(1) != y0)
+    return torch.cat(wrong)
+
+
+def ours(model: nn.Module, x: Tensor, y: Tensor, eps: float, keep: Any) -> Result:
+    """The same through the package."""
+    return PGD(steps=STEPS)(Target(model, batch_size=BATCH), x, y, threat=Linf(eps), keep=keep)
+
+
+def foolbox(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> np.ndarray:
+    """The same through foolbox, in the same batches."""
+    import foolbox as fb
+
+    attack, wrong = fb.attacks.LinfPGD(rel_stepsize=2.5 / STEPS, steps=STEPS), []
+    wrapped = fb.PyTorchModel(model, bounds=(0, 1), device=x.device)
+    for x0, y0 in zip(x.split(BATCH), y.split(BATCH), strict=True):
+        wrong.append(attack(wrapped, x0, y0, epsilons=eps)[2])
+    return torch.cat(wrong).numpy()
+
+
+def art(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> np.ndarray:
+    """The same through ART, in the same batches."""
+    from art.attacks.evasion import ProjectedGradientDescent
+    from art.estimators.classification import PyTorchClassifier
+
+    wrapped = PyTorchClassifier(model, nn.CrossEntropyLoss(), tuple(x.shape[1:]), 10, clip_values=(0.0, 1.0), device_type="cpu")
+    attack = ProjectedGradientDescent(
+        wrapped, eps=eps, eps_step=2.5 / STEPS * eps, max_iter=STEPS, num_random_init=1, batch_size=BATCH, verbose=False
+    )
+    answer: np.ndarray = wrapped.predict(attack.generate(x.numpy(), y.numpy())).argmax(1) != y.numpy()
+    return answer
+
+
+def seconds(contestants: Contestants, rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """The time of each contestant in each round."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(-1, rounds):  # the first round warms up and does not count
+        names = list(contestants)[turn % 2 :: 1] + list(contestants)[: turn % 2]
+        for name in names:
+            start = time.perf_counter()
+            contestants[name]()
+            if turn >= 0:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def against(times: dict[str, list[float]], base: str) -> dict[str, float]:
+    """The median over the rounds of each contestant's time over that of `base` in the same round."""
+    return {name: round(median(t / b for t, b in zip(own, times[base], strict=True)), 3) for name, own in times.items()}
+
+
+def measure(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, Any]:
+    """All contestants on one model, and what leaving at the first success allows."""
+    leaving = ours(model, x, y, eps, "first")
+    # An image that is solved at its t-th query needs t of them; a loop that keeps it in the batch pays for all.
+    share = leaving.backwards.sum().item() / (STEPS * len(x))
+    times = seconds({
+        "loop": lambda: hand_written(model, x, y, eps),
+        "loop again": lambda: hand_written(model, x, y, eps),
+        "robustkit last": lambda: ours(model, x, y, eps, "last"),
+        "robustkit first": lambda: ours(model, x, y, eps, "first"),
+        "foolbox": lambda: foolbox(model, x, y, eps),
+        "art": lambda: art(model, x, y, eps),
+    })  # fmt: skip
+    success = {
+        "loop": hand_written(model, x, y, eps).float().mean().item(),
+        "robustkit last": ours(model, x, y, eps, "last").success.float().mean().item(),
+        "robustkit first": leaving.success.float().mean().item(),
+        "foolbox": float(foolbox(model, x, y, eps).mean()),
+        "art": float(art(model, x, y, eps).mean()),
+    }
+    ratio = against(times, "loop")
+    return {
+        "eps": eps, "images": len(x), "median_seconds": {name: round(median(t), 4) for name, t in times.items()},
+        "over_loop": ratio, "success": {name: round(rate, 4) for name, rate in success.items()},
+        "image_steps_needed": round(share, 4), "allowed_over_loop": round(share, 4),
+        "faster_than_foolbox": round(1 / against(times, "foolbox")["robustkit first"], 2),
+        "faster_than_art": round(1 / against(times, "art")["robustkit first"], 2),
+    }  # fmt: skip
+
+
+def memory(n: int, attacked: bool) -> float:
+    """Peak memory in MiB of a process that holds n digits and their result, and attacks them or not."""
+    command = [sys.executable, "-m", "benchmarks.overhead", "--child", str(n), *(["--attacked"] if attacked else [])]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def child(n: int, attacked: bool) -> None:
+    """The inside of `memory`."""
+    torch.set_num_threads(1)
+    model, digits = zoo.load("mnist-cnn"), data.load("mnist-5k")
+    x, y = digits.x.repeat(-(-n // 1000), 1, 1, 1)[:n], digits.y.repeat(-(-n // 1000))[:n]
+    PGD(steps=2)(model, x[:BATCH], y[:BATCH], threat=Linf(0.1))  # what the model itself needs
+    if attacked:
+        PGD(steps=2)(model, x, y, threat=Linf(0.1))
+    else:
+        torch.cat([x[i : i + BATCH] + 1 for i in range(0, n, BATCH)])  # the result alone, put together from parts
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def colours(path: str | None) -> tuple[Tensor, Tensor]:
+    """Real colour images 32 x 32: those of a file, or the 20 that foolbox ships."""
+    if path:
+        part = data.load(f"npz:{path}").part(0, IMAGES)
+        return part.x, part.y
+    import foolbox as fb
+
+    images, labels = fb.samples(fb.PyTorchModel(nn.Identity(), bounds=(0, 1)), dataset="cifar10", batchsize=20)
+    return images.repeat(13, 1, 1, 1)[:IMAGES], labels.repeat(13)[:IMAGES].long()
+
+
+def main() -> None:
+    """Measure everything and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--colour", help="npz file with x (N, 32, 32, 3) bytes and y")
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--attacked", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        child(options.child, options.attacked)
+        return
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    digits, (colour_x, colour_y) = data.load("mnist-5k").part(0, IMAGES), colours(options.colour)
+    net = Residual().eval()
+    extra = {n: round(memory(n, attacked=True) - memory(n, attacked=False), 1) for n in (1_000, 10_000, 100_000)}
+    result = {
+        "command": "python -m benchmarks.overhead" + (" --colour FILE.npz" if options.colour else ""),
+        "machine": {"processor": _processor(), "threads": 1, "python": platform.python_version(), "torch": torch.__version__},
+        "setting": {"steps": STEPS, "batch": BATCH, "images": IMAGES, "rounds": ROUNDS},
+        "mnist-cnn, standard": measure(zoo.load("mnist-cnn"), digits.x, digits.y, 0.1),
+        "mnist-cnn, robust": measure(zoo.load("mnist-cnn-robust"), digits.x, digits.y, 0.3),
+        "residual net, untrained, colours": measure(net, colour_x, colour_y, 8 / 255),
+        "memory beyond inputs and outputs, MiB, for N images": extra,
+    }
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    print(RESULT.read_text())
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    return names[0] if names else platform.processor()
+
+
+if __name__ == "__main__":
+    main()
