@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import pickle
 import random
@@ -19,9 +20,24 @@ Mode = Literal["eval", "train", "as-is"]
 
 
 def module_of(fn: Callable[..., Any]) -> nn.Module | None:
-    """The module that `fn` is, or is a bound method of."""
-    owner = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None) if inspect.ismethod(fn) else None
-    return owner if isinstance(owner, nn.Module) else None
+    """The module behind a function: itself, the owner of a bound method, or what a plain function refers to.
+
+    A function that refers to several modules gets them in one list, so that all are held; one that hides its modules
+    deeper than in its own variables gets None.
+    """
+    if isinstance(fn, nn.Module):
+        return fn
+    if inspect.ismethod(fn) and isinstance(fn.__self__, nn.Module):
+        return fn.__self__
+    if isinstance(fn, functools.partial):
+        return module_of(fn.func)
+    if not inspect.isfunction(fn):
+        return None
+    seen = inspect.getclosurevars(fn)
+    values = [*seen.nonlocals.values(), *seen.globals.values()]
+    found = [v if isinstance(v, nn.Module) else getattr(v, "__self__", None) for v in values]
+    modules = list(dict.fromkeys(module for module in found if isinstance(module, nn.Module)))
+    return nn.ModuleList(modules) if len(modules) > 1 else next(iter(modules), None)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import ClassVar, Literal, TypeVar, final
 
 import torch
@@ -20,7 +21,7 @@ from robustkit.problem import Problem
 from robustkit.result import Result
 from robustkit.target import Fn, Target
 from robustkit.threats import Threat
-from robustkit.verdict import verdict
+from robustkit.verdict import told_in_float32, verdict
 
 __all__ = ["Attack"]
 
@@ -77,10 +78,10 @@ class Attack(ABC):
         flags = _flags(target)
         with target.held():
             parts, notes = _in_batches(solve, len(x), target.batch_size)
-        whole = Result.cat(parts)
-        object.__setattr__(whole, "flags", (*flags, *whole.flags))
-        object.__setattr__(whole, "notes", (*notes, *whole.notes))
-        return whole
+            whole = Result.cat(parts)
+            if x.element_size() < 4:
+                notes.append(told_in_float32(target, whole.x_adv, ref, goal, whole.success))
+        return replace(whole, flags=(*flags, *whole.flags), notes=(*notes, *whole.notes))
 
     @final
     def perturb(self, target: Target | nn.Module | Fn, x: Tensor, ref: Tensor, *, goal: Goal = Misclassify(),

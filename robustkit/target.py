@@ -26,7 +26,7 @@ class Target:
     Attributes:
         fn: The deployed behaviour, (N, *S) -> (N, ...). Success is always judged on it.
         module: The module whose mode is held and whose parameters are frozen during an attack; found by itself where
-            `fn` is a module or a bound method of one.
+            `fn` is a module, a bound method of one, or a function that refers to one by a variable of its own.
         views: Named functions that the adversary may differentiate instead of `fn` (straight-through estimates, short
             chains, surrogates). An attack follows the first; the default is `fn` itself.
         draws: Gradients averaged per query (expectation over transformations), for stochastic targets.

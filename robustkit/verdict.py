@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from copy import deepcopy
 
+import torch
+from torch import Tensor, nn
+
+from robustkit.goals import Goal
 from robustkit.keep import Kept
 from robustkit.ledger import Remark
 from robustkit.problem import Problem
+from robustkit.target import Target
 
-__all__ = ["FRESH_DRAWS", "SELECTION_DRAWS", "verdict"]
+__all__ = ["FRESH_DRAWS", "SELECTION_DRAWS", "told_in_float32", "verdict"]
 
 SELECTION_DRAWS = 16  # on which a stochastic target's candidates compete
 FRESH_DRAWS = 40  # on which the winner is scored; never searched, so that its rate is no winner's curse
@@ -66,6 +70,20 @@ def _of_unsteady(problem: Problem, x_adv: Tensor, lost: int) -> Verdict:
     # A rounding difference between batches settles on one answer; randomness that nobody declared does not.
     steady = bool(((rate == 0) | (rate == 1)).all())
     return x_adv, rate > 0.5, rate, [] if steady else [remark], [remark] if steady else []
+
+
+def told_in_float32(target: Target, x_adv: Tensor, ref: Tensor, goal: Goal, success: Tensor) -> Remark:
+    """How the successes of a half-precision model, (N,) bool, fare with the same weights in float32.
+
+    Only a target that is a module itself can be copied to float32; of others it is told that nobody looked.
+    """
+    told = f"judged in {str(x_adv.dtype).removeprefix('torch.')}"
+    if not isinstance(target.fn, nn.Module):
+        return Remark("half-precision", told + "; the target is no plain module, so float32 was not tried")
+    with torch.no_grad():
+        held_up = goal.success(deepcopy(target.fn).float()(x_adv.float()), ref) & success
+    return Remark("half-precision", f"{told}; with the same weights in float32 {int(held_up.sum())} of {int(success.sum())} "
+                  "successes hold")  # fmt: skip
 
 
 def _rate(problem: Problem, x_adv: Tensor, draws: int) -> Tensor:

@@ -28,5 +28,4 @@ def cases(request):
 
 def pytest_terminal_summary(terminalreporter, config):
     if config.stash.get(COUNT, 0):
-        terminalreporter.write_line(f"{config.stash[COUNT]:,} generated cases over the laws, none violated" if not
-                                    terminalreporter.stats.get("failed") else "a law was violated")  # fmt: skip
+        terminalreporter.write_line(f"{config.stash[COUNT]:,} generated cases over the laws")

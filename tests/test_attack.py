@@ -93,6 +93,11 @@ def test_types_follow_the_input():
     assert result.x_adv.dtype == torch.bfloat16
     assert torch.equal(result.success, half(result.x_adv).argmax(1) != half(x).argmax(1))
     assert (result.size <= 1.0).all()
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    wide.load_state_dict({name: value.float() for name, value in half.state_dict().items()})
+    hold = ((wide(result.x_adv.float()).argmax(1) != half(x).argmax(1)) & result.success).sum()
+    assert f"judged in bfloat16; with the same weights in float32 {hold} of {result.success.sum()}" in result.notes[0].why
+    assert next(half.parameters()).dtype == torch.bfloat16
 
 
 def test_one_eps_an_example():
@@ -162,3 +167,11 @@ def test_not_a_number_is_no_adversarial_image():
     result = Lost()(NET, X, Y, threat=Linf(0.1), keep="last")
     assert torch.equal(result.x_adv, X)
     assert not result.success.any()
+
+
+def test_a_module_behind_a_function_is_held_too():
+    net = nn.Sequential(NET, nn.BatchNorm1d(3)).train()
+    result = attack(net=lambda x: net(x), by=PGD(steps=3))
+    assert [flag.name for flag in result.flags] == ["train-mode"]
+    assert torch.equal(net[1].running_mean, torch.zeros(3))
+    assert net[1].training

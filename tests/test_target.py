@@ -1,4 +1,5 @@
 import contextlib
+import functools
 
 import pytest
 import torch
@@ -23,6 +24,10 @@ def test_the_module_is_found_behind_a_bound_method():
     assert Target(coder.encode).module is coder
     assert Target(lambda x: x).module is None
     assert Target(lambda x: x, module=coder).module is coder
+    assert Target(lambda x: coder.encode(x)).module is coder
+    other, encode = Coder(), coder.encode
+    assert set(Target(lambda x: other.encode(encode(x))).module) == {other, coder}
+    assert Target(functools.partial(coder.encode)).module is coder
     target = Target(coder.encode)
     assert Target.of(target) is target
 

@@ -34,12 +34,19 @@ def test_every_installed_library_agrees_on_a_trained_network(rows):
     assert [row for row in rows if not row.ok] == []
 
 
-def test_linf_equals_foolbox_bit_for_bit_on_the_shipped_network():
-    part = data.load("mnist-5k").part(limit=256)
-    rows = crosscheck(zoo.load("mnist-cnn"), part.x, part.y, eps=(1 / 255, 8 / 255, 0.1, 0.3), eps_l2=(), libraries=["foolbox"])
-    fixed = [row for row in rows if "random" not in row.attack]
-    assert [(row.verdict, row.largest, row.n) for row in fixed] == [("equal", 0.0, 256)] * 4 * 5
-    assert all(row.verdict == "same rate" for row in rows if row not in fixed)
+@pytest.mark.parametrize("name", zoo.names())
+def test_foolbox_agrees_on_the_shipped_models(name):
+    """256 real images: Linf bit for bit, L2 within a millionth on 99 %, random starts at the same rate."""
+    part = data.load(zoo.card(name).scores.data).part(limit=256)
+    rows = crosscheck(zoo.load(name), part.x, part.y, eps=(1 / 255, 8 / 255, 0.1, 0.3), eps_l2=(0.25,), libraries=["foolbox"])
+    random = [row for row in rows if "random" in row.attack]
+    linf = [row for row in rows if row.threat.startswith("linf") and row not in random]
+    assert [(row.verdict, row.largest, row.n) for row in linf] == [("equal", 0.0, 256)] * 4 * 5
+    l2 = [row for row in rows if row.threat.startswith("l2") and row not in random]
+    assert len(l2) == 4
+    assert all(row.verdict in ("equal", "close") and len(row.differing) <= 2 for row in l2)
+    assert len(random) == 5
+    assert all(row.verdict == "same rate" for row in random)
     assert 0 < sum(row.ours == 1 for row in rows) < len(rows)  # not all saturated
 
 
