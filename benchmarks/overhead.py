@@ -9,13 +9,14 @@ The result goes to benchmarks/results/overhead.json.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import platform
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -58,10 +59,16 @@ class Residual(nn.Module):
         return logits
 
 
+def batches(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images and labels, `BATCH` at a time."""
+    for first in range(0, len(x), BATCH):
+        yield x[first : first + BATCH], y[first : first + BATCH]
+
+
 def hand_written(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
     """The loop that people write: no counting, no judging on the way; one pass at the end to know what succeeded."""
     step, wrong = 2.5 / STEPS * eps, []
-    for x0, y0 in zip(x.split(BATCH), y.split(BATCH), strict=True):
+    for x0, y0 in batches(x, y):
         x_adv = (x0 + torch.empty_like(x0).uniform_(-eps, eps)).clamp(0, 1)
         for _ in range(STEPS):
             x_adv.requires_grad_()
@@ -81,11 +88,10 @@ def ours(model: nn.Module, x: Tensor, y: Tensor, eps: float, keep: Any) -> Resul
 
 def foolbox(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> np.ndarray:
     """The same through foolbox, in the same batches."""
-    import foolbox as fb
-
+    fb: Any = importlib.import_module("foolbox")
     attack, wrong = fb.attacks.LinfPGD(rel_stepsize=2.5 / STEPS, steps=STEPS), []
     wrapped = fb.PyTorchModel(model, bounds=(0, 1), device=x.device)
-    for x0, y0 in zip(x.split(BATCH), y.split(BATCH), strict=True):
+    for x0, y0 in batches(x, y):
         wrong.append(attack(wrapped, x0, y0, epsilons=eps)[2])
     return torch.cat(wrong).numpy()
 
@@ -175,8 +181,7 @@ def colours(path: str | None) -> tuple[Tensor, Tensor]:
     if path:
         part = data.load(f"npz:{path}").part(0, IMAGES)
         return part.x, part.y
-    import foolbox as fb
-
+    fb: Any = importlib.import_module("foolbox")
     images, labels = fb.samples(fb.PyTorchModel(nn.Identity(), bounds=(0, 1)), dataset="cifar10", batchsize=20)
     return images.repeat(13, 1, 1, 1)[:IMAGES], labels.repeat(13)[:IMAGES].long()
 

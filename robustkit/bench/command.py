@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import shlex
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import final
 
 from rich.console import Console
+from rich.text import Text
 
 from robustkit import data as real_data
 from robustkit.bench import console, folder
-from robustkit.bench.models import load_model
 from robustkit.bench.plan import Case, Plan, default_plan
 from robustkit.bench.record import Record
 from robustkit.bench.report import Picture
 from robustkit.bench.runner import run
+from robustkit.bench.subject import Subject
 from robustkit.errors import ArgumentError
 from robustkit.interop.crosscheck import crosscheck, table
 
@@ -37,6 +39,15 @@ class Request:
     batch_size: int = 100
     device: str = "cpu"
 
+    def command(self) -> str:
+        """The words that ask for the same again, in a new folder."""
+        words = ["robustkit", "bench"]
+        for option in fields(self):
+            value = getattr(self, option.name)
+            for item in value if isinstance(value, list) else [] if value == option.default else [value]:
+                words += ["--" + option.name.replace("_", "-"), str(item)]
+        return shlex.join(words)
+
 
 def plan_of(request: Request) -> Plan:
     """The plan of a request: the default one where no model is named, otherwise every combination of what is.
@@ -46,8 +57,8 @@ def plan_of(request: Request) -> Plan:
     """
     default = default_plan()
     models = request.model or list(dict.fromkeys(case.model for case in default.cases))
-    if request.model and not (request.data and request.threat):
-        missing = "--data" if not request.data else "--threat"
+    if request.model and (request.data is None or request.threat is None):
+        missing = "--data" if request.data is None else "--threat"
         raise ArgumentError(
             f"{missing} is missing; say on what and against what, for example: "
             f"robustkit bench --model {models[0]} --data mnist-5k --threat linf:0.1"
@@ -59,18 +70,17 @@ def plan_of(request: Request) -> Plan:
         pairs = list(dict.fromkeys((case.attack, case.goal) for case in default.cases))
     cases = [Case(model, threat, attack, goal) for model in models for threat in threats for attack, goal in pairs]
     return Plan(
-        tuple(dict.fromkeys(cases)), request.data or default.data, request.offset, request.limit, request.seed,
-        request.batch_size, request.device,
+        tuple(dict.fromkeys(cases)), default.data if request.data is None else request.data, request.offset, request.limit,
+        request.seed, request.batch_size, request.device,
     )  # fmt: skip
 
 
-def bench_command(request: Request, out: Path | None, command: str) -> None:
+def bench_command(request: Request, out: Path | None) -> None:
     """Run, show and write. Files are written after every case, so that an interrupted run leaves what was finished."""
     plan, screen = plan_of(request), Console()
-    target = folder.new_folder(out)
     records: list[Record] = []
     pictures: list[Picture] = []
-    try:
+    with folder.new_folder(out) as target:
         with console.live(screen) as bar:
             task = bar.add_task("preparing", total=None)
 
@@ -80,15 +90,13 @@ def bench_command(request: Request, out: Path | None, command: str) -> None:
             for outcome in run(plan, progress):
                 records.append(outcome.record)
                 pictures.extend(outcome.pictures)
-                folder.write(target, records, pictures, device=plan.device, command=command)
-    finally:
-        if not records:
-            target.rmdir()
-    screen.print(console.table(records))
-    screen.print(f"report: {target / 'report.html'}", highlight=False, soft_wrap=True)
+                folder.write(target, records, pictures, device=plan.device, command=request.command())
+        screen.print(console.table(records))
+        screen.print(Text(f"report: {target / 'report.html'}"), soft_wrap=True)
 
 
 def crosscheck_command(model: str, data: str, limit: int) -> None:
     """Compare with the other installed libraries and print the table."""
+    plan = Plan((Case(model, "linf:0.1", "pgd"),), data, limit=limit)
     part = real_data.load(data).part(0, limit)
-    Console().print(table(crosscheck(load_model(model), part.x, part.y)))
+    Console().print(table(crosscheck(Subject(model, part, plan).model, part.x, part.y)))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,22 +23,27 @@ __all__ = ["SCHEMA", "environment", "new_folder", "write"]
 SCHEMA = 1
 
 
-def new_folder(out: Path | None) -> Path:
-    """An empty folder for a run; default one of the present date and time under runs/.
+@contextmanager
+def new_folder(out: Path | None) -> Iterator[Path]:
+    """A new folder for a run; default one of the present date and time under runs/. It goes again if it stays empty.
 
     Raises:
-        ArgumentError: It exists and is not empty, or cannot be written.
+        ArgumentError: It exists, or cannot be made.
     """
     folder = out if out is not None else Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
     try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ArgumentError(f"out={str(folder)!r} exists; nothing is overwritten: name a new folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
+        made = [part for part in (folder, *folder.parents) if not part.exists()]
+        folder.mkdir(parents=True)
+    except FileExistsError as error:
+        raise ArgumentError(f"out={str(folder)!r} exists; nothing is overwritten: name a new folder") from error
     except OSError as error:
-        raise ArgumentError(f"out={str(folder)!r} cannot be written ({error.strerror}); name another folder") from error
-    return folder
+        raise ArgumentError(f"out={str(folder)!r} cannot be made ({error.strerror}); name another folder") from error
+    try:
+        yield folder
+    finally:
+        with suppress(OSError):  # not empty, as it should be
+            for part in made:
+                part.rmdir()
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -68,5 +74,8 @@ def write(folder: Path, records: Sequence[dict[str, Any]], pictures: Sequence[Pi
 
 def _replace(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text, encoding="utf-8", errors="surrogateescape")
-    os.replace(aside, path)
+    try:
+        aside.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may hold what is no Unicode
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

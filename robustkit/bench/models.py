@@ -33,41 +33,46 @@ def load_model(spec: str, device: str = "cpu") -> nn.Module:
         ArgumentError: Nothing of that name, a factory that fails or returns no module, or weights that do not fit.
         MissingExtraError: torchvision or timm is not installed.
     """
+    _check_device(device)
     name, at, weights = spec.partition("@weights=")
     model = _made(name)
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model {name!r} returned {type(model).__name__}; a factory must return a torch nn.Module")
     if at:
         _fill(model, Path(weights), spec)
-    try:
-        return model.to(device).eval()
-    except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(
-            f"device={device!r} cannot be used ({_line(error)}); write cpu, or cuda where there is one"
-        ) from error
+    return model.to(device).eval()
 
 
 def model_hash(model: nn.Module) -> str:
     """The first 16 hexadecimal digits of the SHA-256 of the names and bytes of all weights and buffers."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, Tensor):  # what a model adds by get_extra_state may be any object
+            continue
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
+def _check_device(device: str) -> None:
+    kind, _, index = device.partition(":")
+    known = kind in ("cpu", "cuda") and (index.isdecimal() or device == kind)
+    have = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not known or (kind == "cuda" and int(index or 0) >= have):
+        there = f"cpu or cuda (this machine has {have}: cuda:N with N below {have})" if have else "cpu: there is no cuda here"
+        raise ArgumentError(f"device={device!r} cannot be used; write {there}")
+
+
 def _made(name: str) -> Any:  # Any: a factory may return what it likes
     kind, _, rest = name.partition(":")
-    if kind == "zoo":
-        return zoo.load(rest)
     if kind in ("torchvision", "timm"):
         return _pretrained(kind, rest)
     if ":" not in name:
         raise ArgumentError(f"model {name!r} does not exist; write {_FORMS}")
     try:
-        return load_factory(name)()
+        return zoo.load(rest) if kind == "zoo" else load_factory(name)()
     except ArgumentError as error:
-        raise ArgumentError(f"model {error}") from error
+        raise ArgumentError(f"model {name!r}: {error}" if kind == "zoo" else f"model {error}") from error
 
 
 def _pretrained(library: str, name: str) -> nn.Module:

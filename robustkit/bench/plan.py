@@ -48,7 +48,7 @@ class Plan:
         for name, least in (("offset", 0), ("limit", 1), ("batch_size", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ArgumentError(f"{name}={value} must be at least {least}")
+                raise ArgumentError(f"{name}={value} must be at least {least}; leave it out for the default")
         if not self.cases:
             raise ArgumentError("the plan holds no case; name a model, a threat and an attack")
 

@@ -27,7 +27,10 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
 def make_record(case: Case, plan: Plan, *, access: str, result: Result, clean: NDArray[np.bool_], robust: NDArray[np.bool_],
                 seconds: float) -> Record:  # fmt: skip
-    """The record of a case.
+    """The record of a case. Rates are over all images; `median_size` is over those on which the attack succeeded.
+
+    An image on which the model was wrong anyway counts as a success of size 0 where the goal is to be wrong. Without any
+    success `median_size` is None.
 
     Args:
         case: What was asked.
@@ -54,11 +57,11 @@ def make_record(case: Case, plan: Plan, *, access: str, result: Result, clean: N
 
 
 def _once(remarks: Sequence[Remark]) -> list[dict[str, str]]:
-    """Each name once with its first evidence, and in how many blocks more it was found."""
+    """Each name once with its first evidence, and how often it was found with other evidence."""
     found: dict[str, list[Remark]] = {}
     for remark in remarks:
         found.setdefault(remark.name, []).append(remark)
-    more = {name: f" (and {len(all_) - 1} more blocks)" if len(all_) > 1 else "" for name, all_ in found.items()}
+    more = {name: f" (and {len(all_) - 1} more like it)" if len(all_) > 1 else "" for name, all_ in found.items()}
     return [asdict(Remark(name, all_[0].why + more[name])) for name, all_ in found.items()]
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustkit.attack import Attack
 from robustkit.attacks import FGSM, MIFGSM, PGD
 from robustkit.errors import ArgumentError
 from robustkit.goals import ClassifyAs, Goal, Misclassify, least_likely
+from robustkit.target import Fn
 from robustkit.threats import L1, L2, Linf, Pixels, Threat
 
 __all__ = ["Aim", "attack", "attack_names", "goal", "number", "threat"]
@@ -33,9 +36,13 @@ def number(text: str, name: str) -> float:
         ArgumentError: It is neither; `name` says what it was meant to be.
     """
     try:
-        return float(Fraction(text.strip()))
-    except (ValueError, ZeroDivisionError, OverflowError) as error:
-        raise ArgumentError(f"{name}={text!r} must be a number or a fraction such as 8/255") from error
+        # Not Fraction for decimals: it would write out all the digits of 1e999999999.
+        value = float(Fraction(text.strip())) if "/" in text else float(text)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise ArgumentError(f"{name}={text!r} must be a number or a fraction such as 8/255")
+    return value
 
 
 def threat(spec: str) -> Threat:
@@ -44,7 +51,8 @@ def threat(spec: str) -> Threat:
     for name, cls, _ in _THREATS:
         if kind == name and colon:
             value = number(eps, f"threat {spec!r}: eps")
-            return cls(int(value) if cls is Pixels and value.is_integer() else value)
+            with _named(f"threat {spec!r}"):
+                return cls(int(value) if cls is Pixels and value.is_integer() else value)
     raise ArgumentError(f"threat {spec!r} does not exist; write one of {', '.join(example for *_, example in _THREATS)}")
 
 
@@ -66,18 +74,18 @@ def attack(spec: str) -> Attack:
         raise ArgumentError(f"attack {name!r} does not exist; there are {', '.join(known)}")
     cls, preset = known[name]
     kinds = {field.name: str(field.type) for field in fields(cls)}  # type: ignore[arg-type]
-    chosen = dict(preset)
+    chosen: dict[str, Any] = {}
     for item in given.split(",") if given else []:
         field, equals, value = item.partition("=")
         if field not in kinds or not equals:
             raise ArgumentError(
                 f"attack {spec!r}: {item!r} is no field=value of {name}; its fields: {', '.join(kinds) or 'none'}"
             )
+        if field in chosen:
+            raise ArgumentError(f"attack {spec!r}: {field} is given twice; leave one out")
         chosen[field] = _value(kinds[field], value, f"attack {spec!r}: {field}")
-    try:
-        return cls(**chosen)
-    except ArgumentError as error:
-        raise ArgumentError(f"attack {spec!r}: {error}") from error
+    with _named(f"attack {spec!r}"):
+        return cls(**(preset | chosen))
 
 
 def _value(kind: str, text: str, name: str) -> Any:  # Any: the type is that of the field
@@ -93,22 +101,40 @@ def _value(kind: str, text: str, name: str) -> Any:  # Any: the type is that of 
     return value
 
 
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Errors of a constructor, with the words that led to it."""
+    try:
+        yield
+    except ArgumentError as error:
+        raise ArgumentError(f"{what}: {error}") from error
+
+
 @final
 @dataclass(frozen=True)
 class Aim:
-    """A goal, and how its reference follows from the model, the images and their labels."""
+    """A goal, and how its reference follows from the model, the images and their labels.
+
+    Attributes:
+        goal: What success is.
+        ref: From a model, images (N, C, H, W) of which at most the given number go through it at once, and labels (N,), to
+            what the goal compares with, (N,).
+        wanted: The one class that it names, or None.
+    """
 
     goal: Goal
-    ref: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    ref: Callable[[Fn, Tensor, Tensor, int], Tensor]
+    wanted: int | None = None
 
 
 def goal(spec: str) -> Aim:
     """The aim that `spec` names: misclassify, least-likely or classify-as:K."""
     if spec == "misclassify":
-        return Aim(Misclassify(), lambda model, x, y: y)
+        return Aim(Misclassify(), lambda model, x, y, batch_size: y)
     if spec == "least-likely":
-        return Aim(ClassifyAs(), lambda model, x, y: least_likely(model, x))
-    kind, _, wanted = spec.partition(":")
-    if kind == "classify-as" and wanted.isdecimal():
-        return Aim(ClassifyAs(), lambda model, x, y: torch.full_like(y, int(wanted)))
+        return Aim(ClassifyAs(), lambda model, x, y, batch_size: least_likely(model, x, batch_size=batch_size))
+    kind, _, text = spec.partition(":")
+    if kind == "classify-as" and text.isdecimal() and len(text) < 10:
+        wanted = int(text)
+        return Aim(ClassifyAs(), lambda model, x, y, batch_size: torch.full_like(y, wanted), wanted)
     raise ArgumentError(f"goal {spec!r} does not exist; write misclassify, least-likely or classify-as:K with a class K")

@@ -1,0 +1,120 @@
+"""The table on the terminal: every figure whole in 80 columns, alarms loud, names as they are."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from robustkit.bench import console
+
+RECORD = {
+    "model": "zoo:mnist-cnn", "data": "mnist-5k", "defence": None, "goal": "misclassify", "threat": "linf:0.3", "attack": "pgd",
+    "seed": 0, "n": 1000, "clean_accuracy": 0.981, "robust_accuracy": 0.1234, "success_rate": 0.8766, "low": 0.0711,
+    "high": 0.2022, "median_size": 0.3, "forwards": 41_500, "backwards": 40_000, "seconds": 12.34, "access": "white",
+    "flags": [], "notes": [],
+}  # fmt: skip
+WIDEST = {
+    "attack": "pgd:steps=1000,reach=2.5,step_size=0.00392156862745098,random_start=false", "threat": "linf:0.03137254901960784",
+    "goal": "classify-as:999999999", "robust_accuracy": 1.0, "low": 1.0, "high": 1.0, "success_rate": 1.0,
+    "forwards": 12_345_678, "backwards": 0, "seconds": 123_456.7,
+    "flags": [{"name": "an-alarm", "why": "do not believe it " * 20}],
+}  # fmt: skip
+
+
+def shown(*records, width=80, color=False):
+    file = io.StringIO()
+    screen = Console(width=width, file=file, force_terminal=color, color_system="standard" if color else None)
+    screen.print(console.table(records))
+    return file.getvalue()
+
+
+def rows(text):
+    return [line for line in text.splitlines() if " % interval" not in line and "–" in line]
+
+
+@pytest.mark.parametrize("record", [RECORD, RECORD | WIDEST])
+def test_it_fits_80_columns_with_every_figure_whole(record):
+    text = shown(record, record)
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "…" not in text
+    figures = [
+        f"{record['robust_accuracy']:.1%}", f"{record['low']:.1%} – {record['high']:.1%}", f"{record['success_rate']:.1%}",
+        f"{(record['forwards'] + record['backwards']) / 1000:,.1f}", f"{record['seconds']:,.1f}",
+    ]  # fmt: skip
+    assert len(rows(text)) == 2
+    for row in rows(text):
+        for figure in figures:
+            assert f" {figure} " in f" {row.strip()} "
+    for heading in ("threat", "attack", "robust", "95 % interval", "success", "cost", "seconds"):
+        assert heading in text
+    packed = "".join(text.split())
+    if record is RECORD:
+        assert "zoo:mnist-cnn: right on 98.1% of 1,000 images of mnist-5k" in text
+        assert rows(text)[0].split() == ["linf:0.3", "pgd", "12.3%", "7.1%", "–", "20.2%", "87.7%", "81.5", "12.3"]
+    else:
+        assert packed.count("!an-alarm") == 1
+        assert ("donotbelieveit" * 20) in packed
+
+
+def test_a_long_name_is_folded_and_not_cut():
+    lines = shown(RECORD | WIDEST).splitlines()
+    first = next(i for i, line in enumerate(lines) if "threat" in line)
+    end = next(i for i, line in enumerate(lines) if i > first and not line.strip())
+    starts = [lines[first].index(name) for name in ("threat", "attack")]
+    spoken = ["".join(line[start : start + 10].split("  ")[0].strip() for line in lines[first + 2 : end]) for start in starts]
+    assert spoken[0] == WIDEST["threat"]
+    assert spoken[1].replace(" ", "") == f"{WIDEST['attack']}→{WIDEST['goal']}!"
+
+
+@pytest.mark.parametrize("name", ["net[0].py:[bold]x[/bold]", "a:smile:b", "[/]", "back\\slash\\", "[link=file:x]y"])
+def test_names_are_shown_as_they_are(name):
+    record = RECORD | dict.fromkeys(("model", "data", "threat", "attack", "goal"), name)
+    record |= {"flags": [{"name": name, "why": name}], "notes": [{"name": f"note {name}", "why": name}]}
+    text = shown(record, width=250)
+    assert f"{name}: right on 98.1% of 1,000 images of {name}" in text
+    assert f"! {name}: {name}" in text
+    assert f"note {name}: {name}" in text
+    assert f"{name} → {name} !" in text
+
+
+def test_a_bar_shows_names_as_they_are():
+    file = io.StringIO()
+    with console.live(Console(width=200, file=file, force_terminal=True, color_system=None)) as bar:
+        bar.add_task("net[0].py:[bold]x[/bold] :smile:", total=1)
+    assert "net[0].py:[bold]x[/bold] :smile:" in file.getvalue()
+
+
+def test_a_bar_is_silent_where_there_is_no_terminal():
+    file = io.StringIO()
+    with console.live(Console(file=file)) as bar:
+        bar.advance(bar.add_task("x", total=1))
+    assert file.getvalue() == ""
+
+
+def test_flags_are_loud_and_told_once():
+    flags = [{"name": "masked", "why": "for this reason"}]
+    notes = [{"name": "fact", "why": "as it is"}]
+    loud, calm = RECORD | {"flags": flags, "attack": "apgd"}, RECORD | {"notes": notes}
+    plain, colored = shown(loud, calm, loud), shown(loud, calm, loud, color=True)
+    assert [" !" in row for row in rows(plain)] == [True, False, True]
+    assert plain.count("! masked: for this reason") == 1
+    assert plain.count("fact: as it is") == 1
+    assert "! fact" not in plain
+    assert "\x1b[1;31m! masked" in colored  # bold and red
+    assert colored.count("\x1b[1;31m !") == 2
+
+
+def test_each_model_has_a_table_and_goals_of_being_wrong_come_first():
+    other = RECORD | {"goal": "least-likely", "success_rate": 0.111}
+    text = shown(other, RECORD, RECORD | {"model": "second"}, width=120)
+    assert [line.split(":")[0] for line in text.splitlines() if "right on" in line] == ["zoo", "second"]
+    assert ["→ least-likely" in row for row in rows(text)] == [False, True, False]
+    assert text.count("95 % interval over") == 1
+
+
+def test_the_figure_that_counts_is_bold():
+    wrong, targeted = rows(shown(RECORD, RECORD | {"goal": "least-likely"}, width=120, color=True))
+    assert "\x1b[1m 12.3%" in wrong
+    assert "\x1b[2m  87.7%" in wrong
+    assert "\x1b[2m 12.3%" in targeted
+    assert "\x1b[1m  87.7%" in targeted

@@ -1,0 +1,90 @@
+"""A record: its interval, its median, what it remarks, and the keys and types that others read."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from robustkit.bench import Case, Plan
+from robustkit.bench.record import make_record, wilson
+from robustkit.ledger import Remark
+from robustkit.result import Result
+
+# The required keys of a record in the schema of results.json, and their JSON types there.
+KEYS = {
+    "model": str, "data": str, "defence": (str, type(None)), "goal": str, "threat": str, "attack": str, "seed": int, "n": int,
+    "clean_accuracy": float, "robust_accuracy": float, "success_rate": float, "low": float, "high": float,
+    "median_size": (float, type(None)), "forwards": int, "backwards": int, "seconds": float, "access": str, "flags": list,
+    "notes": list,
+}  # fmt: skip
+CASE = Case("m", "linf:0.1", "pgd", "least-likely")
+PLAN = Plan((CASE,), "digits", seed=4)
+
+
+def made(success, size, *, flat=0, flags=(), notes=(), clean=None, robust=None):
+    n = len(success)
+    ones = torch.ones(n, dtype=torch.int64)
+    result = Result(torch.zeros(n, 0), torch.tensor(success), ones.float(), torch.tensor(size, dtype=torch.float64),
+                    3 * ones, 2 * ones, flat * ones, tuple(flags), tuple(notes))  # fmt: skip
+    yes = np.ones(n, dtype=bool)
+    return make_record(CASE, PLAN, access="white", result=result, clean=yes if clean is None else np.array(clean),
+                       robust=yes if robust is None else np.array(robust), seconds=1.5)  # fmt: skip
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 100, 1000])
+def test_the_interval_is_wilsons_closed_formula(n):
+    z = 1.959963984540054
+    for k in {0, 1, n // 3, n // 2, n - 1, n}:
+        middle, spread = (k + z * z / 2) / (n + z * z), z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
+        low, high = wilson(k, n)
+        assert (low, high) == pytest.approx((middle - spread, middle + spread), abs=1e-12)
+        assert 0 <= low <= k / n <= high <= 1
+
+
+def test_a_record_holds_the_keys_of_the_schema_in_types_that_json_keeps():
+    flags, notes = [Remark("alarm", "for a reason")], [Remark("fact", "as it is")]
+    record = made([True, False], [0.1, 0.2], flags=flags, notes=notes, clean=[True, False], robust=[False, False])
+    assert {key: record[key] for key in KEYS} == record
+    for key, kind in KEYS.items():
+        assert isinstance(record[key], kind), key
+        assert not isinstance(record[key], bool), key
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+    told = {"model": "m", "data": "digits", "threat": "linf:0.1", "attack": "pgd", "goal": "least-likely", "seed": 4}
+    counted = {"n": 2, "clean_accuracy": 0.5, "robust_accuracy": 0.0, "success_rate": 0.5, "forwards": 6, "backwards": 4}
+    given = {"defence": None, "seconds": 1.5, "access": "white"}
+    assert record == record | told | counted | given
+    assert record["flags"] == [{"name": "alarm", "why": "for a reason"}]
+    assert record["notes"] == [{"name": "fact", "why": "as it is"}]
+
+
+@pytest.mark.parametrize(
+    ("success", "size", "median"),
+    [
+        ([True, False, True, True], [3.0, 100.0, 0.0, 1.0], 1.0), ([True, True], [1.0, 2.0], 1.5),
+        ([False, True], [0.0, 7.0], 7.0), ([False, False], [1.0, 2.0], None),
+    ],
+)  # fmt: skip
+def test_the_median_size_is_that_of_the_successes(success, size, median):
+    assert made(success, size)["median_size"] == median
+
+
+def test_rates_are_over_all_images():
+    record = made([True, False, False, False], [0.0] * 4, clean=[True, True, False, True], robust=[False, True, False, True])
+    assert (record["clean_accuracy"], record["robust_accuracy"], record["success_rate"]) == (0.75, 0.5, 0.25)
+    assert (record["low"], record["high"]) == wilson(2, 4)
+
+
+def test_a_remark_is_told_once_with_how_often_it_came_back():
+    flags = [Remark("a", "first"), Remark("b", "only"), Remark("a", "second"), Remark("a", "third")]
+    assert made([True], [0.1], flags=flags)["flags"] == [
+        {"name": "a", "why": "first (and 2 more like it)"},
+        {"name": "b", "why": "only"},
+    ]
+
+
+def test_gradients_without_signal_are_told():
+    assert made([True], [0.1])["notes"] == []
+    (note,) = made([True] * 3, [0.1] * 3, flat=1)["notes"]
+    assert note == {"name": "flat-gradients", "why": "50.0% of the gradient queries were zero or not finite, on 3 images"}

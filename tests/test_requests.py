@@ -1,0 +1,387 @@
+"""Malformed requests: exit code 2, one clear line that names the value and the way out, nothing written, nothing executed."""
+
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+from robustkit.cli import main
+
+NETS = """
+import torch
+from torch import nn
+
+number = 3
+instance = nn.Flatten()
+
+
+class Says(nn.Module):
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x):
+        return self.answer(x)
+
+
+def net():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+
+def mnist():
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+
+
+def stops(x):
+    raise KeyError("deep inside")
+
+
+def late(x):
+    if x.requires_grad:
+        raise ValueError("only under attack")
+    return x.flatten(1)[:, :10]
+
+
+def torn(x):
+    out = x.flatten(1)[:, :10].exp()
+    out += 1
+    return out
+
+
+def nothing(): return None
+def function(): return net
+def needs(size): return net()
+def broken(): raise OSError("no such thing")
+def raises(): return Says(stops)
+def hides(): return Says(late)
+def tears(): return Says(torn)
+def none(): return Says(lambda x: None)
+def pair(): return Says(lambda x: (x.flatten(1), x))
+def one_row(): return Says(lambda x: x.flatten(1)[:1, :10])
+def more_rows(): return Says(lambda x: torch.cat([x, x]).flatten(1)[:, :10])
+def one_column(): return Says(lambda x: x.flatten(1)[:, :1])
+def integers(): return Says(lambda x: (x * 16).long().flatten(1)[:, :10])
+def images(): return Says(lambda x: x)
+def three(): return Says(lambda x: x.flatten(1)[:, :3])
+def nan(): return Says(lambda x: x.flatten(1)[:, :10] * torch.nan)
+
+
+def data_of_text(): return "x", "y"
+def data_alone(): return torch.rand(3, 1, 8, 8)
+"""
+
+
+class Trap:
+    """What a pickle would do to whoever loads it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+X = np.random.default_rng(0).random((12, 1, 8, 8), dtype=np.float32)
+Y = np.arange(12) % 10
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Tiny models, weights and data, sound and unsound; in a folder with a space in its name."""
+    made = tmp_path_factory.mktemp("a folder")
+    (made / "nets.py").write_text(NETS)
+    (made / "import.py").write_text("raise RuntimeError('at import')")
+    (made / "file").write_text("mine")
+    weights(made)
+    arrays(made)
+    (made / "empty" / "class").mkdir(parents=True)
+    (made / "broken" / "class").mkdir(parents=True)
+    (made / "broken" / "class" / "image.png").write_text("no image")
+    for size in (4, 5):
+        (made / "sizes" / "class").mkdir(parents=True, exist_ok=True)
+        Image.new("L", (size, size)).save(made / "sizes" / "class" / f"{size}.png")
+    return made
+
+
+def weights(made):
+    sound = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).state_dict()
+    torch.save({"1.weight": Trap(made / "executed")}, made / "trap.pt")
+    (made / "trap.pth").write_bytes(pickle.dumps(Trap(made / "executed")))
+    (made / "trap.pkl").write_bytes(pickle.dumps(Trap(made / "executed")))
+    torch.save(sound, made / "cut.pt")
+    (made / "cut.pt").write_bytes((made / "cut.pt").read_bytes()[:-200])
+    save_file(sound, made / "cut.safetensors")
+    (made / "cut.safetensors").write_bytes((made / "cut.safetensors").read_bytes()[:-20])
+    (made / "text.safetensors").write_text("no weights at all")
+    save_file(nn.Linear(3, 2).state_dict(), made / "other.safetensors")
+    torch.save(nn.Flatten(), made / "whole.pt")
+
+
+def arrays(made):
+    trap = np.array([Trap(made / "executed")] * 12, dtype=object)
+    unsound = {
+        "objects": {"x": trap, "y": Y}, "object_labels": {"x": X, "y": trap}, "without_y": {"x": X},
+        "empty": {"x": X[:0], "y": Y[:0]},
+        "nan": {"x": np.where(X > 0.9, np.nan, X), "y": Y}, "bright": {"x": X * 255, "y": Y}, "shape": {"x": X[:, 0], "y": Y},
+        "double": {"x": X.astype(np.float64), "y": Y}, "lengths": {"x": X, "y": Y[:5]}, "negative": {"x": X, "y": Y - 1},
+        "labels": {"x": X, "y": Y + 7}, "real_labels": {"x": X, "y": Y + 0.5}, "sound": {"x": X, "y": Y},
+    }  # fmt: skip
+    for name, held in unsound.items():
+        np.savez(made / f"{name}.npz", **held)
+    np.save(made / "single.npy", X)
+    (made / "text.npz").write_text("no archive")
+    (made / "pickle.npz").write_bytes(pickle.dumps(Trap(made / "executed")))
+
+
+SOUND = {
+    "--model": "{}/nets.py:net",
+    "--data": "npz:{}/sound.npz",
+    "--threat": "linf:0.1",
+    "--attack": "fgsm",
+    "--out": "{}/out",
+}
+
+
+def model(name, *told):
+    return {"--model": f"{{}}/nets.py:{name}"}, told
+
+
+def filled(file, *told):
+    return {"--model": f"{{}}/nets.py:net@weights={{}}/{file}"}, (file, *told)
+
+
+def npz(name, *told):
+    return {"--data": f"npz:{{}}/{name}.npz"}, (f"{name}.npz", *told)
+
+
+def option(name, value, *told):
+    return {f"--{name}": value}, told
+
+
+ROWS = {
+    # models
+    "no such form": option("model", "resnet", "model 'resnet' does not exist", "zoo:NAME, path/to/file.py:factory"),
+    "no model": option("model", "", "model '' does not exist", "zoo:NAME"),
+    "unknown zoo name": option("model", "zoo:nope", "'zoo:nope'", "there are mnist-cnn, mnist-cnn-robust, digits-mlp"),
+    "no file": option("model", "{}/none.py:net", "none.py:net", "there is no file", "paths are relative to"),
+    "no module": option("model", "no.module:net", "'no.module:net'", "there is no module", "install it"),
+    "no function": model("nope", "nets.py:nope'", "has no function nope", "it has", "net"),
+    "not a function": model("number", "nets.py:number'", "has no function number"),
+    "no name": option("model", "{}/nets.py:", "nets.py:'", "must be path/to/file.py:name"),
+    "raises at import": option("model", "{}/import.py:net", "import.py", "RuntimeError: at import", "repair it"),
+    "raises when called": model("broken", "nets.py:broken'", "OSError: no such thing", "repair it"),
+    "needs arguments": model("needs", "nets.py:needs'", "size", "called without arguments"),
+    "an instance": model("instance", "nets.py:instance'", "called without arguments"),
+    "returns None": model("nothing", "nets.py:nothing'", "returned NoneType", "must return a torch nn.Module"),
+    "returns a function": model("function", "nets.py:function'", "returned function", "must return a torch nn.Module"),
+    "raises in forward": model("raises", "nets.py:raises'", "KeyError", "deep inside", "(12, 1, 8, 8)", "must take what"),
+    "raises under attack": model("hides", "nets.py:hides'", "ValueError", "only under attack", "must take what"),
+    "raises in its gradient": model("tears", "nets.py:tears'", "gradient", "RuntimeError", "must be differentiable"),
+    "says None": model("none", "nets.py:none'", "returned NoneType", "needs one tensor of logits (N, C)"),
+    "says a pair": model("pair", "nets.py:pair'", "returned tuple", "needs one tensor of logits (N, C)"),
+    "says one row": model("one_row", "nets.py:one_row'", "12 images", "(1, 10)", "must return logits"),
+    "says more rows": model("more_rows", "nets.py:more_rows'", "12 images", "(24, 10)", "must return logits"),
+    "says one column": model("one_column", "nets.py:one_column'", "(12, 1)", "logits (N, C), C >= 2"),
+    "says integers": model("integers", "nets.py:integers'", "torch.int64", "needs logits"),
+    "says images": model("images", "nets.py:images'", "(12, 1, 8, 8)", "needs logits"),
+    "has too few classes": model("three", "nets.py:three'", "labels run from 0 to 9", "must lie in [0, 3)"),
+    "wants other images": model("mnist", "nets.py:mnist'", "(12, 1, 8, 8)", "must take what the data holds"),
+    "a model of other data": option("model", "zoo:mnist-cnn", "zoo:mnist-cnn", "(12, 1, 8, 8)", "must take what the data"),
+    # weights
+    "no weights": filled("none.pt", "there is no weights file", "paths are relative to"),
+    "a pickle by name": filled("trap.pkl", "must end in .safetensors, .pt or .pth"),
+    "a pickle inside": filled("trap.pt", "save the state_dict() alone"),
+    "a bare pickle": filled("trap.pth", "save the state_dict() alone"),
+    "a whole module": filled("whole.pt", "save the state_dict() alone"),
+    "half a .pt": filled("cut.pt", "broken", "save the state_dict() alone"),
+    "half a .safetensors": filled("cut.safetensors", "no readable safetensors file"),
+    "text as weights": filled("text.safetensors", "no readable safetensors file"),
+    "weights of another": filled("other.safetensors", "does not fit the model", "1.weight"),
+    "weights of a folder": filled("empty", "there is no weights file"),
+    # data
+    "unknown data": option("data", "nope", "data='nope'", "give mnist-5k"),
+    "no data": option("data", "", "data=''", "give mnist-5k"),
+    "no archive": npz("none", "there is no file", "paths are relative to"),
+    "objects": npz("objects", "nothing pickled is ever loaded", "np.savez"),
+    "object labels": npz("object_labels", "nothing pickled is ever loaded"),
+    "a pickle as data": npz("pickle", "nothing pickled is ever loaded"),
+    "text as data": npz("text", "cannot be read", "np.savez"),
+    "one array": option("data", "npz:{}/single.npy", "single.npy", "single array", "np.savez"),
+    "without labels": npz("without_y", "has no array y", "np.savez"),
+    "NaN": npz("nan", "nan", "in [0, 1]"),
+    "bytes as floats": npz("bright", "in [0, 1]", "scale it"),
+    "a lost axis": npz("shape", "(12, 8, 8)", "(N, C, H, W)"),
+    "doubles": npz("double", "float64", "float32 (N, C, H, W)"),
+    "no images": npz("empty", "(0, 1, 8, 8)", "one label an image"),
+    "lengths differ": npz("lengths", "(12, 1, 8, 8)", "(5,)", "one label an image"),
+    "negative labels": npz("negative", "-1", "labels must be integers 0, 1, 2"),
+    "real labels": npz("real_labels", "float64", "labels must be integers 0, 1, 2"),
+    "labels beyond the classes": npz("labels", "from 7 to 16", "has 10 classes", "must lie in [0, 10)"),
+    "no folder": option("data", "folder:{}/none", "none", "there is no folder"),
+    "an empty folder": option("data", "folder:{}/empty", "empty", "one sub-folder of images for each class"),
+    "a broken image": option("data", "folder:{}/broken", "image.png", "move it"),
+    "images of two sizes": option("data", "folder:{}/sizes", "4x4", "5x5", "resize them"),
+    "text from a factory": option("data", "{}/nets.py:data_of_text", "data_of_text", "x has shape ()"),
+    "no pair from a factory": option("data", "{}/nets.py:data_alone", "data_alone", "must return a pair (x, y)"),
+    # threats
+    "unknown norm": option("threat", "l3:1", "'l3:1'", "linf:8/255, l2:0.5"),
+    "no eps": option("threat", "linf", "'linf'", "linf:8/255"),
+    "empty eps": option("threat", "linf:", "eps=''", "such as 8/255"),
+    "eps of zero": option("threat", "linf:0", "'linf:0'", "above 0"),
+    "negative eps": option("threat", "l2:-0.5", "'l2:-0.5'", "above 0"),
+    "eps of one to zero": option("threat", "l2:1/0", "'1/0'", "such as 8/255"),
+    "eps in words": option("threat", "l1:much", "'much'", "such as 8/255"),
+    "infinite eps": option("threat", "l2:inf", "'inf'", "such as 8/255"),
+    "eps in bytes": option("threat", "linf:8", "'linf:8'", "divide by 255"),
+    "half a pixel": option("threat", "pixels:1.5", "1.5", "whole number"),
+    "more pixels than there are": option("threat", "pixels:65", "'pixels:65'", "64 locations", "take fewer"),
+    "far more pixels": option("threat", "pixels:1e30", "'pixels:1e30'", "64 locations", "take fewer"),
+    # attacks
+    "unknown attack": option("attack", "nope", "'nope'", "there are fgsm, ifgsm, mifgsm, pgd"),
+    "unknown field": option("attack", "pgd:stpes=3", "'stpes=3'", "steps, reach, step_size, random_start"),
+    "field of none": option("attack", "fgsm:steps=3", "'steps=3'", "its fields: none"),
+    "no steps": option("attack", "pgd:steps=0", "steps=0", "at least 1"),
+    "half a step": option("attack", "pgd:steps=2.5", "steps='2.5'", "whole number"),
+    "perhaps": option("attack", "pgd:random_start=maybe", "'maybe'", "true or false"),
+    "a field without value": option("attack", "pgd:steps", "'steps'", "field=value"),
+    "a field twice": option("attack", "pgd:steps=1,steps=2", "steps is given twice", "leave one out"),
+    # goals
+    "unknown goal": option("goal", "nope", "'nope'", "misclassify, least-likely or classify-as:K"),
+    "negative class": option("goal", "classify-as:-1", "'classify-as:-1'", "classify-as:K"),
+    "class beyond": option("goal", "classify-as:99", "'classify-as:99'", "classes 0 to 9"),
+    "class far beyond": option("goal", "classify-as:" + "9" * 40, "9999", "classify-as:K"),
+    # numbers
+    "no image": option("limit", "0", "limit=0", "at least 1"),
+    "limit in words": option("limit", "x", "--limit", "'x' must be a whole number", "robustkit bench --help"),
+    "offset beyond": option("offset", "12", "offset=12", "[0, 12)"),
+    "negative offset": option("offset", "-1", "offset=-1", "at least 0"),
+    "no batch": option("batch-size", "0", "batch_size=0", "at least 1"),
+    "seed in words": option("seed", "x", "--seed", "'x' must be a whole number"),
+    "half a seed": option("seed", "1.5", "--seed", "'1.5' must be a whole number"),
+    "no such device": option("device", "nonsense", "device='nonsense'", "write cpu"),
+    "a device without memory": option("device", "meta", "device='meta'", "write cpu"),
+    "a device that is not there": option("device", "cuda:99", "device='cuda:99'", "write cpu"),
+    # what is there already, and what is missing
+    "out exists": option("out", "{}/empty", "empty", "nothing is overwritten", "name a new folder"),
+    "out is a file": option("out", "{}/file", "file", "nothing is overwritten", "name a new folder"),
+    "out under a file": option("out", "{}/file/out", "file/out", "cannot be made", "name another folder"),
+    "no data option": option("data", None, "--data is missing", "for example: robustkit bench --model"),
+    "no threat option": option("threat", None, "--threat is missing", "for example: robustkit bench --model"),
+    "unknown option": option("nope", "x", "No such option", "--nope", "robustkit bench --help"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def refused(folder, capsys):
+    """Run words that must be refused; what was said comes back, and nothing may have changed on the disk."""
+    before = listing(folder)
+
+    def run(words):
+        code = main([word.replace("{}", str(folder)) for word in words])
+        said = capsys.readouterr()
+        assert (code, said.out) == (2, ""), said.err
+        return said.err
+
+    yield run
+    assert listing(folder) == before
+
+
+def listing(folder):
+    return {(path, path.stat().st_size) for path in folder.rglob("*") if "__pycache__" not in path.parts}
+
+
+def words_of(changes):
+    return ["bench", *(word for pair in (SOUND | changes).items() if pair[1] is not None for word in pair)]
+
+
+def check_told(text, told):
+    assert text.startswith("robustkit: ")
+    assert text.count("\n") == 1
+    assert text.endswith("\n")
+    assert "Traceback" not in text
+    assert len(told) >= 2
+    for word in told:
+        assert word in text, text
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_wrong_request_is_told_in_one_line(refused, row):
+    changes, told = ROWS[row]
+    check_told(refused(words_of(changes)), told)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a cuda here")
+def test_cuda_where_there_is_none(refused):
+    check_told(refused(words_of({"--device": "cuda"})), ("device='cuda'", "there is no cuda here"))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["benhc"], ("'benhc'", "robustkit --help")),
+        (["--nope"], ("--nope", "robustkit --help")),
+        (["bench", "word"], ("word", "robustkit bench --help")),
+        (["bench", "--limit"], ("--limit", "robustkit --help")),
+        (["zoo"], ("Missing command", "robustkit zoo --help")),
+        (["zoo", "nope"], ("'nope'", "robustkit zoo --help")),
+        (["zoo", "train"], ("'name'", "robustkit zoo train --help")),
+        (["zoo", "train", "nope", "--out", "{}/out"], ("'nope'", "there are mnist-cnn")),
+        (["zoo", "train", "digits-mlp", "--out", "{}/file/out"], ("file/out", "give one that can")),
+        (["zoo", "verify", "nope"], ("'nope'", "there are mnist-cnn")),
+        (["crosscheck", "--model", "nope"], ("'nope'", "zoo:NAME")),
+        (["crosscheck", "--data", "nope"], ("'nope'", "give mnist-5k")),
+        (["crosscheck", "--data", "digits", "--limit", "0"], ("limit=0", "at least 1")),
+        (["crosscheck", "--limit", "x"], ("'x'", "must be a whole number")),
+        (["crosscheck", "--data", "digits"], ("zoo:mnist-cnn", "must take what the data holds")),
+        (["crosscheck", "--data", "npz:{}/labels.npz", "--model", "{}/nets.py:net"], ("from 7 to 16", "must lie in [0, 10)")),
+        (["bench", "--data", "digits", "--out", "{}/out"], ("zoo:mnist-cnn", "must take what the data holds")),
+    ],
+)
+def test_wrong_words_elsewhere(refused, words, told):
+    check_told(refused(words), told)
+
+
+def test_the_rows_start_from_what_is_right(folder, tmp_path, capsys):
+    words = [word.replace("{}", str(folder)) for word in words_of({"--out": f"{tmp_path}/out"})]
+    assert main(words) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "report.html"}
+
+
+def test_logits_that_are_no_numbers_are_wrong_answers_not_a_wrong_request(folder, tmp_path, capsys):
+    words = [word.replace("{}", str(folder)) for word in words_of({"--model": "{}/nets.py:nan", "--out": f"{tmp_path}/out"})]
+    assert main(words) == 0
+    assert "right on 0.0% of 12 images" in capsys.readouterr().out
+
+
+def test_the_traps_work(folder, tmp_path):
+    """Else a trap that does not spring would prove nothing."""
+    pickle.loads(pickle.dumps(Trap(tmp_path / "executed"))).close()
+    assert (tmp_path / "executed").exists()
+    assert not (folder / "executed").exists()
+
+
+REAL = ("a pickle inside", "objects", "raises in forward", "limit in words", "out under a file")
+
+
+@pytest.mark.parametrize("row", REAL)
+def test_a_real_process_says_the_same(folder, row):
+    changes, told = ROWS[row]
+    before = listing(folder)
+    words = [word.replace("{}", str(folder)) for word in words_of(changes)]
+    done = subprocess.run([sys.executable, "-m", "robustkit", *words], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert " " in str(folder)
+    check_told(done.stderr, told)
+    assert listing(folder) == before
+
+
+def test_there_are_enough_rows():
+    assert len(ROWS) >= 45
