@@ -46,7 +46,7 @@ def load_factory(spec: str) -> Callable[[], Any]:
         with _findable(folder):
             try:
                 return function()
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise ArgumentError(
                     f"{spec!r} raised {_told(error)}; it is called without arguments: repair it, or name another function"
                 ) from error

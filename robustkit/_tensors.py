@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["amax", "as_rows", "dot", "flat", "norm", "toward", "wide"]
+__all__ = ["amax", "as_rows", "dot", "flat", "norm", "over", "toward", "wide"]
 
 
 def flat(x: Tensor) -> Tensor:
@@ -16,6 +16,11 @@ def flat(x: Tensor) -> Tensor:
 def as_rows(value: float | Tensor, x: Tensor) -> float | Tensor:
     """A number, or one number an example (N,), made to broadcast over `x` (N, *S)."""
     return value.to(x).reshape(-1, *[1] * (x.dim() - 1)) if isinstance(value, Tensor) else value
+
+
+def over(mask: Tensor, x: Tensor) -> Tensor:
+    """One answer an example (N,) bool, made to broadcast over `x` (N, *S)."""
+    return mask.reshape(-1, *[1] * (x.dim() - 1))
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

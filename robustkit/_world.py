@@ -1,43 +1,20 @@
-"""Leaving the caller's world as found: a model's modes, gradients switches and buffers, and the global random states."""
+"""Leaving the caller's world as found: a model's modes, gradient switches and buffers, and the global random states."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 import pickle
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Mode", "held", "module_of", "random_state", "seeded"]
+__all__ = ["Mode", "held", "random_state", "seeded"]
 
 Mode = Literal["eval", "train", "as-is"]
-
-
-def module_of(fn: Callable[..., Any]) -> nn.Module | None:
-    """The module behind a function: itself, the owner of a bound method, or what a plain function refers to.
-
-    A function that refers to several modules gets them in one list, so that all are held; one that hides its modules
-    deeper than in its own variables gets None.
-    """
-    if isinstance(fn, nn.Module):
-        return fn
-    if inspect.ismethod(fn) and isinstance(fn.__self__, nn.Module):
-        return fn.__self__
-    if isinstance(fn, functools.partial):
-        return module_of(fn.func)
-    if not inspect.isfunction(fn):
-        return None
-    seen = inspect.getclosurevars(fn)
-    values = [*seen.nonlocals.values(), *seen.globals.values()]
-    found = [v if isinstance(v, nn.Module) else getattr(v, "__self__", None) for v in values]
-    modules = list(dict.fromkeys(module for module in found if isinstance(module, nn.Module)))
-    return nn.ModuleList(modules) if len(modules) > 1 else next(iter(modules), None)
 
 
 @contextmanager
@@ -46,22 +23,24 @@ def held(module: nn.Module | None, mode: Mode) -> Iterator[None]:
     if module is None:
         yield
         return
-    flags = [(part, part.training) for part in module.modules()]
+    # Flags are set part by part: `train()` may be overridden to do more (merge weights, say), and that would stay.
+    flags = [(part, part.training) for part in module.modules() if hasattr(part, "training")]
     switches = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     buffers = [
         (part, name, buffer, buffer.detach().clone())
         for part in module.modules()
         for name, buffer in part.named_buffers(recurse=False)
+        if not buffer.is_meta
     ]
     try:
-        if mode != "as-is":
-            module.train(mode == "train")
+        for part, _ in flags if mode != "as-is" else []:
+            part.training = mode == "train"
         for parameter, _ in switches:
             parameter.requires_grad_(False)
         yield
     finally:
         for part, flag in flags:
-            part.training = flag  # not part.train(): that would reach into the children, whose flags may differ
+            part.training = flag
         for parameter, switch in switches:
             parameter.requires_grad_(switch)
         for part, name, buffer, before in buffers:
@@ -69,18 +48,27 @@ def held(module: nn.Module | None, mode: Mode) -> Iterator[None]:
 
 
 def _restore(part: nn.Module, name: str, buffer: Tensor, before: Tensor) -> None:
-    if part._buffers.get(name) is not buffer:
+    scripted = isinstance(part, torch.jit.ScriptModule)  # these hand out a new tensor object for each look
+    if not scripted and part._buffers.get(name) is not buffer:
         part._buffers[name] = buffer
-    # Written only where it changed: a needless write would break a graph that the caller has yet to go back through.
-    if not torch.equal(buffer, before):
-        with torch.no_grad():
-            buffer.copy_(before)
+    # Through `.data`, and only where it changed: autograd is to see no write, since the caller may have a graph under way.
+    if buffer.shape != before.shape:
+        buffer.data = before
+    elif not torch.equal(buffer, before):
+        buffer.data.copy_(before)
 
 
-def random_state() -> tuple[bytes, ...]:
-    """The states of the global generators of torch (CPU and the devices in use), numpy and Python, to compare."""
+def random_state(own: Iterable[object] = ()) -> tuple[bytes, ...]:
+    """The states of the global generators of torch (CPU and the devices in use), numpy and Python, and of some others."""
     states = [torch.get_rng_state()] + (torch.cuda.get_rng_state_all() if _cuda_in_use() else [])
-    return (*(s.numpy().tobytes() for s in states), pickle.dumps(np.random.get_state()), pickle.dumps(random.getstate()))
+    numbers = [pickle.dumps(np.random.get_state()), pickle.dumps(random.getstate())]
+    return (*(state.cpu().numpy().tobytes() for state in states), *numbers, *map(_state_of, own))
+
+
+def _state_of(generator: object) -> bytes:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state().cpu().numpy().tobytes()
+    return pickle.dumps(generator)
 
 
 def _cuda_in_use() -> bool:

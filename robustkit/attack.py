@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import ClassVar, Literal, TypeVar, final
+from typing import ClassVar, Literal, SupportsIndex, TypeVar, final
 
 import torch
 from torch import Tensor, nn
 
 from robustkit._random import Noise
-from robustkit._tensors import toward, wide
+from robustkit._tensors import over, toward, wide
 from robustkit._world import seeded
 from robustkit.errors import ArgumentError, ShapeError
 from robustkit.goals import Goal, Misclassify
@@ -65,40 +66,40 @@ class Attack(ABC):
             ShapeError: Tensors that do not fit each other, or an output that the goal cannot read.
         """
         check_keep(keep)
-        target = Target.of(target)
-        ids = _checked(x, ref, threat, seed, ids)
+        target, ids = Target.of(target), _checked(x, ref, goal, threat, seed, ids)
         if not len(x):
-            return Result.empty(x)
-
-        def solve(rows: slice) -> Result:
-            noise = Noise(seed, ids[rows])
-            with seeded(noise.at("model", int(ids[rows][0])).key):
-                return self._solve(target, x[rows], ref[rows], goal, threat[rows], noise, keep)
-
+            return Result.empty(x.detach())
         flags = _flags(target)
-        with target.held():
+        with _gradients_on(), target.held():
+            x, ref = _owned(x, threat), _owned(ref)
+
+            def solve(rows: slice) -> Result:
+                noise = Noise(int(seed), ids[rows])
+                with seeded(noise.at("model", int(noise.ids[0])).key):
+                    return self._solve(target, x[rows], ref[rows], goal, threat[rows], noise, keep)
+
             parts, notes = _in_batches(solve, len(x), target.batch_size)
             whole = Result.cat(parts)
             if x.element_size() < 4:
                 notes.append(told_in_float32(target, whole.x_adv, ref, goal, whole.success))
-        return replace(whole, flags=(*flags, *whole.flags), notes=(*notes, *whole.notes))
+        return replace(whole, flags=(*flags, *whole.flags, *_flat_flag(whole)), notes=(*notes, *whole.notes))
 
     @final
     def perturb(self, target: Target | nn.Module | Fn, x: Tensor, ref: Tensor, *, goal: Goal = Misclassify(),
                 threat: Threat, seed: int = 0, ids: Tensor | None = None) -> Tensor:  # fmt: skip
         """The last iterates alone, (N, *S), judged by nobody: what adversarial training needs. Arguments as above."""
-        target, ids = Target.of(target), _checked(x, ref, threat, seed, ids)
+        target, ids = Target.of(target), _checked(x, ref, goal, threat, seed, ids)
         if not len(x):
-            return x.clone()
+            return x.detach().clone()
+        with _gradients_on(), target.held():
+            x, ref = _owned(x, threat), _owned(ref)
 
-        def solve(rows: slice) -> Tensor:
-            noise = Noise(seed, ids[rows])
-            kept = Kept("last", x[rows], target.stochastic)
-            problem = Problem(target, x[rows], ref[rows], goal, threat[rows], noise, kept)
-            with seeded(noise.at("model", int(ids[rows][0])).key):
-                return _finished(problem, self.run(problem), x[rows])
+            def solve(rows: slice) -> Tensor:
+                noise, kept = Noise(int(seed), ids[rows]), Kept("last", wide(x[rows]), target.stochastic)
+                problem = Problem(target, x[rows], ref[rows], goal, threat[rows], noise, kept)
+                with seeded(noise.at("model", int(noise.ids[0])).key):
+                    return _finished(problem, self.run(problem), x[rows])
 
-        with target.held():
             return torch.cat(_in_batches(solve, len(x), target.batch_size)[0])
 
     @final
@@ -109,13 +110,13 @@ class Attack(ABC):
         stage = kept.ledger.stage
         met = torch.zeros_like(kept.open)
         if goal.met_before and keep in ("first", "smallest"):
-            with stage("clean", kept.found):
+            with stage("clean", kept.best.found):
                 met = problem.success(problem.x) & (not kept.stochastic)
                 kept.open &= ~met
-        with stage("attack", kept.found):
+        with stage("attack", kept.best.found):
             x_last = self.run(problem) if kept.open.any() else problem.x
             x_adv, success, rate, flags, notes = verdict(problem, kept, _finished(problem, x_last, problem.x), met)
-            kept.found[:] = success
+            kept.best.found[:] = success
         x_adv = _finished(problem, x_adv, x)
         ledger = kept.ledger
         return Result(x_adv, success, rate, threat.size(x_adv, x), ledger.forwards, ledger.backwards, ledger.flat,
@@ -126,11 +127,11 @@ def _finished(problem: Problem, x_adv: Tensor, like: Tensor) -> Tensor:
     """`x_adv` inside the threat, detached, in the type of `like`."""
     if x_adv.shape != problem.x.shape:
         raise ShapeError(f"the attack returned shape {tuple(x_adv.shape)} for inputs {tuple(problem.x.shape)}")
-    x_adv = torch.where(x_adv.isnan(), problem.x, x_adv).detach()  # not a number is no image: a lost search ends at x
+    # Not a number is no image: a search that got lost ends at x.
+    x_adv = torch.where(x_adv.isnan(), problem.x, x_adv.to(problem.x.dtype)).detach()
     inside = problem.threat.contains(x_adv, problem.x)
     if not inside.all():
-        outside = (~inside).reshape(-1, *[1] * (x_adv.dim() - 1))
-        x_adv = torch.where(outside, problem.threat.project(x_adv, problem.x), x_adv)
+        x_adv = torch.where(over(inside, x_adv), x_adv, problem.threat.project(x_adv, problem.x))
     return x_adv if x_adv.dtype == like.dtype else toward(x_adv, like)
 
 
@@ -153,28 +154,58 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
+@contextmanager
+def _gradients_on() -> Iterator[None]:
+    """Gradients are taken wherever the caller stands, inside torch.no_grad() and torch.inference_mode() too."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def _owned(x: Tensor, threat: Threat | None = None) -> Tensor:
+    """`x` without its history, as an ordinary tensor; inputs that rounding has put outside the box are brought in."""
+    x = x.detach()
+    x = x.clone() if x.is_inference() else x
+    return x if threat is None else threat.clamp(x)
+
+
 def _flags(target: Target) -> list[Remark]:
     if target.mode == "eval" and target.in_training:
         return [Remark("train-mode", "the model arrived in training mode; it was attacked in evaluation mode")]
     return []
 
 
-def _checked(x: Tensor, ref: Tensor, threat: Threat, seed: int, ids: Tensor | None) -> Tensor:
+def _flat_flag(result: Result) -> list[Remark]:
+    """An alarm where most gradients of the examples that were not broken carried no signal."""
+    robust = ~result.success
+    asked, flat = int(result.backwards[robust].sum()), int(result.flat[robust].sum())
+    if flat <= asked / 2:
+        return []
+    why = f"{flat} of {asked} gradients of the unbroken examples were zero, not finite or missing: not broken is not robust"
+    return [Remark("flat-gradients", why)]
+
+
+def _checked(x: Tensor, ref: Tensor, goal: Goal, threat: Threat, seed: int, ids: Tensor | None) -> Tensor:
     """The ids, after a look at everything that can be seen to be wrong before any work."""
+    for name, value, kind, example in (("goal", goal, Goal, "ClassifyAs()"), ("threat", threat, Threat, "Linf(8 / 255)")):
+        if not isinstance(value, kind):
+            raise ArgumentError(f"{name}={value!r} must be a {kind.__name__}, for example {example}")
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise ArgumentError(f"x is {kind}; inputs must be a floating-point tensor (byte images: x.float() / 255)")
+        found = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise ArgumentError(f"x is {found}; inputs must be a floating-point tensor (byte images: x.float() / 255)")
+    if x.dim() < 2 or (not x[:1].numel() and len(x)):
+        raise ShapeError(f"x has shape {tuple(x.shape)}; inputs must be (N, *S) with at least one value an example")
     if not isinstance(ref, Tensor) or ref.shape[:1] != x.shape[:1]:
-        found = tuple(ref.shape) if isinstance(ref, Tensor) else type(ref).__name__
-        raise ShapeError(f"ref is {found}, x is {tuple(x.shape)}; both must be tensors with one row an example")
-    if not isinstance(seed, int):
+        shape = tuple(ref.shape) if isinstance(ref, Tensor) else type(ref).__name__
+        raise ShapeError(f"ref is {shape}, x is {tuple(x.shape)}; both must be tensors with one row an example")
+    if not isinstance(seed, SupportsIndex):
         raise ArgumentError(f"seed={seed!r} must be an integer")
     _check_eps(threat, x)
     _check_range(threat, x)
     if ids is None:
         return torch.arange(len(x), device=x.device)
-    if ids.dtype != torch.int64 or ids.shape != x.shape[:1]:
-        raise ShapeError(f"ids are {ids.dtype} of shape {tuple(ids.shape)}; they must be int64 of shape ({len(x)},)")
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.shape != x.shape[:1]:
+        given = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ShapeError(f"ids are {given}; they must be an int64 tensor of shape ({len(x)},)")
     return ids.to(x.device)
 
 
@@ -184,11 +215,13 @@ def _check_eps(threat: Threat, x: Tensor) -> None:
 
 
 def _check_range(threat: Threat, x: Tensor) -> None:
+    """Refuse values outside the bounds, but for one rounding in the type of x."""
     if not len(x):
         return
-    low, high = (float(v) for v in torch.aminmax(x))
+    low, high = (float(v) for v in torch.aminmax(x.detach()))
     lowest, highest = threat.bounds or (-torch.inf, torch.inf)
-    if not (lowest <= low and high <= highest and low > -torch.inf and high < torch.inf):
+    slack = torch.finfo(x.dtype).eps * max(abs(lowest), abs(highest)) if threat.bounds else 0.0
+    if not (lowest - slack <= low and high <= highest + slack and low > -torch.inf and high < torch.inf):
         raise ArgumentError(
             f"x has values from {low:g} to {high:g}, outside bounds={threat.bounds}; give images as the model's user "
             "would, with the normalisation inside the model, or state the true bounds in the threat"

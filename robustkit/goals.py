@@ -10,7 +10,8 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from robustkit._world import held, module_of, seeded
+from robustkit._behind import module_of
+from robustkit._world import held, seeded
 from robustkit.errors import ShapeError
 from robustkit.losses import Loss, cross_entropy, logits_of
 
@@ -52,8 +53,8 @@ class Goal(ABC):
 
     def __repr__(self) -> str:
         """The recipe: functions by their names, so that it reads the same in every process."""
-        given = [f"{f.name}={value.__name__ if callable(value) else repr(value)}" for f in fields(self)  # type: ignore[arg-type]
-                 if (value := getattr(self, f.name)) != f.default]  # fmt: skip
+        values = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]  # type: ignore[arg-type]
+        given = [f"{name}={getattr(value, '__name__', repr(value))}" for name, value in values]
         return f"{type(self).__name__}({', '.join(given)})"
 
     def check(self, out: Out, ref: Tensor) -> None:

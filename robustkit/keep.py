@@ -23,29 +23,51 @@ def check_keep(keep: str) -> None:
 
 
 @final
+class _Slot:
+    """One point for each of N examples, with a score: the lower, the better; infinite where there is none."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x_adv = x.clone()
+        self.score = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
+        self.found = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+
+    def put(self, rows: Tensor, x_adv: Tensor, score: Tensor, reached: Tensor) -> Tensor:
+        """Take what is better for the examples `rows` (M,), a success before a failure; returns the rows that changed."""
+        better = torch.where(reached == self.found[rows], score < self.score[rows], reached).nonzero().squeeze(1)
+        # One example may be named several times: of its points the best is taken, which sorting makes the last.
+        order = better[torch.argsort(score[better], descending=True, stable=True)]
+        order = order[torch.argsort(reached[order].long(), stable=True)]
+        place = torch.arange(len(order), device=rows.device)
+        last = torch.zeros_like(self.found, dtype=torch.int64).scatter_reduce(0, rows[order], place, "amax")
+        best = order[last[rows[order]] == place]
+        at = rows[best]
+        self.x_adv[at], self.score[at], self.found[at] = x_adv[best], score[best], reached[best]
+        return at
+
+
+@final
 class Kept:
     """The best visited point of each of N examples, by one of four rules, and who is still open.
 
     "first": the first success inside the threat; its example leaves at once. "best": a success before a failure, then
     the lowest loss of the goal. "smallest": the smallest success inside the threat. "last": nothing is kept and nothing
-    judged on the way. On a stochastic target a success may be luck, so nobody leaves and the lowest loss is kept.
+    judged on the way. On a stochastic target a success may be luck, so nobody leaves, and two points are kept to compete
+    later: the lowest loss, and the lowest loss among those that were seen to succeed.
 
     Attributes:
         ledger: The counts of the run.
         checked: Whether the first output has been seen, and with it whether the target is stochastic.
         stochastic: Whether two calls on the same input may differ.
         open: Which examples are not solved, (N,) bool.
-        found: Which examples have a kept success, (N,) bool.
+        best: The kept points.
+        lowest: On a stochastic target, the points of lowest loss.
     """
 
     def __init__(self, keep: Keep, x: Tensor, stochastic: bool | None) -> None:
-        n = len(x)
-        self.keep, self.ledger, self.checked = keep, Ledger(n, x.device), False
+        self.keep, self.ledger, self.checked = keep, Ledger(len(x), x.device), False
         self._declared, self.stochastic = stochastic, bool(stochastic)
-        self.x_adv = x.clone()
-        self.open = torch.ones(n, dtype=torch.bool, device=x.device)
-        self.found = torch.zeros_like(self.open)
-        self.score = torch.full((n,), torch.inf, dtype=torch.float64, device=x.device)
+        self.open = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        self.best, self.lowest = _Slot(x), _Slot(x)
 
     def found_out(self, *, stochastic: bool) -> None:
         """Take note of whether the first call drew random numbers, unless the target had declared it."""
@@ -54,30 +76,28 @@ class Kept:
 
     @property
     def leaving(self) -> bool:
-        """Whether solved examples leave the batch."""
-        return self.keep == "first" and not self.stochastic
+        """Whether solved examples leave the batch: at their first success, or where no change at all was needed."""
+        return self.keep in ("first", "smallest") and not self.stochastic
 
     @property
     def judging(self) -> bool:
         """Whether points on the way are judged at all."""
         return self.keep != "last"
 
-    def offer(self, rows: Tensor | slice, x_adv: Tensor, x: Tensor, threat: Threat, reached: Tensor, loss: Tensor) -> None:
-        """Keep the points (M, *S) of the examples `rows` that are better than what they had."""
-        if not self.judging:
+    def offer(self, rows: Tensor, x_adv: Tensor, x: Tensor, threat: Threat, reached: Tensor, loss: Tensor) -> None:
+        """Keep those of the points (M, *S) of the examples `rows` (M,) that are better than what they had."""
+        worth = reached if self.keep in ("first", "smallest") and not self.stochastic else torch.ones_like(reached)
+        new = worth.nonzero().squeeze(1)
+        new = new[threat[new].contains(x_adv[new], x[new])]
+        if not len(new):
             return
-        if self.keep == "best" or self.stochastic:
-            score = loss.double()
-            better = torch.where(reached == self.found[rows], score < self.score[rows], reached)
-            if self.stochastic:
-                better = score < self.score[rows]
-        else:
-            score = torch.zeros_like(loss, dtype=torch.float64) if self.keep == "first" else threat.size(x_adv, x)
-            better = reached & (score < self.score[rows])
-        new = better.nonzero().squeeze(1)
-        if len(new):
-            new = new[threat[new].contains(x_adv[new], x[new])]
-        rows = torch.arange(len(self.open), device=x.device)[rows][new]
-        self.x_adv[rows], self.score[rows], self.found[rows] = x_adv[new], score[new], reached[new]
-        if self.leaving:
-            self.open[rows] = False
+        rows, x_adv, reached = rows[new], x_adv[new], reached[new]
+        # An undefined loss is the best of successes and the worst of failures.
+        loss = torch.where(loss[new].isnan(), torch.where(reached, -torch.inf, torch.inf), loss[new].double())
+        if self.keep == "smallest" and not self.stochastic:
+            loss = threat[new].size(x_adv, x[new])
+        changed = self.best.put(rows, x_adv, loss, reached)
+        if self.stochastic:
+            self.lowest.put(rows, x_adv, loss, torch.zeros_like(reached))
+        elif self.keep == "first":
+            self.open[changed] = False

@@ -36,17 +36,21 @@ class Problem:
     def __init__(self, target: Target, x: Tensor, ref: Tensor, goal: Goal, threat: Threat, noise: Noise, kept: Kept,
                  rows: Tensor | None = None) -> None:  # fmt: skip
         self._target, self._raw, self.ref, self.goal, self.threat = target, x, ref, goal, threat
-        self._noise, self._kept, self._rows = noise, kept, rows
+        self._noise, self._kept = noise, kept
+        self._rows = torch.arange(len(x), device=x.device) if rows is None else rows  # where these stand in the ledger
         self.x = wide(x)
 
     def __len__(self) -> int:
         return len(self.x)
 
-    def __getitem__(self, rows: Tensor) -> Problem:
-        """The same questions about some of the examples, given by their indices (M,) int64; same ledger."""
-        inner = rows if self._rows is None else self._rows[rows]
+    def __getitem__(self, rows: Tensor | slice) -> Problem:
+        """The same questions about some of the examples, given by indices, a mask or a slice; same ledger.
+
+        An example may be named several times, to try several points of it at once.
+        """
+        rows = torch.arange(len(self), device=self.x.device)[rows]
         return Problem(self._target, self._raw[rows], self.ref[rows], self.goal, self.threat[rows], self._noise[rows],
-                       self._kept, inner)  # fmt: skip
+                       self._kept, self._rows[rows])  # fmt: skip
 
     def batches(self, size: int) -> Iterator[Problem]:
         """The examples in groups of at most `size`, in order."""
@@ -57,7 +61,7 @@ class Problem:
     @property
     def open(self) -> Tensor:
         """Which examples are still to be solved, (N,) bool."""
-        return self._kept.open if self._rows is None else self._kept.open[self._rows]
+        return self._kept.open[self._rows]
 
     def steps(self, count: int) -> Iterator[int]:
         """0, 1, ... count - 1, ending early when every example is solved."""
@@ -65,6 +69,11 @@ class Problem:
             if self._kept.leaving and not self.open.any():
                 return
             yield step
+
+    @property
+    def ids(self) -> Tensor:
+        """The names of the examples, (N,) int64: their noise belongs to them."""
+        return self._noise.ids
 
     def noise(self, *path: str | int) -> Noise:
         """Random numbers for these examples; name what they are for and which draw it is, so that none repeats."""
@@ -147,8 +156,8 @@ class Problem:
             return self.open.nonzero().squeeze(1)
         return torch.arange(len(self), device=self.x.device)
 
-    def _ledger_rows(self, at: Tensor | slice) -> Tensor | slice:
-        return at if self._rows is None else self._rows[at]
+    def _ledger_rows(self, at: Tensor | slice) -> Tensor:
+        return self._rows[at]
 
     def _input(self, x_adv: Tensor, at: Tensor | slice) -> Tensor:
         x_adv = x_adv[at].detach()
@@ -159,9 +168,10 @@ class Problem:
         self._kept.ledger.add(self._kept.ledger.forwards, self._ledger_rows(at))
         if self._kept.checked:
             return fn(x.clone())
-        before = random_state()
+        own = self._target.generators
+        before = random_state(own)
         out = fn(x.clone())
-        self._kept.found_out(stochastic=self._target.draws > 1 or before != random_state())
+        self._kept.found_out(stochastic=before != random_state(own))
         self.goal.check(out, self.ref[at])
         return out
 

@@ -10,7 +10,8 @@ from typing import Any, final, get_args
 
 from torch import Tensor, nn
 
-from robustkit._world import Mode, held, module_of
+from robustkit._behind import generators_of, module_of
+from robustkit._world import Mode, held
 from robustkit.errors import ArgumentError
 
 __all__ = ["Fn", "Target"]
@@ -25,13 +26,13 @@ class Target:
 
     Attributes:
         fn: The deployed behaviour, (N, *S) -> (N, ...). Success is always judged on it.
-        module: The module whose mode is held and whose parameters are frozen during an attack; found by itself where
-            `fn` is a module, a bound method of one, or a function that refers to one by a variable of its own.
+        module: The module whose mode is held and whose parameters are frozen during an attack; by default what stands
+            behind `fn` and the views: a module, the owner of a bound method, what a function or a wrapper refers to.
         views: Named functions that the adversary may differentiate instead of `fn` (straight-through estimates, short
             chains, surrogates). An attack follows the first; the default is `fn` itself.
         draws: Gradients averaged per query (expectation over transformations), for stochastic targets.
         stochastic: Whether two calls on the same input may differ. None: found out by watching whether the first call
-            draws from torch's global generator.
+            draws from a global generator, or from one that the model holds.
         mode: "eval" holds the module in evaluation mode, "train" in training mode, "as-is" leaves it alone.
         features: The function up to the last hidden layer, for tests that need it.
         batch_size: The most images that go through the model at once.
@@ -55,8 +56,14 @@ class Target:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ArgumentError(f"{name}={value!r} must be a whole number, at least 1")
-        object.__setattr__(self, "module", self.module if self.module is not None else module_of(self.fn))
         object.__setattr__(self, "views", MappingProxyType(dict(self.views) or {"exact": self.fn}))
+        found = self.module if self.module is not None else module_of(self.fn, *self.views.values())
+        object.__setattr__(self, "module", found)
+
+    def __reduce__(self) -> tuple[type[Target], tuple[Any, ...]]:
+        """Pickled and copied by its fields, for workers; the views as the dictionary that they were given as."""
+        return Target, (self.fn, self.module, dict(self.views), self.draws, self.stochastic, self.mode, self.features,
+                        self.batch_size)  # fmt: skip
 
     @classmethod
     def of(cls, target: Target | nn.Module | Fn) -> Target:
@@ -81,7 +88,12 @@ class Target:
     @property
     def in_training(self) -> bool:
         """Whether any part of the module is in training mode as it stands."""
-        return self.module is not None and any(part.training for part in self.module.modules())
+        return self.module is not None and any(getattr(part, "training", False) for part in self.module.modules())
+
+    @property
+    def generators(self) -> list[Any]:  # Any: of torch, numpy or Python
+        """The random generators of the model's own."""
+        return generators_of(self.fn, *self.views.values(), *([self.module] if self.module is not None else []))
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -1,4 +1,6 @@
+import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from robustkit.goals import Misclassify
 from robustkit.testing.nets import Counter
 
 torch.manual_seed(0)
-NET = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3))
+NET = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3)).eval()
 X = torch.rand(6, 1, 4, 4)
 Y = NET(X).argmax(1)
 
@@ -38,6 +40,15 @@ def test_fgsm_costs_a_look_a_step_and_a_verdict():
         ("clean", 6, 0, 0),
         ("attack", 12, 6, int(result.success.sum())),
     ]
+
+
+@pytest.mark.parametrize("keep", ["first", "best", "smallest", "last"])
+def test_nothing_in_nothing_out(keep):
+    result = attack(x=X[:0], y=Y[:0], keep=keep)
+    assert len(result) == 0
+    assert result.x_adv.shape == X[:0].shape
+    assert result.forwards.dtype == torch.int64
+    assert PGD().perturb(NET, X[:0], Y[:0], threat=Linf(0.1)).shape == X[:0].shape
 
 
 def test_perturb_is_the_last_iterate_unjudged():
@@ -71,7 +82,7 @@ def test_when_memory_runs_out_the_batch_is_halved_and_it_is_said():
 
 
 def test_a_model_in_training_mode_is_held_in_evaluation_mode_and_flagged():
-    net = nn.Sequential(NET, nn.BatchNorm1d(3), nn.Dropout(0.5))
+    net = nn.Sequential(copy.deepcopy(NET), nn.BatchNorm1d(3), nn.Dropout(0.5))
     net.eval()
     calm = attack(net=net)
     net.train()
@@ -170,8 +181,99 @@ def test_not_a_number_is_no_adversarial_image():
 
 
 def test_a_module_behind_a_function_is_held_too():
-    net = nn.Sequential(NET, nn.BatchNorm1d(3)).train()
+    net = nn.Sequential(copy.deepcopy(NET), nn.BatchNorm1d(3)).train()
     result = attack(net=lambda x: net(x), by=PGD(steps=3))
     assert [flag.name for flag in result.flags] == ["train-mode"]
     assert torch.equal(net[1].running_mean, torch.zeros(3))
     assert net[1].training
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda m: m.__name__)
+def test_gradients_are_taken_wherever_the_caller_stands(mode):
+    outside = attack(by=PGD(steps=3))
+    with mode():
+        inside = attack(by=PGD(steps=3))
+        born_there = attack(x=X + 0, by=PGD(steps=3, random_start=False))
+        perturbed = PGD(steps=3).perturb(NET, X + 0, Y + 0, threat=Linf(0.1))
+    assert torch.equal(inside.x_adv, outside.x_adv)
+    assert torch.equal(inside.success, outside.success)
+    assert inside.flat.sum() == born_there.flat.sum() == 0
+    assert torch.equal(perturbed, PGD(steps=3).perturb(NET, X, Y, threat=Linf(0.1)))
+
+
+def test_inputs_with_a_history_leave_none_behind():
+    x = X.clone().requires_grad_()
+    result = attack(x=x * 1, by=PGD(steps=3), threat=L2(0.5))
+    assert not result.x_adv.requires_grad
+    assert not result.size.requires_grad
+    assert x.grad is None
+
+
+def test_normalised_inputs_may_differ_from_their_bounds_by_a_rounding():
+    mean, std = 0.1307, 0.3081
+    threat, x = Linf(0.1, bounds=((0 - mean) / std, (1 - mean) / std)), (X.round() - mean) / std
+    assert threat.contains(attack(x=x, threat=threat).x_adv, threat.clamp(x)).all()
+
+
+def test_a_caller_may_go_back_through_its_own_graph_afterwards():
+    """`perturb` between the forward and the backward of the caller, the model held in training mode."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.BatchNorm1d(3)).train()
+    loss = nn.functional.cross_entropy(net(X), Y)
+    statistics = net[2].running_mean.clone()
+    PGD(steps=2).perturb(Target(net, mode="train"), X, Y, threat=Linf(0.1))
+    loss.backward()
+    assert torch.equal(net[2].running_mean, statistics)
+
+
+def test_modes_are_set_without_calling_train():
+    """LoRA layers merge their weights in `train()`: called by us, the merge would stay."""
+
+    class Merges(nn.Linear):
+        merged = 0
+
+        def train(self, mode=True):
+            self.merged += 1
+            return super().train(mode)
+
+    layer = Merges(16, 3)
+    attack(net=nn.Sequential(nn.Flatten(), layer))
+    assert layer.merged == 0
+
+
+def test_scripted_modules_are_attacked_and_restored():
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.BatchNorm1d(3)).eval()
+    with warnings.catch_warnings(action="ignore"):  # torch would rather have people export
+        scripted = torch.jit.trace(plain, X)
+    assert torch.equal(attack(net=scripted).x_adv, attack(net=plain).x_adv)
+    before = {name: buffer.clone() for name, buffer in scripted.named_buffers()}
+    attack(net=Target(scripted, mode="train"))
+    assert all(torch.equal(buffer, before[name]) for name, buffer in scripted.named_buffers())
+
+
+def test_flat_gradients_of_what_was_not_broken_are_an_alarm():
+    masked = attack(net=lambda x: NET(x) * 1e6, by=PGD(steps=3), threat=Linf(0.001))
+    assert [flag.name for flag in masked.flags] == ["flat-gradients"]
+    assert attack(by=PGD(steps=3), threat=Linf(0.001)).flags == ()
+
+
+def test_smallest_costs_one_forward_too_where_nothing_need_change():
+    assert attack(y=(Y + 1) % 3, keep="smallest", by=PGD(steps=3)).forwards.tolist() == [1] * 6
+
+
+def test_an_undefined_loss_loses_no_success():
+    def undefined(x):
+        return NET(x) + torch.where(x.flatten(1)[:, :1] > 0.5, math.nan, 0.0)
+
+    y = undefined(X * 0.4).argmax(1)
+    for keep in ("first", "best", "smallest"):
+        result = attack(x=X * 0.4 + 0.05, y=y, net=undefined, threat=Linf(0.5), keep=keep, by=PGD(steps=4, reach=8))
+        assert result.success.all(), keep
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"threat": 0.1}, "Linf"), ({"threat": Linf}, "threat="), ({"goal": Misclassify}, "goal="), ({"ids": [1]}, "list")],
+)
+def test_things_of_the_wrong_kind_are_refused(change, words):
+    with pytest.raises((ArgumentError, ShapeError), match=words):
+        attack(**change)

@@ -7,7 +7,7 @@ ROOT = Path(__file__).parent.parent / "robustkit"
 
 # From the ground up; names of one line may not import each other, but for the order within the core files given here.
 LAYERS = [
-    ["_tensors", "_random", "_world", "_box", "errors"],
+    ["_tensors", "_random", "_world", "_behind", "_box", "errors"],
     ["losses"],
     ["threats", "goals", "normalize"],
     ["ledger", "target"],

@@ -162,3 +162,33 @@ def test_a_model_that_writes_to_its_input_harms_nobody():
     result = PGD(steps=3)(Writes(), X, Y, threat=Linf(0.1), keep="last")
     assert torch.equal(X, before)
     assert torch.equal(result.success, NET(result.x_adv * 2 - 1).argmax(1) != Y)
+
+
+def test_an_example_may_be_named_several_times():
+    """Two candidates for each example at once: the better one is kept, in either order, and both are counted."""
+    half, full = X, (X + 0.1).clamp(0, 1)
+    loss = {name: -nn.functional.cross_entropy(NET(x), Y, reduction="none") for name, x in (("half", half), ("full", full))}
+    best = torch.where((loss["half"] < loss["full"]).reshape(-1, 1, 1, 1), half, full)
+    for order in ((half, full), (full, half)):
+
+        def question(problem, order=order):
+            twice = torch.arange(6).repeat_interleave(2)
+            problem[twice].loss(torch.stack(order, 1).flatten(0, 1))
+            return problem._kept.best.x_adv.clone(), problem._kept.best.found.clone()
+
+        (kept, found), result = ask(question, keep="best")
+        wrong = torch.stack([NET(x).argmax(1) != Y for x in order])
+        assert torch.equal(found, wrong.any(0))
+        same = wrong[0] == wrong[1]
+        assert torch.equal(kept[same], best[same])
+        assert result.forwards.tolist() == [4] * 6  # two candidates, the last iterate and the verdict
+
+
+def test_rows_may_be_given_by_mask_and_slice():
+    def question(problem):
+        mask = torch.tensor([True, False] * 3)
+        return problem[mask].x, problem[1:3].x
+
+    (masked, sliced), _ = ask(question)
+    assert torch.equal(masked, X[::2])
+    assert torch.equal(sliced, X[1:3])

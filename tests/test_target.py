@@ -77,3 +77,16 @@ def test_views():
 def test_senseless_targets_are_refused(change):
     with pytest.raises(ArgumentError, match=next(iter(change))):
         Target(**{"fn": torch.sin, **change})
+
+
+def test_targets_are_copied_and_pickled_for_workers():
+    import copy
+    import pickle
+
+    net = nn.Linear(2, 2)
+    target = Target(net, views={"other": torch.sin}, batch_size=3, stochastic=False)
+    for twin in (copy.deepcopy(target), pickle.loads(pickle.dumps(target))):
+        assert twin.fn is twin.module
+        assert torch.equal(twin.fn.weight, net.weight)
+        assert twin.batch_size == 3
+        assert twin.view is torch.sin

@@ -107,7 +107,8 @@ def test_equality_and_repr(kind):
         (lambda: L2(torch.tensor([0.1, 0.0])), "above 0"),
         (lambda: Pixels(1.5), "whole number"),
         (lambda: Pixels(1, bounds=None), "needs bounds"),
-        (lambda: Linf(0.1, bounds=(1.0, 0.0)), "pair"),
+        (lambda: Linf(0.1, bounds=(1.0, 0.0)), "two finite numbers"),
+        (lambda: Linf(0.1, bounds=(0.0, math.inf)), "two finite numbers"),
     ],
 )
 def test_senseless_threats_are_refused(make, words):

@@ -32,15 +32,16 @@ def check_goal(goal: Goal, cases: Any, *, examples: int | None = None) -> int:  
 
 
 def answers_by_row(goal: Goal, case: tuple[Out, Tensor]) -> None:
-    """Loss (N,) and success (N,) bool; a row's answer is the same wherever it stands."""
+    """Loss (N,) and success (N,) bool; a row is answered as it would be alone."""
     out, ref = case
     loss, success = goal.loss(out, ref), goal.success(out, ref)
     assert loss.shape == success.shape == ref.shape[:1], (loss.shape, success.shape)
     assert loss.is_floating_point(), loss.dtype
     assert success.dtype == torch.bool, success.dtype
-    backwards = torch.arange(len(ref)).flip(0)
-    assert torch.allclose(goal.loss(_rows(out, backwards), ref[backwards]), loss.flip(0), rtol=1e-5, equal_nan=True)
-    assert torch.equal(goal.success(_rows(out, backwards), ref[backwards]), success.flip(0))
+    for rows in torch.arange(len(ref)).unsqueeze(1):
+        alone, wanted = _rows(out, rows), ref[rows]
+        assert torch.allclose(goal.loss(alone, wanted), loss[rows], rtol=1e-5, equal_nan=True)
+        assert torch.equal(goal.success(alone, wanted), success[rows])
 
 
 def parts_add_up(goal: Goal, case: tuple[Out, Tensor]) -> None:

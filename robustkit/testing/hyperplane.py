@@ -72,7 +72,7 @@ class Hyperplane:
         Computed one example at a time without any code of the threats.
         """
         weight = self.net.weight.detach().double().numpy()
-        gains = [_best_gain(weight * (1 - 2 * int(y)), x.double().numpy(), threat) for x, y in self]
+        gains = [_best_gain(weight * (1 - 2 * int(y)), x.double().numpy(), threat[i : i + 1]) for i, (x, y) in enumerate(self)]
         return torch.tensor(gains, dtype=torch.float64)
 
 
@@ -100,10 +100,11 @@ def _spend(gain: np.ndarray, room: np.ndarray, eps: float) -> float:
 
 def _bisect(gain: np.ndarray, room: np.ndarray, eps: float) -> float:
     """min(t * gain, room) for the t at which its length is eps."""
+    weight, gain = gain, gain / max(gain.max(), np.finfo(float).tiny)
     low, high = 0.0, 1.0
     while np.linalg.norm(np.minimum(high * gain, room)) < eps and high < 1e12:
         high *= 2
     for _ in range(200):
         middle = (low + high) / 2
         low, high = (middle, high) if np.linalg.norm(np.minimum(middle * gain, room)) < eps else (low, middle)
-    return float((gain * np.minimum(low * gain, room)).sum())
+    return float((weight * np.minimum(low * gain, room)).sum())

@@ -7,7 +7,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Coin", "Counter", "Fuse", "small_net", "world_of"]
+__all__ = ["Coin", "Counter", "Fuse", "small_net", "smooth_net", "world_of"]
 
 
 def small_net(shape: torch.Size, seed: int) -> nn.Module:
@@ -25,6 +25,14 @@ def small_net(shape: torch.Size, seed: int) -> nn.Module:
     last.weight.grad = torch.ones_like(last.weight)
     relu.register_forward_hook(_ignore)
     return net
+
+
+def smooth_net(shape: torch.Size, seed: int) -> nn.Module:
+    """A net without kinks in float64, for inputs of `shape`, two classes: a rounding stays a rounding."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(shape.numel(), 8), nn.Tanh(), nn.Linear(8, 2))
+    return net.double().eval()
 
 
 def _ignore(module: nn.Module, args: Any, out: Any) -> None:

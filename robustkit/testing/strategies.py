@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from robustkit.errors import MissingExtraError
+from robustkit.errors import ArgumentError, MissingExtraError
 from robustkit.testing.hyperplane import Halfspace, Hyperplane
 from robustkit.threats import L1, L2, Linf, Pixels, Threat
 
@@ -54,8 +54,24 @@ def logits(n: int, classes: int) -> SearchStrategy[Tensor]:
     return gradients((n, classes))
 
 
-def threats(kinds: Sequence[type[Threat]] = ALL_THREATS, *, bounded: bool = True, locations: int = 4) -> SearchStrategy[Threat]:
-    """Threats of some kinds, from budgets too small to matter up to the whole range; `locations` bounds Pixels."""
+def threats(
+    kinds: Sequence[type[Threat]] = ALL_THREATS,
+    *,
+    bounded: bool = True,
+    locations: int = 4,
+    budgets: SearchStrategy[float] | None = None,
+) -> SearchStrategy[Threat]:
+    """Threats of some kinds, from budgets too small to matter up to the whole range.
+
+    Args:
+        kinds: Which threats.
+        bounded: Whether they have the bounds [0, 1] or none.
+        locations: The largest number of Pixels.
+        budgets: Of eps, for kinds other than the four of this package.
+
+    Raises:
+        ArgumentError: A kind of yours without `budgets`.
+    """
     eps = {
         Linf: st.floats(1e-4, 1.0),
         L2: st.floats(1e-3, 5.0),
@@ -63,7 +79,12 @@ def threats(kinds: Sequence[type[Threat]] = ALL_THREATS, *, bounded: bool = True
         Pixels: st.integers(1, locations),
     }
     bounds = (0.0, 1.0) if bounded else None
-    return st.sampled_from(kinds).flatmap(lambda kind: st.builds(kind, eps[kind], st.just(bounds)))
+    unknown = [kind.__name__ for kind in kinds if kind not in eps and budgets is None]
+    if unknown:
+        raise ArgumentError(f"budgets=None: say which eps to try for {unknown[0]}, for example st.floats(0.01, 1.0)")
+    return st.sampled_from(kinds).flatmap(
+        lambda kind: st.builds(kind, eps[kind] if budgets is None else budgets, st.just(bounds))
+    )
 
 
 def hyperplanes(*, largest: int = 4) -> SearchStrategy[Hyperplane]:

@@ -26,11 +26,6 @@ def without_shrinking():
     assert settings().max_examples == before
 
 
-class WritesToInput(Attack):
-    def run(self, problem):
-        return problem._raw.mul_(0.5)
-
-
 class GlobalNoise(Attack):
     def run(self, problem):
         return problem.threat.project(problem.x + 0.3 * torch.randn_like(problem.x), problem.x)
@@ -62,6 +57,19 @@ class BatchNoise(Attack):
         return problem.threat.project(problem.x + 0.3 * torch.randn(problem.x.shape, generator=torch.Generator()), problem.x)
 
 
+class MixesTheBatch(Attack):
+    """Follows the average gradient of whoever happens to be in the batch."""
+
+    def run(self, problem):
+        _, grad = problem.loss_and_grad(problem.x)
+        return problem.threat.steepest(-(grad + grad.mean(0)), problem.x)
+
+
+class OneBudgetForAll(Attack):
+    def run(self, problem):
+        return (problem.x + float(problem.threat.eps)).clamp(0, 1)
+
+
 class Weak(Attack):
     def run(self, problem):
         return problem.x
@@ -70,17 +78,18 @@ class Weak(Attack):
 @pytest.mark.parametrize(
     ("attack", "law"),
     [
-        (WritesToInput(), "leaves_the_world_alone"),
         (LeaksGradients(), "leaves_the_world_alone"),
         (Swallows(), "leaves_the_world_alone_when_the_model_raises"),
         (AsksInSecret(), "costs_are_what_the_model_saw"),
         (BatchNoise(), "noise_belongs_to_the_example"),
         (GlobalNoise(), "noise_belongs_to_the_example"),
+        (MixesTheBatch(), "noise_belongs_to_the_example"),
+        (OneBudgetForAll(), "stays_in_the_threat"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_a_broken_attack_breaks_its_law(attack, law):
-    with pytest.raises(AssertionError) as failure:
+    with pytest.raises((AssertionError, ValueError)) as failure:
         holds(getattr(attack_laws, law), attack, attack_laws._cases([Linf, L2]), 100)
     assert any(law in note for note in failure.value.__notes__)
 
@@ -143,7 +152,7 @@ def _with(kind):
     from robustkit.testing import strategies
 
     original, base = strategies.threats, kind.__mro__[1]
-    return lambda kinds, *, bounded=True: original([base], bounded=bounded).map(lambda t: kind(t.eps, t.bounds))
+    return lambda kinds, *, bounded=True, budgets=None: original([base], bounded=bounded).map(lambda t: kind(t.eps, t.bounds))
 
 
 @dataclass(frozen=True)
@@ -190,3 +199,15 @@ def test_the_names_are_exported():
     assert issubclass(Goal, GoalBase)
     assert issubclass(Linf, Threat)
     assert goal_laws.check_goal is check_goal
+
+
+def test_threats_of_ones_own_are_checked_with_budgets_of_ones_own():
+    from hypothesis import strategies as st
+
+    from robustkit.errors import ArgumentError
+    from robustkit.testing import check_threat
+
+    mine = altered(Linf)
+    with pytest.raises(ArgumentError, match="budgets=None"):
+        check_threat(mine, examples=1)
+    assert check_threat(mine, budgets=st.floats(0.01, 0.9), examples=5) == 5 * len(threat_laws.LAWS)
