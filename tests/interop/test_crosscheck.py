@@ -47,7 +47,7 @@ def test_foolbox_agrees_on_the_shipped_models(name):
     assert all(row.verdict in ("equal", "close") and len(row.differing) <= 2 for row in l2)
     assert len(random) == 5
     assert all(row.verdict == "same rate" for row in random)
-    assert 0 < sum(row.ours == 1 for row in rows) < len(rows)  # not all saturated
+    assert any(0.05 < row.ours < 0.95 for row in rows)  # not all of them trivial
 
 
 @pytest.mark.parametrize("row_of", ["FGSM", "FGSM, least likely class", "BIM", "PGD", "PGD, least likely class"])
