@@ -71,12 +71,12 @@ class Attack(ABC):
             return Result.empty(x.detach())
         flags = _flags(target)
         with _gradients_on(), target.held():
-            x, ref = _owned(x, threat), _owned(ref)
+            x, ref = _owned(x), _owned(ref)
 
             def solve(rows: slice) -> Result:
                 noise = Noise(int(seed), ids[rows])
                 with seeded(noise.at("model", int(noise.ids[0])).key):
-                    return self._solve(target, x[rows], ref[rows], goal, threat[rows], noise, keep)
+                    return self._solve(target, threat.clamp(x[rows]), ref[rows], goal, threat[rows], noise, keep)
 
             parts, notes = _in_batches(solve, len(x), target.batch_size)
             whole = Result.cat(parts)
@@ -92,13 +92,14 @@ class Attack(ABC):
         if not len(x):
             return x.detach().clone()
         with _gradients_on(), target.held():
-            x, ref = _owned(x, threat), _owned(ref)
+            x, ref = _owned(x), _owned(ref)
 
             def solve(rows: slice) -> Tensor:
-                noise, kept = Noise(int(seed), ids[rows]), Kept("last", wide(x[rows]), target.stochastic)
-                problem = Problem(target, x[rows], ref[rows], goal, threat[rows], noise, kept)
+                part, noise = threat.clamp(x[rows]), Noise(int(seed), ids[rows])
+                kept = Kept("last", wide(part), target.stochastic)
+                problem = Problem(target, part, ref[rows], goal, threat[rows], noise, kept)
                 with seeded(noise.at("model", int(noise.ids[0])).key):
-                    return _finished(problem, self.run(problem), x[rows])
+                    return _finished(problem, self.run(problem), part)
 
             return torch.cat(_in_batches(solve, len(x), target.batch_size)[0])
 
@@ -161,11 +162,10 @@ def _gradients_on() -> Iterator[None]:
         yield
 
 
-def _owned(x: Tensor, threat: Threat | None = None) -> Tensor:
-    """`x` without its history, as an ordinary tensor; inputs that rounding has put outside the box are brought in."""
+def _owned(x: Tensor) -> Tensor:
+    """`x` without its history, as an ordinary tensor."""
     x = x.detach()
-    x = x.clone() if x.is_inference() else x
-    return x if threat is None else threat.clamp(x)
+    return x.clone() if x.is_inference() else x
 
 
 def _flags(target: Target) -> list[Remark]:

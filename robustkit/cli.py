@@ -82,7 +82,8 @@ def crosscheck(
     """Run the same attacks through foolbox and other installed libraries, and compare image by image."""
     from robustkit.bench.command import crosscheck_command
 
-    crosscheck_command(model, data, limit)
+    if crosscheck_command(model, data, limit):
+        raise typer.Exit(1)
 
 
 @zoo_app.command("list")

@@ -18,7 +18,8 @@ from robustkit.bench.report import Picture
 from robustkit.bench.runner import run
 from robustkit.bench.subject import Subject
 from robustkit.errors import ArgumentError
-from robustkit.interop.crosscheck import crosscheck, table
+from robustkit.interop._peers import load_foolbox
+from robustkit.interop.crosscheck import crosscheck, peers, table
 
 __all__ = ["Request", "bench_command", "crosscheck_command", "plan_of"]
 
@@ -95,8 +96,19 @@ def bench_command(request: Request, out: Path | None) -> None:
         screen.print(Text(f"report: {target / 'report.html'}"), soft_wrap=True)
 
 
-def crosscheck_command(model: str, data: str, limit: int) -> None:
-    """Compare with the other installed libraries and print the table."""
+def crosscheck_command(model: str, data: str, limit: int) -> int:
+    """Compare with the other installed libraries and print the table; 0 if all agree or are known not to, else 1.
+
+    Raises:
+        MissingExtraError: There is no library to compare with.
+    """
+    absent = [name for name, version in peers().items() if version is None]
+    if len(absent) == len(peers()):
+        load_foolbox()  # says how to install it
     plan = Plan((Case(model, "linf:0.1", "pgd"),), data, limit=limit)
     part = real_data.load(data).part(0, limit)
-    Console().print(table(crosscheck(Subject(model, part, plan).model, part.x, part.y)))
+    rows, screen = crosscheck(Subject(model, part, plan).model, part.x, part.y), Console()
+    screen.print(table(rows))
+    if absent:
+        screen.print(f"not installed, so not compared: {', '.join(absent)}", highlight=False)
+    return 0 if all(row.ok for row in rows) else 1

@@ -10,7 +10,9 @@ from typing import Literal, final
 
 import torch
 from rich import box
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
@@ -228,18 +230,32 @@ def _row(library: str, case: Case, ours: Tensor, theirs: Tensor, won: Sequence[T
         known.why if known and verdict in ("close", "by design") else "")  # fmt: skip
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """The rows to be printed."""
-    title = f"The same attack here and elsewhere, {rows[0].n} images" if rows else "No library to compare with"
-    shown = Table(title=title, caption=f"{sum(row.ok for row in rows)} of {len(rows)} agree", box=box.SIMPLE, padding=(0, 1))
-    for name in ("library", "attack", "threat"):
-        shown.add_column(name)
-    for name in ("ours", "theirs", "only o/t", "differ", "largest"):
-        shown.add_column(name, justify="right", no_wrap=True)
-    shown.add_column("verdict")
+def table(rows: Sequence[Row]) -> Group:
+    """The rows to be printed: a line for each attack and budget, a column for each library, the known reasons below."""
+    libraries = list(dict.fromkeys(row.library for row in rows))
+    title = f"The same attack here and elsewhere, {rows[0].n:,} images" if rows else "No library to compare with"
+    shown = Table(title=title, box=box.SIMPLE, padding=(0, 1), title_justify="left")
+    for name, align in (("attack", "left"), ("threat", "left"), ("ours", "right"), *((name, "left") for name in libraries)):
+        shown.add_column(name, justify="right" if align == "right" else "left", no_wrap=name == "threat", overflow="fold")
+    reasons = list(dict.fromkeys((row.library, row.attack, row.reason) for row in rows if row.reason))
+    lines: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        shown.add_row(
-            row.library, row.attack, row.threat, f"{row.ours:.1%}", f"{row.theirs:.1%}", f"{row.only_ours}/{row.only_theirs}",
-            "" if row.verdict == "same rate" else str(len(row.differing)), f"{row.largest:.0e}",
-            row.verdict + (f": {row.reason}" if row.reason else ""), style="" if row.ok else "bold red")  # fmt: skip
-    return shown
+        lines.setdefault((row.attack, row.threat), []).append(row)
+    for (attack, threat), line in lines.items():
+        cells = [" ".join(_cell(row, reasons) for row in line if row.library == library) for library in libraries]
+        shown.add_row(attack, threat, f"{line[0].ours:.1%}", *cells)
+    told = [f"[{i}] {library}, {attack}: {why}" for i, (library, attack, why) in enumerate(reasons, 1)]
+    agree = (
+        f"{sum(row.ok for row in rows)} of {len(rows)} agree or are known not to. ours: share of images on which we succeed."
+    )
+    signs = "equal: bit for bit; close: rounding; same rate a/b: random starts, a only we solve, b only they solve."
+    return Group(shown, *(Text(line) for line in (*told, f"{agree} {signs}")))
+
+
+def _cell(row: Row, reasons: Sequence[tuple[str, str, str]]) -> str:
+    """The verdict, with what qualifies it: lopsided successes, images that differ, the number of a reason."""
+    split = f" {row.only_ours}/{row.only_theirs}" if row.verdict in ("same rate", "differs") else ""
+    count = f", {len(row.differing)} images" if row.differing else ""
+    note = f" \\[{reasons.index((row.library, row.attack, row.reason)) + 1}]" if row.reason else ""
+    text = f"{row.verdict}{split}{count}{note}"
+    return text if row.ok else f"[bold red]{text}[/]"

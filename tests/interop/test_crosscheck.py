@@ -180,11 +180,18 @@ def test_known_differences_name_what_is_compared():
     assert not [d for d in DIFFERENCES if d.library == "foolbox" and d.attack]  # foolbox gets no excuse
 
 
-def test_the_table_shows_every_row_and_marks_the_bad_ones(rows):
-    bad = replace(rows[0], verdict="differs", only_ours=7)
-    console = Console(width=250, record=True, file=io.StringIO())
+@pytest.mark.parametrize("width", [80, 250])
+def test_the_table_shows_every_row_and_marks_the_bad_ones(rows, width):
+    bad = replace(rows[0], verdict="differs", only_ours=7, threat="linf:9")
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(table([*rows, bad]))
     text = console.export_text()
-    assert text.count("foolbox ") == sum(row.library == "foolbox" for row in [*rows, bad])
-    assert "differs" in text
+    body = text.partition("\n[1]")[0]
+    everyone = [*rows, bad]
+    for verdict in ("equal", "differs"):
+        assert body.count(verdict) == sum(row.verdict == verdict for row in everyone)
+    for row in rows:
+        assert row.threat in text
+        assert row.reason[:20] in text
+    assert "…" not in text
     assert f"{len(rows)} of {len(rows) + 1} agree" in text
