@@ -2,9 +2,11 @@
 
 import json
 import shlex
+import sys
 
 import pytest
 
+from robustkit import cli
 from robustkit.bench import Case, Plan, command, default_plan, folder
 from robustkit.bench.command import Request, bench_command, plan_of
 from robustkit.bench.runner import run
@@ -155,3 +157,27 @@ def test_a_plan_is_refused_before_a_folder_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(folder, "new_folder", lambda out: pytest.fail("a folder was made"))
     with pytest.raises(ArgumentError):
         bench_command(Request(limit=0), tmp_path / "out")
+
+
+def test_a_cross_check_without_any_library_says_how_to_install_one(monkeypatch, capsys):
+    for package in ("foolbox", "art", "torchattacks"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert cli.main(["crosscheck", "--model", "zoo:digits-mlp", "--data", "digits", "--limit", "5"]) == 2
+    said = capsys.readouterr().err
+    assert "pip install 'robustkit[foolbox]'" in said
+    assert said.count("\n") == 1
+
+
+def test_a_cross_check_that_finds_a_difference_fails(monkeypatch, capsys):
+    from dataclasses import replace
+
+    from robustkit.bench import command
+
+    def differs(model, x, y):
+        (row,) = (r for r in crosscheck(model, x, y, eps=(0.1,), eps_l2=(), libraries=["foolbox"]) if r.attack == "FGSM")
+        return [replace(row, verdict="differs")]
+
+    crosscheck = command.crosscheck
+    monkeypatch.setattr(command, "crosscheck", differs)
+    assert cli.main(["crosscheck", "--model", "zoo:digits-mlp", "--data", "digits", "--limit", "5"]) == 1
+    assert "0 of 1 agree" in capsys.readouterr().out
