@@ -10,7 +10,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 .PHONY: bench test check laws overhead clean
 
 bench: $(VENV)/.core
-	$(BIN)/robustkit bench
+	$(ONE_THREAD) $(BIN)/robustkit bench
 
 test: $(VENV)/.dev
 	$(ONE_THREAD) $(BIN)/python -m pytest -q

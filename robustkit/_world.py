@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Mode", "held", "random_state", "seeded"]
+__all__ = ["Mode", "held", "is_out_of_memory", "random_state", "seeded"]
 
 Mode = Literal["eval", "train", "as-is"]
 
@@ -69,6 +69,11 @@ def _state_of(generator: object) -> bytes:
     if isinstance(generator, torch.Generator):
         return generator.get_state().cpu().numpy().tobytes()
     return pickle.dumps(generator)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on the GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _cuda_in_use() -> bool:

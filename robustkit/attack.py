@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from robustkit._random import Noise
 from robustkit._tensors import over, toward, wide
-from robustkit._world import seeded
+from robustkit._world import is_out_of_memory, seeded
 from robustkit.errors import ArgumentError, ShapeError
 from robustkit.goals import Goal, Misclassify
 from robustkit.keep import Keep, Kept, check_keep
@@ -24,7 +24,9 @@ from robustkit.target import Fn, Target
 from robustkit.threats import Threat
 from robustkit.verdict import told_in_float32, verdict
 
-__all__ = ["Attack"]
+__all__ = ["FLAT", "Attack", "flat_flag"]
+
+FLAT = "flat-gradients"
 
 T = TypeVar("T")
 
@@ -82,7 +84,7 @@ class Attack(ABC):
             whole = Result.cat(parts)
             if x.element_size() < 4:
                 notes.append(told_in_float32(target, whole.x_adv, ref, goal, whole.success))
-        return replace(whole, flags=(*flags, *whole.flags, *_flat_flag(whole)), notes=(*notes, *whole.notes))
+        return replace(whole, flags=(*flags, *whole.flags, *flat_flag(whole)), notes=(*notes, *whole.notes))
 
     @final
     def perturb(self, target: Target | nn.Module | Fn, x: Tensor, ref: Tensor, *, goal: Goal = Misclassify(),
@@ -112,12 +114,13 @@ class Attack(ABC):
         met = torch.zeros_like(kept.open)
         if goal.met_before and keep in ("first", "smallest"):
             with stage("clean", kept.best.found):
-                met = problem.success(problem.x) & (not kept.stochastic)
+                met = problem.success(problem.x)
+                met &= not kept.stochastic  # known only now: a lucky answer is no success
                 kept.open &= ~met
         with stage("attack", kept.best.found):
             x_last = self.run(problem) if kept.open.any() else problem.x
             x_adv, success, rate, flags, notes = verdict(problem, kept, _finished(problem, x_last, problem.x), met)
-            kept.best.found[:] = success
+            kept.best.found[:] = success  # so that the stage books what was solved in the end
         x_adv = _finished(problem, x_adv, x)
         ledger = kept.ledger
         return Result(x_adv, success, rate, threat.size(x_adv, x), ledger.forwards, ledger.backwards, ledger.flat,
@@ -144,15 +147,11 @@ def _in_batches(solve: Callable[[slice], T], n: int, size: int) -> tuple[list[T]
             parts.append(solve(slice(start, min(start + size, n))))
             start += size
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if size == 1 or not _is_out_of_memory(error):
+            if size == 1 or not is_out_of_memory(error):
                 raise
             size = -(-size // 2)
             notes = [Remark("batch-halved", f"memory ran out; the last batches held {size} images")]
     return parts, notes
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 @contextmanager
@@ -174,14 +173,14 @@ def _flags(target: Target) -> list[Remark]:
     return []
 
 
-def _flat_flag(result: Result) -> list[Remark]:
+def flat_flag(result: Result) -> list[Remark]:
     """An alarm where most gradients of the examples that were not broken carried no signal."""
     robust = ~result.success
     asked, flat = int(result.backwards[robust].sum()), int(result.flat[robust].sum())
     if flat <= asked / 2:
         return []
     why = f"{flat} of {asked} gradients of the unbroken examples were zero, not finite or missing: not broken is not robust"
-    return [Remark("flat-gradients", why)]
+    return [Remark(FLAT, why)]
 
 
 def _checked(x: Tensor, ref: Tensor, goal: Goal, threat: Threat, seed: int, ids: Tensor | None) -> Tensor:

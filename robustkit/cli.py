@@ -65,7 +65,7 @@ def bench(
 ) -> None:
     """Measure how robust models are: a table here, results.json and report.html in a folder.
 
-    Without arguments: two reference models, four attacks, a thousand real digits, in about a minute.
+    Without arguments: two reference models, four attacks, a thousand real digits, in ten seconds to a minute.
     """
     from robustkit.bench.command import Request, bench_command
 
@@ -126,7 +126,7 @@ def main(words: list[str] | None = None) -> int:
         print(f"robustkit: {_told(error)}", file=sys.stderr)
         return 2
     if code == 130:
-        print("robustkit: interrupted; cases that were finished are in the folder of the run", file=sys.stderr)
+        print("robustkit: interrupted; what a bench had finished is in its folder", file=sys.stderr)
     return code
 
 

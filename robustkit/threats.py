@@ -24,6 +24,10 @@ _ROUNDING = 2.0**-24  # of one float32 operation on numbers of size one
 class Threat(ABC):
     """A ball around each x, cut with the box of valid inputs.
 
+    `project` brings any point inside; `steepest` jumps from x to the best point for a linear function, the whole budget at
+    once; `step` walks a fraction of the budget from any point (`move` the same by a length), possibly out of the ball, to be
+    projected afterwards; `sample` draws a random point.
+
     Attributes:
         eps: The budget in input units; one number, or one number an example, shape (N,).
         bounds: Lowest and highest valid input value, or None where every real number is valid (latent spaces).

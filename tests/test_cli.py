@@ -75,7 +75,7 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path):
     running.send_signal(signal.SIGINT)
     out, err = running.communicate(timeout=60)
     assert (running.returncode, out) == (130, "")
-    assert err == "robustkit: interrupted; cases that were finished are in the folder of the run\n"
+    assert err == "robustkit: interrupted; what a bench had finished is in its folder\n"
     (record,) = json.loads((tmp_path / "out" / "results.json").read_text())["records"]
     assert record["attack"] == "fgsm"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "report.html"}
@@ -93,7 +93,7 @@ def test_an_interruption_is_130(monkeypatch, capsys):
     assert cli.main(["bench"]) == 130
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.strip() == "robustkit: interrupted; cases that were finished are in the folder of the run"
+    assert said.err.strip() == "robustkit: interrupted; what a bench had finished is in its folder"
 
 
 def test_a_wrong_request_is_2_and_one_line(monkeypatch, capsys):

@@ -13,9 +13,7 @@ from rich.text import Text
 from robustkit import data as real_data
 from robustkit.bench import console, folder
 from robustkit.bench.plan import Case, Plan, default_plan
-from robustkit.bench.record import Record
-from robustkit.bench.report import Picture
-from robustkit.bench.runner import run
+from robustkit.bench.runner import Outcome, run
 from robustkit.bench.subject import Subject
 from robustkit.errors import ArgumentError
 from robustkit.interop._peers import load_foolbox
@@ -79,8 +77,7 @@ def plan_of(request: Request) -> Plan:
 def bench_command(request: Request, out: Path | None) -> None:
     """Run, show and write. Files are written after every case, so that an interrupted run leaves what was finished."""
     plan, screen = plan_of(request), Console()
-    records: list[Record] = []
-    pictures: list[Picture] = []
+    outcomes: list[Outcome] = []
     with folder.new_folder(out) as target:
         with console.live(screen) as bar:
             task = bar.add_task("preparing", total=None)
@@ -89,10 +86,9 @@ def bench_command(request: Request, out: Path | None) -> None:
                 bar.update(task, description=f"{case.model} {case.threat} {case.attack}", advance=images, total=total)
 
             for outcome in run(plan, progress):
-                records.append(outcome.record)
-                pictures.extend(outcome.pictures)
-                folder.write(target, records, pictures, device=plan.device, command=request.command())
-        screen.print(console.table(records))
+                outcomes.append(outcome)
+                folder.write(target, outcomes, device=plan.device, command=request.command())
+        screen.print(console.table(*folder.records_of(outcomes)))
         screen.print(Text(f"report: {target / 'report.html'}"), soft_wrap=True)
 
 

@@ -29,11 +29,15 @@ def live(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
-def table(records: Sequence[dict[str, Any]]) -> Group:
-    """The records as a table for each model; be-wrong goals first, for they alone say how robust a model is."""
+def table(records: Sequence[dict[str, Any]], together: Sequence[dict[str, Any]] = ()) -> Group:
+    """The records as a table for each model; be-wrong goals first, for they alone say how robust a model is.
+
+    Where several attacks were run in one threat, a last line says what survives all of them.
+    """
     parts: list[RenderableType] = []
     for model in dict.fromkeys(record["model"] for record in records):
-        parts += _of_model([record for record in records if record["model"] == model])
+        both = [record for record in together if record["model"] == model and len(record["attacks"]) > 1]
+        parts += _of_model([record for record in records if record["model"] == model], both)
     parts.append(
         Text(
             "robust: right before and after the attack; an upper bound on the truth, with its 95 % interval over the choice "
@@ -43,7 +47,7 @@ def table(records: Sequence[dict[str, Any]]) -> Group:
     return Group(*parts)
 
 
-def _of_model(records: Sequence[dict[str, Any]]) -> list[RenderableType]:
+def _of_model(records: Sequence[dict[str, Any]], together: Sequence[dict[str, Any]]) -> list[RenderableType]:
     # Text, not str: rich would read [brackets] and :words: in names as markup.
     first = records[0]
     right = f": right on {first['clean_accuracy']:.1%} of {first['n']:,} images of {first['data']}"
@@ -56,16 +60,29 @@ def _of_model(records: Sequence[dict[str, Any]]) -> list[RenderableType]:
     for record in sorted(records, key=lambda r: r["goal"] != "misclassify"):
         view.add_row(*_row(record))
         for flag in record["flags"]:
-            told[f"! {flag['name']}"] = Text.assemble((f"! {flag['name']}: ", "bold red"), flag["why"])
+            told[flag["name"] + flag["why"]] = Text.assemble(
+                (f"! {flag['name']}", "bold red"), f" ({_who(record)}): {flag['why']}"
+            )
         for note in record["notes"]:
-            told[note["name"]] = Text(f"{note['name']}: {note['why']}")
+            told.setdefault(note["name"] + note["why"], Text(f"{note['name']} ({_who(record)}): {note['why']}"))
+    for record in together:
+        interval = Text(f"{record['low']:.1%} – {record['high']:.1%}", "dim")
+        view.add_row(
+            Text(record["threat"]), Text("all together", "bold"), Text(f"{record['robust_accuracy']:.1%}", "bold"), interval
+        )
     return [Text.assemble((first["model"], "bold"), right), view, *told.values()]
+
+
+def _who(record: dict[str, Any]) -> str:
+    return f"{record['attack']}, {record['threat']}"
 
 
 def _row(record: dict[str, Any]) -> tuple[Text, ...]:
     be_wrong = record["goal"] == "misclassify"
     figure, other = ("bold", "dim") if be_wrong else ("dim", "bold")
-    attack = record["attack"] if be_wrong else f"{record['attack']} → {record['goal']}"
+    # A space after each comma, so that a narrow terminal breaks there and not inside a number.
+    name = record["attack"].replace(",", ", ")
+    attack = name if be_wrong else f"{name} → {record['goal']}"
     return (
         Text(record["threat"]),
         Text.assemble(attack, (" !", "bold red")) if record["flags"] else Text(attack),

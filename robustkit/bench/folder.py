@@ -15,10 +15,12 @@ import numpy
 import torch
 
 import robustkit
-from robustkit.bench.report import Picture, report
+from robustkit.bench.record import Record, together
+from robustkit.bench.report import report
+from robustkit.bench.runner import Outcome
 from robustkit.errors import ArgumentError
 
-__all__ = ["SCHEMA", "environment", "new_folder", "write"]
+__all__ = ["SCHEMA", "environment", "new_folder", "records_of", "write"]
 
 SCHEMA = 1
 
@@ -59,14 +61,22 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
-def write(folder: Path, records: Sequence[dict[str, Any]], pictures: Sequence[Picture], *, device: str, command: str) -> None:
-    """Write results.json and report.html of the records so far."""
+def records_of(outcomes: Sequence[Outcome]) -> tuple[list[Record], list[Record]]:
+    """The records of the cases, and those of all attacks together."""
+    return [outcome.record for outcome in outcomes], together([(outcome.record, outcome.robust) for outcome in outcomes])
+
+
+def write(folder: Path, outcomes: Sequence[Outcome], *, device: str, command: str) -> None:
+    """Write results.json and report.html of the cases so far."""
+    records, combined = records_of(outcomes)
+    pictures = [picture for outcome in outcomes for picture in outcome.pictures]
     results = {
         "robustkit": robustkit.__version__,
         "schema": SCHEMA,
         "environment": environment(device),
         "command": command,
-        "records": list(records),
+        "together": combined,
+        "records": records,
     }
     _replace(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     _replace(folder / "report.html", report(results, pictures, command=command))

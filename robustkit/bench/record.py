@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
+from robustkit.attack import FLAT, Attack, flat_flag
 from robustkit.bench.plan import Case, Plan
 from robustkit.ledger import Remark
 from robustkit.result import Result
 
-__all__ = ["make_record", "wilson"]
+__all__ = ["Record", "make_record", "together", "wilson"]
 
 Record = dict[str, Any]  # Any: strings, numbers, and lists of {name, why}, ready for JSON
 
@@ -25,7 +26,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def make_record(case: Case, plan: Plan, *, access: str, result: Result, clean: NDArray[np.bool_], robust: NDArray[np.bool_],
+def make_record(case: Case, plan: Plan, *, attack: Attack, result: Result, clean: NDArray[np.bool_], robust: NDArray[np.bool_],
                 seconds: float) -> Record:  # fmt: skip
     """The record of a case. Rates are over all images; `median_size` is over those on which the attack succeeded.
 
@@ -35,7 +36,7 @@ def make_record(case: Case, plan: Plan, *, access: str, result: Result, clean: N
     Args:
         case: What was asked.
         plan: The run that it belongs to.
-        access: What the attack sees: "white", "score" or "label".
+        attack: What ran; its repr, with every field, stands in the record, since defaults may change.
         result: Of all blocks together; its images are not looked at.
         clean: Which images are classified correctly without an attack, (N,).
         robust: Which are classified correctly both before and after, (N,).
@@ -44,16 +45,44 @@ def make_record(case: Case, plan: Plan, *, access: str, result: Result, clean: N
     n = len(clean)
     low, high = wilson(int(robust.sum()), n)
     sizes = result.size[result.success]
-    flags, notes = _once(result.flags), _once((*result.notes, *_flat_note(result)))
+    # Told of the whole case: the blocks have said it of a hundred images each.
+    flat = flat_flag(result)
+    flags = _once((*(flag for flag in result.flags if flag.name != FLAT), *flat))
+    notes = _once((*result.notes, *([] if flat else _flat_note(result))))
     return {
         "model": case.model, "data": plan.data, "defence": None, "goal": case.goal, "threat": case.threat,
-        "attack": case.attack, "seed": plan.seed, "n": n,
+        "attack": case.attack, "recipe": repr(attack), "seed": plan.seed, "n": n,
         "clean_accuracy": float(clean.mean()), "robust_accuracy": float(robust.mean()),
         "success_rate": float(result.success.double().mean()), "low": low, "high": high,
         "median_size": float(sizes.quantile(0.5)) if len(sizes) else None,
         "forwards": int(result.forwards.sum()), "backwards": int(result.backwards.sum()), "seconds": seconds,
-        "access": access, "flags": flags, "notes": notes,
+        "access": attack.access, "flags": flags, "notes": notes,
     }  # fmt: skip
+
+
+def together(survivors: Sequence[tuple[Record, NDArray[np.bool_]]]) -> list[Record]:
+    """For each model and threat, the images that survive every attack that was run: never more than under the best one.
+
+    Args:
+        survivors: Each record with the images, (N,) bool, that were right before and after its attack. Attacks with
+            another goal count too: an image that they have made wrong is wrong.
+
+    Returns:
+        Records of their own: model, data, defence, threat, n, attacks, clean_accuracy, robust_accuracy, low, high.
+    """
+    keys = ("model", "data", "defence", "threat")
+    groups: dict[tuple[str, ...], list[tuple[Record, NDArray[np.bool_]]]] = {}
+    for record, robust in survivors:
+        groups.setdefault(tuple(record[key] for key in keys), []).append((record, robust))
+    found = []
+    for group, members in groups.items():
+        robust = np.logical_and.reduce([survived for _, survived in members])
+        low, high = wilson(int(robust.sum()), len(robust))
+        attacks = [f"{record['attack']} ({record['goal']})" for record, _ in members]
+        found.append({**dict(zip(keys, group, strict=True)), "n": len(robust), "attacks": attacks,
+                      "clean_accuracy": members[0][0]["clean_accuracy"], "robust_accuracy": float(robust.mean()),
+                      "low": low, "high": high})  # fmt: skip
+    return found
 
 
 def _once(remarks: Sequence[Remark]) -> list[dict[str, str]]:
@@ -71,4 +100,4 @@ def _flat_note(result: Result) -> list[Remark]:
     if flat <= asked / 100:
         return []
     images = int((result.flat > 0).sum())
-    return [Remark("flat-gradients", f"{flat / asked:.1%} of the gradient queries were zero or not finite, on {images} images")]
+    return [Remark(FLAT, f"{flat / asked:.1%} of the gradient queries were zero or not finite, on {images} images")]

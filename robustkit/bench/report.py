@@ -98,14 +98,15 @@ def report(results: Mapping[str, Any], pictures: Sequence[Picture], *, command: 
     records: Sequence[Record] = results["records"]
     plain = [record for record in records if record["goal"] == _UNTARGETED]
     other = [record for record in records if record["goal"] != _UNTARGETED]
-    flags = _flags(records)
+    flags, combined = _flags(records), _together(results)
     page = (
         _environment()
         .get_template("report.html")
         .render(
             version=results["robustkit"],
             records=records,
-            verdicts=_verdicts(records),
+            verdicts=_verdicts(records, combined),
+            together=combined,
             untargeted=[(group, sorted(rows, key=lambda row: float(row["robust_accuracy"]))) for group, rows in _groups(plain)],
             targeted=[(group, sorted(rows, key=lambda row: -float(row["success_rate"]))) for group, rows in _groups(other)],
             lowest={group: _lowest(rows) for group, rows in _groups(plain)},
@@ -159,8 +160,11 @@ def _lowest(rows: Iterable[Record]) -> float:
     return min(float(row["robust_accuracy"]) for row in rows)
 
 
-def _verdicts(records: Iterable[Record]) -> list[dict[str, Any]]:
-    """One sentence a model: clean accuracy (a range where the rows differ), then the lowest figure of each threat."""
+def _verdicts(records: Iterable[Record], together: Mapping[_Group, Record]) -> list[dict[str, Any]]:
+    """One sentence a model: clean accuracy (a range where the rows differ), then the figure of each threat.
+
+    That is the share of images that survive all attacks together, where the results hold it, else the lowest of them.
+    """
     subjects: dict[tuple[str, str, str | None], list[tuple[_Group, list[Record]]]] = defaultdict(list)
     for group, rows in _groups(records):
         subjects[group.model, group.data, group.defence].append((group, rows))
@@ -169,18 +173,24 @@ def _verdicts(records: Iterable[Record]) -> list[dict[str, Any]]:
             "group": found[0][0],
             "clean": _span([float(row["clean_accuracy"]) for _, rows in found for row in rows]),
             "images": sorted({int(row["n"]) for _, rows in found for row in rows}),
-            "threats": [{"threat": group.threat, **_answer(rows)} for group, rows in found],
+            "threats": [{"threat": group.threat, **_answer(rows, together.get(group))} for group, rows in found],
         }
         for found in subjects.values()
     ]
 
 
-def _answer(rows: Iterable[Record]) -> dict[str, Any]:
-    """The lowest robust accuracy, or None where no attack tried to make the model be wrong; and whether it is flagged."""
+def _together(results: Mapping[str, Any]) -> dict[_Group, Record]:
+    """What survives all attacks together, by what was attacked."""
+    rows = results.get("together", ())
+    return {_Group(row["model"], row["data"], row["defence"], row["threat"]): row for row in rows}
+
+
+def _answer(rows: Iterable[Record], together: Record | None) -> dict[str, Any]:
+    """The robust accuracy, or None where no attack tried to make the model be wrong; and whether it is flagged."""
     plain = [row for row in rows if row["goal"] == _UNTARGETED]
     if not plain:
         return {"robust": None, "flagged": False}
-    lowest = _lowest(plain)
+    lowest = _lowest(plain) if together is None else float(together["robust_accuracy"])
     return {"robust": lowest, "flagged": any(row["flags"] for row in plain)}
 
 

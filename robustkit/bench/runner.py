@@ -33,10 +33,11 @@ Progress = Callable[[Case, int, int], None]  # a case, how many more of its imag
 @final
 @dataclass(frozen=True)
 class Outcome:
-    """What a case came to: its record, and a few of its images."""
+    """What a case came to: its record, a few of its images, and which images stayed right, before and after, (N,)."""
 
     record: Record
     pictures: tuple[Picture, ...]
+    robust: NDArray[np.bool_]
 
 
 @final
@@ -62,7 +63,7 @@ def run(plan: Plan, progress: Progress = lambda case, images, total: None) -> It
         ArgumentError: A spec that means nothing, data or weights that cannot be read, a model that fails on the data.
         MissingExtraError: An optional dependency is needed.
     """
-    for case in plan.cases:
+    for case in plan.cases:  # read once to be refused here if they mean nothing
         specs.attack(case.attack), specs.threat(case.threat), specs.goal(case.goal)
     data = real_data.load(plan.data).part(plan.offset, plan.limit)
     subjects = {spec: Subject(spec, data, plan) for spec in dict.fromkeys(case.model for case in plan.cases)}
@@ -81,9 +82,9 @@ def _measured(case: Case, plan: Plan, subject: Subject, progress: Progress) -> O
         progress(case, rows.stop - rows.start, len(plan.cases) * len(subject.data))
     seconds = time.perf_counter() - started
     result, robust = Result.cat(blocks.results), np.concatenate(blocks.robust)
-    record = make_record(case, plan, access=attack.access, result=result, clean=subject.clean, robust=robust, seconds=seconds)
-    record |= {"model_hash": subject.hash, "data_hash": subject.data.hash}
-    return Outcome(record, blocks.pictures)
+    record = make_record(case, plan, attack=attack, result=result, clean=subject.clean, robust=robust, seconds=seconds)
+    record |= {"model_hash": subject.hash, "data_hash": subject.data.hash}  # of the weights and of the images
+    return Outcome(record, blocks.pictures, robust)
 
 
 def _add_block(blocks: _Blocks, case: Case, plan: Plan, subject: Subject, attack: Attack, threat: Threat,

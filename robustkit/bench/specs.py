@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from fractions import Fraction
-from typing import Any, final
+from typing import Any, final, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -73,7 +73,8 @@ def attack(spec: str) -> Attack:
     if name not in known:
         raise ArgumentError(f"attack {name!r} does not exist; there are {', '.join(known)}")
     cls, preset = known[name]
-    kinds = {field.name: str(field.type) for field in fields(cls)}  # type: ignore[arg-type]
+    hints = get_type_hints(cls)
+    kinds = {field.name: _kind(hints[field.name]) for field in fields(cls)}  # type: ignore[arg-type]
     chosen: dict[str, Any] = {}
     for item in given.split(",") if given else []:
         field, equals, value = item.partition("=")
@@ -88,13 +89,19 @@ def attack(spec: str) -> Attack:
         return cls(**(preset | chosen))
 
 
+def _kind(hint: Any) -> str:  # Any: a type, or a union of some
+    """The type of a field in a word; of `float | None`, the part that can be written."""
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)] or [hint]
+    return str(getattr(kinds[0], "__name__", kinds[0]))
+
+
 def _value(kind: str, text: str, name: str) -> Any:  # Any: the type is that of the field
     if kind == "bool":
         if text not in ("true", "false"):
             raise ArgumentError(f"{name}={text!r} must be true or false")
         return text == "true"
     value = number(text, name)
-    if kind.startswith("int"):
+    if kind == "int":
         if not value.is_integer():
             raise ArgumentError(f"{name}={text!r} must be a whole number")
         return int(value)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from robustkit._random import Noise
-from robustkit._world import held, seeded
+from robustkit._world import held, is_out_of_memory, seeded
 from robustkit.bench import specs
 from robustkit.bench.models import load_model, model_hash
 from robustkit.bench.plan import Case, Plan
@@ -38,7 +38,7 @@ class _Told(nn.Module):
         try:
             return self.model(x)
         except Exception as error:
-            if isinstance(error, RobustkitError) or _is_out_of_memory(error):
+            if isinstance(error, RobustkitError) or is_out_of_memory(error):
                 raise
             raise ArgumentError(_failed(self.spec, "raised", x, error) + "; it must take what the data holds") from error
 
@@ -84,7 +84,7 @@ class Subject:
                 batches = [slice(start, start + size) for start in range(0, len(x), size)]
                 return torch.cat([self._checked(self.model(x[part].to(self._plan.device)), y[part]) for part in batches])
         except Exception as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise ArgumentError(f"batch_size={size}: memory ran out in model {self.spec!r}; take a smaller one") from error
 
@@ -134,7 +134,3 @@ class Subject:
 def _failed(spec: str, how: str, x: Tensor, error: Exception) -> str:
     said = " ".join(str(error).split())[:300]
     return f"model {spec!r} {how} {type(error).__name__} on images {tuple(x.shape)}: {said}"
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

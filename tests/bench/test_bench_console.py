@@ -72,8 +72,8 @@ def test_names_are_shown_as_they_are(name):
     record |= {"flags": [{"name": name, "why": name}], "notes": [{"name": f"note {name}", "why": name}]}
     text = shown(record, width=250)
     assert f"{name}: right on 98.1% of 1,000 images of {name}" in text
-    assert f"! {name}: {name}" in text
-    assert f"note {name}: {name}" in text
+    assert f"! {name} ({name}, {name}): {name}" in text
+    assert f"note {name} ({name}, {name}): {name}" in text
     assert f"{name} → {name} !" in text
 
 
@@ -97,8 +97,8 @@ def test_flags_are_loud_and_told_once():
     loud, calm = RECORD | {"flags": flags, "attack": "apgd"}, RECORD | {"notes": notes}
     plain, colored = shown(loud, calm, loud), shown(loud, calm, loud, color=True)
     assert [" !" in row for row in rows(plain)] == [True, False, True]
-    assert plain.count("! masked: for this reason") == 1
-    assert plain.count("fact: as it is") == 1
+    assert plain.count("! masked (apgd, linf:0.3): for this reason") == 1
+    assert plain.count("fact (pgd, linf:0.3): as it is") == 1
     assert "! fact" not in plain
     assert "\x1b[1;31m! masked" in colored  # bold and red
     assert colored.count("\x1b[1;31m !") == 2

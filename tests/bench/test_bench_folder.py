@@ -4,10 +4,11 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import robustkit
-from robustkit.bench import folder
+from robustkit.bench import Outcome, folder
 from robustkit.errors import ArgumentError
 
 RECORD = {
@@ -18,7 +19,8 @@ RECORD = {
 
 
 def written(path, *models):
-    folder.write(path, [RECORD | {"model": model} for model in models], [], device="cpu", command="robustkit bench")
+    outcomes = [Outcome(RECORD | {"model": model}, (), np.arange(100) < 12) for model in models]
+    folder.write(path, outcomes, device="cpu", command="robustkit bench")
 
 
 def content(root):
@@ -34,6 +36,10 @@ def test_what_is_written_can_be_read(tmp_path):
     assert results["environment"] == folder.environment("cpu")
     assert results["command"] == "robustkit bench"
     assert [record["model"] for record in results["records"]] == ["first", "sécond"]
+    assert [(record["model"], record["robust_accuracy"]) for record in results["together"]] == [
+        ("first", 0.12),
+        ("sécond", 0.12),
+    ]
     assert "sécond" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
