@@ -86,6 +86,8 @@ class Kept:
 
     def offer(self, rows: Tensor, x_adv: Tensor, x: Tensor, threat: Threat, reached: Tensor, loss: Tensor) -> None:
         """Keep those of the points (M, *S) of the examples `rows` (M,) that are better than what they had."""
+        if not self.judging:
+            return
         worth = reached if self.leaving else torch.ones_like(reached)
         new = worth.nonzero().squeeze(1)
         new = new[threat[new].contains(x_adv[new], x[new])]

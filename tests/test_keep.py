@@ -69,6 +69,22 @@ def test_last_is_the_last_and_nothing_else_is_judged():
     assert ends("last", 0.2, 0.05, 0.1) == (0.1, False, 3)
 
 
+def test_last_is_the_last_also_where_the_attack_looks_around():
+    """Questions without a gradient are judged as well, and must not put a better point in the place of the last."""
+
+    @dataclass(frozen=True)
+    class Looks(Attack):
+        def run(self, problem):
+            problem.loss(problem.x + 0.05)
+            problem.success(problem.x + 0.2)
+            return problem.x + 0.1
+
+    x = torch.full((2, 3), 0.5)
+    result = Looks()(table, x, x, goal=Hits(), threat=Linf(0.3), keep="last")
+    assert torch.equal(result.x_adv, x + 0.1)
+    assert not result.success.any()
+
+
 @pytest.mark.parametrize("keep", ["first", "best", "smallest"])
 def test_a_success_outside_the_threat_does_not_count(keep):
     assert ends(keep, 0.4, 0.1)[:2] == (0.1, False)
