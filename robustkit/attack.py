@@ -70,18 +70,21 @@ class Attack(ABC):
         check_keep(keep)
         target, ids = Target.of(target), _checked(x, ref, goal, threat, seed, ids)
         if not len(x):
-            return Result.empty(x.detach())
+            return Result.room(x.detach())
         flags = _flags(target)
         with _gradients_on(), target.held():
             x, ref = _owned(x), _owned(ref)
+            room = Result.room(x)
 
             def solve(rows: slice) -> Result:
                 noise = Noise(int(seed), ids[rows])
                 with seeded(noise.at("model", int(noise.ids[0])).key):
-                    return self._solve(target, threat.clamp(x[rows]), ref[rows], goal, threat[rows], noise, keep)
+                    part = self._solve(target, threat.clamp(x[rows]), ref[rows], goal, threat[rows], noise, keep)
+                return room.fill(rows, part)
 
             parts, notes = _in_batches(solve, len(x), target.batch_size)
-            whole = Result.cat(parts)
+            told = Result.cat(parts)
+            whole = replace(room, flags=told.flags, notes=told.notes, stages=told.stages)
             if x.element_size() < 4:
                 notes.append(told_in_float32(target, whole.x_adv, ref, goal, whole.success))
         return replace(whole, flags=(*flags, *whole.flags, *flat_flag(whole)), notes=(*notes, *whole.notes))

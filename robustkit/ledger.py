@@ -47,7 +47,7 @@ class Ledger:
     def add(self, count: Tensor, rows: Tensor | slice, amount: int | Tensor = 1) -> None:
         """Add `amount` to `count` (one of the three above) for some of the examples, as often as they are named."""
         if isinstance(rows, slice):
-            count[rows] += amount
+            count[rows].add_(amount)
         else:
             count.index_add_(0, rows, torch.as_tensor(amount, device=count.device).expand(len(rows)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, final
 
@@ -37,7 +38,9 @@ class Problem:
                  rows: Tensor | None = None) -> None:  # fmt: skip
         self._target, self._raw, self.ref, self.goal, self.threat = target, x, ref, goal, threat
         self._noise, self._kept = noise, kept
-        self._rows = torch.arange(len(x), device=x.device) if rows is None else rows  # where these stand in the ledger
+        # Where these stand in the ledger; a slice of everything costs less to count with than as many indices.
+        self._rows = slice(None) if rows is None else rows
+        self._everyone = torch.arange(len(x), device=x.device)
         self.x = wide(x)
 
     def __len__(self) -> int:
@@ -48,15 +51,14 @@ class Problem:
 
         An example may be named several times, to try several points of it at once.
         """
-        rows = torch.arange(len(self), device=self.x.device)[rows]
+        rows = self._everyone[rows]
         return Problem(self._target, self._raw[rows], self.ref[rows], self.goal, self.threat[rows], self._noise[rows],
-                       self._kept, self._rows[rows])  # fmt: skip
+                       self._kept, self._in_ledger(rows))  # fmt: skip
 
     def batches(self, size: int) -> Iterator[Problem]:
         """The examples in groups of at most `size`, in order."""
-        everyone = torch.arange(len(self), device=self.x.device)
         for first in range(0, len(self), size):
-            yield self[everyone[first : first + size]]
+            yield self[first : first + size]
 
     @property
     def open(self) -> Tensor:
@@ -140,9 +142,8 @@ class Problem:
                 self._judge_on_the_way(x_adv, at, out, None)
 
         def pull(grad_out: Tensor) -> Tensor:
-            ledger, rows = self._kept.ledger, self._ledger_rows(at)
-            ledger.add(ledger.backwards, rows)
-            ledger.add(ledger.flat, rows, 0 if out.requires_grad else 1)
+            self._count(self._kept.ledger.backwards, at)
+            self._count(self._kept.ledger.flat, at, 0 if out.requires_grad else 1)
             if not out.requires_grad:
                 return torch.zeros_like(self.x)
             grad = torch.autograd.grad(out, x_in, grad_out, retain_graph=True, allow_unused=True)[0]
@@ -154,10 +155,16 @@ class Problem:
         """The examples that the model still has to see, as indices."""
         if self._kept.leaving and not self._kept.open.all():
             return self.open.nonzero().squeeze(1)
-        return torch.arange(len(self), device=self.x.device)
+        return self._everyone
 
-    def _ledger_rows(self, at: Tensor | slice) -> Tensor:
-        return self._rows[at]
+    def _count(self, count: Tensor, at: Tensor | slice, amount: int | Tensor = 1) -> None:
+        """Book a cost of the examples `at`."""
+        self._kept.ledger.add(count, at if isinstance(self._rows, slice) else self._rows[at], amount)
+
+    def _in_ledger(self, at: Tensor | slice) -> Tensor:
+        """Where the examples `at` stand among all of the run."""
+        rows = self._everyone[at]
+        return rows if isinstance(self._rows, slice) else self._rows[rows]
 
     def _input(self, x_adv: Tensor, at: Tensor | slice) -> Tensor:
         x_adv = x_adv[at].detach()
@@ -165,7 +172,7 @@ class Problem:
 
     def _forward(self, fn: Fn, x: Tensor, at: Tensor | slice) -> Any:
         """One counted pass; a copy goes in, so that a model that writes to its input harms nobody."""
-        self._kept.ledger.add(self._kept.ledger.forwards, self._ledger_rows(at))
+        self._count(self._kept.ledger.forwards, at)
         if self._kept.checked:
             return fn(x.clone())
         own = self._target.generators
@@ -184,7 +191,7 @@ class Problem:
         return out, reached, loss
 
     def _offer(self, x_adv: Tensor, at: Tensor | slice, reached: Tensor, loss: Tensor) -> None:
-        self._kept.offer(self._ledger_rows(at), x_adv[at].detach(), self.x[at], self.threat[at], reached, loss)
+        self._kept.offer(self._in_ledger(at), x_adv[at].detach(), self.x[at], self.threat[at], reached, loss)
 
     def _differentiate(self, x_adv: Tensor, at: Tensor | slice, goal: Goal) -> tuple[Tensor, Tensor]:
         ref, view = self.ref[at], self._target.view
@@ -196,7 +203,7 @@ class Problem:
                 loss = goal.loss(out, ref)
             grads.append(_gradient(loss, x_in))
             losses.append(loss.detach())
-        self._kept.ledger.add(self._kept.ledger.backwards, self._ledger_rows(at), self._target.draws)
+        self._count(self._kept.ledger.backwards, at, self._target.draws)
         loss, grad = _mean(losses).to(self.x), _mean(grads).to(self.x)
         if self._kept.judging:
             with torch.no_grad():
@@ -214,12 +221,13 @@ class Problem:
     def _with_signal(self, grad: Tensor, x_adv: Tensor, at: Tensor | slice) -> Tensor:
         """The gradient made finite; rows without signal are counted."""
         largest = amax(grad)
-        flat = ~(largest.isfinite() & (largest > 0))
-        if not flat.any():
+        low, high = (float(bound) for bound in torch.aminmax(largest)) if len(largest) else (1.0, 1.0)
+        if low > 0 and high < math.inf:  # neither holds where one of them is not a number
             return grad
+        flat = ~(largest.isfinite() & (largest > 0))
         if self.goal.vanishes_at_x:
             flat &= amax(x_adv[at] - self.x[at]) > 0
-        self._kept.ledger.add(self._kept.ledger.flat, self._ledger_rows(at), flat.long())
+        self._count(self._kept.ledger.flat, at, flat.long())
         return torch.where(grad.isfinite(), grad, 0)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import final
 
@@ -76,10 +76,22 @@ class Result:
         )
 
     @classmethod
-    def empty(cls, x: Tensor) -> Result:
-        """The result of attacking nothing."""
-        ledger, yes = Ledger(0, x.device), torch.zeros(0, dtype=torch.bool, device=x.device)
-        return cls(x.clone(), yes, yes.float(), yes.double(), ledger.forwards, ledger.backwards, ledger.flat)
+    def room(cls, x: Tensor) -> Result:
+        """Room for the result of attacking x, (N, *S), to be filled part by part."""
+        n, device = len(x), x.device
+        yes, ledger = torch.zeros(n, dtype=torch.bool, device=device), Ledger(n, device)
+        counts = ledger.forwards, ledger.backwards, ledger.flat
+        return cls(torch.empty_like(x), yes, yes.float(), yes.double(), *counts)
+
+    def fill(self, rows: slice, part: Result) -> Result:
+        """Copy the rows of `part` in; what it told comes back, without tensors of its own.
+
+        Parts that are kept until the end take the images twice, and leave the memory between them in pieces.
+        """
+        for name in _TENSORS:
+            getattr(self, name)[rows] = getattr(part, name)
+        return replace(self, flags=part.flags, notes=part.notes, stages=part.stages,
+                       **{name: getattr(self, name)[:0] for name in _TENSORS})  # fmt: skip
 
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file."""
