@@ -207,7 +207,7 @@ def main() -> None:
         "setting": {"steps": STEPS, "batch": BATCH, "images": IMAGES, "rounds": ROUNDS},
         "mnist-cnn, standard": measure(zoo.load("mnist-cnn"), digits.x, digits.y, 0.1),
         "mnist-cnn, robust": measure(zoo.load("mnist-cnn-robust"), digits.x, digits.y, 0.3),
-        "residual net, untrained, colours": measure(net, colour_x[:32], colour_y[:32], 8 / 255),
+        "residual net, untrained, colours": measure(net, colour_x[:16], colour_y[:16], 8 / 255),
         "memory beyond inputs and outputs, MiB, for N images": extra,
     }
     RESULT.parent.mkdir(exist_ok=True)

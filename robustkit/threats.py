@@ -196,10 +196,10 @@ class L2(Threat):
         delta = x_adv - x
         shrink = (self._eps_row(x) / _length(delta)).clamp(max=1.0)
         near = self.clamp(x + delta * as_rows(shrink, x))
-        # Where float32 has rounded outwards by more than the size law allows, the change gives way by a millionth.
+        # Where float32 has rounded outwards by more than the size law allows, the change gives way by four roundings.
         outside = self.size(near, x) > self._eps_column(x)[:, 0] + self.slack(x)
         if outside.any():
-            near = torch.where(over(outside, x), self.clamp(x + delta * as_rows(shrink * (1 - 1e-6), x)), near)
+            near = torch.where(over(outside, x), self.clamp(x + delta * as_rows(shrink * (1 - 2**-22), x)), near)
         return near
 
     def steepest(self, grad: Tensor, x: Tensor) -> Tensor:
