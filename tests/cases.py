@@ -1,6 +1,6 @@
 """The tables: a new attack, threat or goal is one row here, and all laws run on it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from hypothesis import strategies as st
 
@@ -15,7 +15,6 @@ class AttackRow:
     serves: tuple = (Linf, L2, L1, Pixels)
     exact: tuple = ()  # threats in which hyperplanes are solved whenever they can be
     within: float | None = None  # minimum-norm attacks: largest ratio to the optimum
-    keywords: dict = field(default_factory=dict, compare=False)
 
     @property
     def name(self):

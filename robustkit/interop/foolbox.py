@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
+from robustkit._tensors import over
 from robustkit.attack import Attack
 from robustkit.errors import ArgumentError
 from robustkit.goals import ClassifyAs, Goal, Misclassify
@@ -108,7 +109,7 @@ class FoolboxAttack(Attack):
         for eps, rows in list(_groups(problem)):
             x_adv[rows] = self._ask(problem[rows], eps).to(x_adv)
         finite = x_adv.isfinite().flatten(1).all(1)
-        return torch.where(finite.reshape(-1, *[1] * (x_adv.dim() - 1)), x_adv, problem.x)
+        return torch.where(over(finite, x_adv), x_adv, problem.x)
 
     def _ask(self, problem: Problem, eps: float) -> Tensor:
         fb = load_foolbox()
