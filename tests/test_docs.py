@@ -33,7 +33,7 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
-def test_the_command_lines_of_the_pages_are_understood(tmp_path, monkeypatch):
+def test_the_command_lines_of_the_pages_are_understood(tmp_path, monkeypatch, capsys):
     """Every `robustkit ...` line: its options exist (it is run on a folder where the files that it names are missing)."""
     monkeypatch.chdir(tmp_path)
     lines = [line for page in PAGES for block in blocks(page, "sh") for line in block.splitlines()]
@@ -42,6 +42,7 @@ def test_the_command_lines_of_the_pages_are_understood(tmp_path, monkeypatch):
     for words in ours:
         typo = [*words, "--no-such-option"]
         assert cli.main(typo) == 2
+        assert "No such option: --no-such-option" in capsys.readouterr().err
 
 
 def test_make_knows_what_the_pages_tell_people_to_type():

@@ -16,15 +16,16 @@ LAYERS = [
     ["verdict"],
     ["attack"],
     ["attacks"],
-    ["_factory", "data"],
+    ["_factory", "_npz", "data"],
     ["training"],
     ["zoo", "interop"],
     ["bench", "testing"],
+    ["commands"],
     ["cli"],
     ["__main__"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-SIDEWAYS = {("data", "_factory")}
+SIDEWAYS = {("data", "_factory"), ("data", "_npz")}
 
 
 def unit(path):

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -107,7 +108,24 @@ def folder(tmp_path_factory):
     for size in (4, 5):
         (made / "sizes" / "class").mkdir(parents=True, exist_ok=True)
         Image.new("L", (size, size)).save(made / "sizes" / "class" / f"{size}.png")
+    plans(made)
+    for name, limit in (("run", []), ("shorter", ["--limit", "5"])):
+        assert main([word.replace("{}", str(made)) for word in [*words_of({"--out": f"{{}}/{name}"}), *limit]]) == 0
+    broken = made / "broken run"
+    shutil.copytree(made / "run", broken)
+    (file,) = broken.rglob("*.safetensors")
+    file.write_bytes(pickle.dumps(Trap(made / "executed")))
     return made
+
+
+def plans(made):
+    sound = f'data = "npz:{made}/sound.npz"\nmodels = ["{made}/nets.py:net"]\nthreats = ["linf:0.1"]\n'
+    (made / "typo.toml").write_text(sound.replace("threats", "thraets"))
+    (made / "words.toml").write_text("limit = many\n")
+    (made / "nothing.toml").write_text("")
+    (made / "unknown.toml").write_text(sound + 'attacks = ["nope"]\n')
+    (made / "hashes.toml").write_text(sound + f'[hashes]\n"{made}/nets.py:net" = "0000"\n')
+    (made / "sound.toml").write_text(sound)
 
 
 def weights(made):
@@ -253,7 +271,7 @@ ROWS = {
     "a field without value": option("attack", "pgd:steps", "'steps'", "field=value"),
     "a field twice": option("attack", "pgd:steps=1,steps=2", "steps is given twice", "leave one out"),
     # goals
-    "unknown goal": option("goal", "nope", "'nope'", "misclassify, least-likely or classify-as:K"),
+    "unknown goal": option("goal", "nope", "'nope'", "misclassify, least-likely, classify-as:K"),
     "negative class": option("goal", "classify-as:-1", "'classify-as:-1'", "classify-as:K"),
     "class beyond": option("goal", "classify-as:99", "'classify-as:99'", "classes 0 to 9"),
     "class far beyond": option("goal", "classify-as:" + "9" * 40, "9999", "classify-as:K"),
@@ -271,7 +289,7 @@ ROWS = {
     # what is there already, and what is missing
     "out exists": option("out", "{}/empty", "empty", "nothing is overwritten", "name a new folder"),
     "out is a file": option("out", "{}/file", "file", "nothing is overwritten", "name a new folder"),
-    "out under a file": option("out", "{}/file/out", "file/out", "cannot be made", "name another folder"),
+    "out under a file": option("out", "{}/file/out", "file/out", "cannot be written", "name another folder"),
     "no data option": option("data", None, "--data is missing", "for example: robustkit bench --model"),
     "no threat option": option("threat", None, "--threat is missing", "for example: robustkit bench --model"),
     "unknown option": option("nope", "x", "No such option", "--nope", "robustkit bench --help"),
@@ -301,6 +319,93 @@ def words_of(changes):
     return ["bench", *(word for pair in (SOUND | changes).items() if pair[1] is not None for word in pair)]
 
 
+def attack_words(changes):
+    sound = {name: SOUND[name] for name in ("--model", "--data", "--threat")} | {"--out": "{}/out.npz"}
+    return [word for pair in (sound | changes).items() for word in pair]
+
+
+def train_words(changes):
+    sound = {name: SOUND[name] for name in ("--model", "--data")} | {"--out": "{}/out.safetensors", "--loss": "standard"}
+    return [word for pair in (sound | changes).items() for word in pair]
+
+
+PLAN, RUN = ["bench", "--plan"], ["--out", "{}/run", "--resume"]
+ELSEWHERE = [
+    (["benhc"], ("'benhc'", "robustkit --help")),
+    (["--nope"], ("--nope", "robustkit --help")),
+    (["bench", "word"], ("word", "robustkit bench --help")),
+    (["bench", "--limit"], ("--limit", "robustkit --help")),
+    (["zoo"], ("Missing command", "robustkit zoo --help")),
+    (["zoo", "nope"], ("'nope'", "robustkit zoo --help")),
+    (["zoo", "train"], ("'name'", "robustkit zoo train --help")),
+    (["zoo", "train", "nope", "--out", "{}/out"], ("'nope'", "there are mnist-cnn")),
+    (["zoo", "train", "digits-mlp", "--out", "{}/file/out"], ("file/out", "give one that can")),
+    (["zoo", "verify", "nope"], ("'nope'", "there are mnist-cnn")),
+    (["crosscheck", "--model", "nope"], ("'nope'", "zoo:NAME")),
+    (["crosscheck", "--data", "nope"], ("'nope'", "give mnist-5k")),
+    (["crosscheck", "--data", "digits", "--limit", "0"], ("limit=0", "at least 1")),
+    (["crosscheck", "--limit", "x"], ("'x'", "must be a whole number")),
+    (["crosscheck", "--data", "digits"], ("zoo:mnist-cnn", "must take what the data holds")),
+    (["crosscheck", "--data", "npz:{}/labels.npz", "--model", "{}/nets.py:net"], ("from 7 to 16", "must lie in [0, 10)")),
+    (["bench", "--data", "digits", "--out", "{}/out"], ("zoo:mnist-cnn", "must take what the data holds")),
+    # plans
+    ([*PLAN, "{}/typo.toml", "--out", "{}/out"], ("typo.toml", "'thraets' means nothing in the plan", "threats")),
+    ([*PLAN, "{}/words.toml", "--out", "{}/out"], ("words.toml", "is no TOML", "line 1", "repair that line")),
+    ([*PLAN, "{}/nothing.toml", "--out", "{}/out"], ("nothing.toml", "data is missing")),
+    ([*PLAN, "{}/unknown.toml", "--out", "{}/out"], ("'nope'", "there are fgsm")),
+    ([*PLAN, "{}/hashes.toml", "--out", "{}/out"], ("the plan was made with 0000", "[hashes]")),
+    ([*PLAN, "{}/none.toml", "--out", "{}/out"], ("none.toml", "cannot be read", "name a TOML file")),
+    ([*PLAN, "{}/trap.pth", "--out", "{}/out"], ("trap.pth", "name a TOML file")),
+    ([*PLAN, "{}/sound.toml", "--limit", "3"], ("--limit has no place beside --plan", "sound.toml")),
+    # resuming
+    ([*words_of({"--out": "{}/run"}), "--resume", "--seed", "3"], ("other seed", "name a new folder", "--resume")),
+    ([*words_of({"--out": "{}/run", "--attack": "pgd"}), "--resume"], ("other cases", "name a new folder")),
+    ([*words_of({"--out": "{}/file"}), "--resume"], ("is no folder", "name a new folder")),
+    ([*words_of({"--out": "{}/empty"}), "--resume"], ("holds no run but 'class'", "name a new folder")),
+    (words_of({"--out": "{}/run"}), ("nothing is overwritten", "--resume to go on")),
+    # how it is run and judged
+    ([*words_of({}), "--workers", "0"], ("workers=0", "at least 1")),
+    ([*words_of({}), "--workers", "two"], ("'two'", "whole number")),
+    ([*words_of({}), "--block", "0"], ("block=0", "at least 1")),
+    ([*words_of({}), "--threads", "0"], ("threads=0", "at least 1")),
+    ([*words_of({}), "--fail-under", "90"], ("fail_under=90", "[0, 1]", "write 0.9 for 90 %")),
+    ([*words_of({}), "--fail-under", "high"], ("'high'", "such as 8/255")),
+    ([*words_of({}), "--fail-if-worse", "0.1"], ("fail_if_worse=0.1", "needs --baseline RUN")),
+    ([*words_of({}), "--baseline", "{}/none"], ("none'", "no readable results.json", "name a folder that robustkit bench")),
+    ([*words_of({}), "--baseline", "{}/broken run"], ("no block of a run", "resume the run")),
+    ([*words_of({}), "--format", "xml"], ("format='xml'", "text or json")),
+    ([*words_of({}), "--normalize", "0.5"], ("normalize='0.5'", "MEAN,STD", "for example 0.1307,0.3081")),
+    ([*words_of({}), "--normalize", "0.5,zero"], ("normalize='zero'", "number")),
+    ([*words_of({}), "--normalize", "0.5,0"], ("std=[0.0]", "above zero")),
+    ([*words_of({}), "--normalize", "1:2,3"], ("2 means and 1 deviations", "one of each a channel")),
+    ([*words_of({"--model": "zoo:digits-mlp"}), "--normalize", "0.5,0.5"], ("normalises by itself", "without --normalize")),
+    # the other commands
+    (["compare", "{}/run", "{}/none"], ("none'", "no readable results.json")),
+    (["compare", "{}/run", "{}/empty"], ("empty'", "no readable results.json")),
+    (["compare", "{}/run", "{}/shorter"], ("shorter'", "data")),
+    (["compare", "{}/run", "{}/run", "--format", "xml"], ("format='xml'", "text or json")),
+    (["compare", "{}/run"], ("'run_b'", "robustkit compare --help")),
+    (["report", "{}/none"], ("none'", "no readable results.json")),
+    (["report", "{}/broken run"], ("no block of a run", "resume the run")),
+    (["attack", *attack_words({"--out": "{}/a.npy"})], ("a.npy", "must end in .npz")),
+    (["attack", *attack_words({"--out": "{}/sound.npz"})], ("sound.npz", "nothing is overwritten")),
+    (["attack", *attack_words({"--out": "{}/file/a.npz"})], ("file/a.npz", "name another file")),
+    (["attack", *attack_words({"--attack": "nope"})], ("'nope'", "there are fgsm")),
+    (["train", *train_words({"--loss": "trades"})], ("loss='trades'", "standard and madry")),
+    (["train", *train_words({"--loss": "madry"})], ("threat is missing", "--threat linf:0.1", "--loss standard")),
+    (["train", *train_words({"--out": "{}/w.pt"})], ("w.pt", "must end in .safetensors")),
+    (["train", *train_words({"--out": "{}/cut.safetensors"})], ("cut.safetensors", "nothing is overwritten")),
+    (["train", *train_words({"--epochs": "0"})], ("epochs=0", "at least 1")),
+    (["train", *train_words({"--lr": "0"})], ("lr=0", "above 0")),
+    (["train", *train_words({"--model": "{}/nets.py:nothing"})], ("NoneType", "must return a torch nn.Module")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "told"), ELSEWHERE, ids=[" ".join(words)[-60:] for words, _ in ELSEWHERE])
+def test_wrong_words_elsewhere(refused, words, told):
+    check_told(refused(words), told)
+
+
 def check_told(text, told):
     assert text.startswith("robustkit: ")
     assert text.count("\n") == 1
@@ -322,36 +427,17 @@ def test_cuda_where_there_is_none(refused):
     check_told(refused(words_of({"--device": "cuda"})), ("device='cuda'", "there is no cuda here"))
 
 
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["benhc"], ("'benhc'", "robustkit --help")),
-        (["--nope"], ("--nope", "robustkit --help")),
-        (["bench", "word"], ("word", "robustkit bench --help")),
-        (["bench", "--limit"], ("--limit", "robustkit --help")),
-        (["zoo"], ("Missing command", "robustkit zoo --help")),
-        (["zoo", "nope"], ("'nope'", "robustkit zoo --help")),
-        (["zoo", "train"], ("'name'", "robustkit zoo train --help")),
-        (["zoo", "train", "nope", "--out", "{}/out"], ("'nope'", "there are mnist-cnn")),
-        (["zoo", "train", "digits-mlp", "--out", "{}/file/out"], ("file/out", "give one that can")),
-        (["zoo", "verify", "nope"], ("'nope'", "there are mnist-cnn")),
-        (["crosscheck", "--model", "nope"], ("'nope'", "zoo:NAME")),
-        (["crosscheck", "--data", "nope"], ("'nope'", "give mnist-5k")),
-        (["crosscheck", "--data", "digits", "--limit", "0"], ("limit=0", "at least 1")),
-        (["crosscheck", "--limit", "x"], ("'x'", "must be a whole number")),
-        (["crosscheck", "--data", "digits"], ("zoo:mnist-cnn", "must take what the data holds")),
-        (["crosscheck", "--data", "npz:{}/labels.npz", "--model", "{}/nets.py:net"], ("from 7 to 16", "must lie in [0, 10)")),
-        (["bench", "--data", "digits", "--out", "{}/out"], ("zoo:mnist-cnn", "must take what the data holds")),
-    ],
-)
-def test_wrong_words_elsewhere(refused, words, told):
-    check_told(refused(words), told)
-
-
 def test_the_rows_start_from_what_is_right(folder, tmp_path, capsys):
     words = [word.replace("{}", str(folder)) for word in words_of({"--out": f"{tmp_path}/out"})]
     assert main(words) == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "report.html"}
+    assert (tmp_path / "out" / "report.html").exists()
+    sound = [word.replace("{}", str(folder)) for word in ("bench", "--plan", "{}/sound.toml", "--out", f"{tmp_path}/two")]
+    assert main(sound) == 0
+    assert main(["compare", str(folder / "run"), f"{tmp_path}/out"]) == 0
+    assert main(["report", f"{tmp_path}/out"]) == 0
+    assert main(["attack", *(word.replace("{}", str(folder)) for word in attack_words({"--out": f"{tmp_path}/a.npz"}))]) == 0
+    out = {"--out": f"{tmp_path}/w.safetensors", "--epochs": "1"}
+    assert main(["train", *(word.replace("{}", str(folder)) for word in train_words(out))]) == 0
 
 
 def test_logits_that_are_no_numbers_are_wrong_answers_not_a_wrong_request(folder, tmp_path, capsys):
@@ -367,21 +453,23 @@ def test_the_traps_work(folder, tmp_path):
     assert not (folder / "executed").exists()
 
 
-REAL = ("a pickle inside", "objects", "raises in forward", "limit in words", "out under a file")
+# A few as real processes; all of them by `make requests`.
+EVERY = [words_of(changes) for changes, _ in ROWS.values()] + [words for words, _ in ELSEWHERE]
+TOLD = [told for _, told in ROWS.values()] + [told for _, told in ELSEWHERE]
+REAL = range(len(EVERY)) if os.environ.get("PROCESSES") else range(3, len(EVERY), len(EVERY) // 6)
 
 
-@pytest.mark.parametrize("row", REAL)
-def test_a_real_process_says_the_same(folder, row):
-    changes, told = ROWS[row]
+@pytest.mark.parametrize("number", REAL)
+def test_a_real_process_says_the_same(folder, number):
     before = listing(folder)
-    words = [word.replace("{}", str(folder)) for word in words_of(changes)]
+    words = [word.replace("{}", str(folder)) for word in EVERY[number]]
     done = subprocess.run([sys.executable, "-m", "robustkit", *words], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")
     assert " " in str(folder)
-    check_told(done.stderr, told)
+    check_told(done.stderr, TOLD[number])
     assert listing(folder) == before
 
 
 def test_there_are_enough_rows():
-    assert len(ROWS) >= 45
+    assert len(EVERY) >= 60

@@ -1,7 +1,20 @@
 """Measures models against attacks and shows what came out."""
 
+from robustkit.bench.evaluate import Report, Settings, evaluate, run
 from robustkit.bench.plan import Case, Plan, default_plan
+from robustkit.bench.plan_file import plan_text, read_plan
 from robustkit.bench.report import Picture, report
-from robustkit.bench.runner import Outcome, run
 
-__all__ = ["Case", "Outcome", "Picture", "Plan", "default_plan", "report", "run"]
+__all__ = [
+    "Case",
+    "Picture",
+    "Plan",
+    "Report",
+    "Settings",
+    "default_plan",
+    "evaluate",
+    "plan_text",
+    "read_plan",
+    "report",
+    "run",
+]

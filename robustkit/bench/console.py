@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self, final
 
 from rich import box
 from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["live", "table"]
+from robustkit.bench.block import Block
+from robustkit.bench.forecast import Forecast
+from robustkit.bench.loaded import Loaded
+from robustkit.bench.preview import Preview
+
+__all__ = ["Live", "duration", "preview_table", "table"]
 
 
 class _Speed(ProgressColumn):
@@ -22,11 +28,77 @@ class _Speed(ProgressColumn):
         return Text(f"{task.finished_speed or task.speed or 0:,.0f} images/s")
 
 
-def live(console: Console) -> Progress:
-    """A progress bar over all images of all cases; silent where there is no terminal."""
-    words = TextColumn("{task.description}", markup=False)
-    columns = (words, BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+class _Left(ProgressColumn):
+    """Time to go, by what each case has been seen to cost."""
+
+    def render(self, task: Task) -> Text:
+        """Minutes and seconds; dashes until every case has been tried."""
+        end: float | None = task.fields["end"]
+        return Text("time left -:--" if end is None else f"time left {duration(max(0.0, end - time.monotonic()))}")
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as on a clock."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+@final
+class Live:
+    """A bar over all images of all cases, with images per second and time left; silent where there is no terminal."""
+
+    def __init__(self, screen: Console, loaded: Loaded, workers: int) -> None:
+        words = TextColumn("{task.description}", markup=False)
+        columns = (words, BarColumn(bar_width=None), MofNCompleteColumn(), _Speed(), _Left())
+        self._bar = Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
+        self._cases = [trial.case for trial in loaded.trials]
+        self._forecast = Forecast([len(loaded)] * len(self._cases), workers)
+        self._task = self._bar.add_task("preparing", total=len(loaded) * len(self._cases), end=None)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def progress(self, block: Block, found: bool) -> None:
+        """Move on by a block; one that was there before says nothing of the speed."""
+        case, images = self._cases[block.task.case], len(block.labels)
+        self._forecast.add(block.task.case, images, block.seconds)
+        left = self._forecast.left()
+        end = None if left is None else time.monotonic() + left
+        words = f"{case.model} {case.threat} {case.attack}"
+        if found:
+            done = int(self._bar.tasks[self._task].completed)
+            self._bar.reset(self._task, completed=done + images, description="resuming", end=end)
+        else:
+            self._bar.update(self._task, description=words, advance=images, end=end)
+
+
+def preview_table(rows: Sequence[Preview], workers: int) -> Group:
+    """What each case would take, and all of them."""
+    view = Table(box=box.SIMPLE, padding=(0, 1))
+    for name in ("model", "threat", "attack"):
+        view.add_column(name, overflow="fold")
+    for name in ("forwards", "backwards", "time"):
+        view.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        case = row.case
+        name = case.attack if case.goal == "misclassify" else f"{case.attack} → {case.goal}"
+        counts = (f"{row.forwards:,}", f"{row.backwards:,}", duration(row.seconds))
+        view.add_row(*(Text(cell) for cell in (case.model, case.threat, name, *counts)))
+    whole, n = sum(row.seconds for row in rows), rows[0].images
+    tried = sorted({row.tried for row in rows})
+    first = f"{tried[0]:,}" if len(tried) == 1 else f"{tried[0]:,} to {tried[-1]:,}"
+    cases = f"{len(rows)} case{'' if len(rows) == 1 else 's'} of {n:,} images"
+    return Group(
+        view,
+        Text(f"{cases}: about {duration(whole / workers)} with --workers {workers}.", "bold"),
+        Text(f"The 95 % interval of a robust accuracy will be at most {rows[0].width:.1%} wide (over the choice of images)."),
+        Text(f"Measured on the first {first} images of each case; nothing was written."),
+    )
 
 
 def table(records: Sequence[dict[str, Any]], together: Sequence[dict[str, Any]] = ()) -> Group:

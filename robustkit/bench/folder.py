@@ -1,91 +1,169 @@
-"""The folder of a run: results.json and report.html, each written aside and renamed, so that none is ever half there."""
+"""The folder of a run: what may be begun or taken up again in it, and the files that are written there."""
 
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
-import numpy
-import torch
+from filelock import FileLock, Timeout
 
 import robustkit
-from robustkit.bench.record import Record, together
+from robustkit.bench.loaded import Loaded
+from robustkit.bench.plan import Plan
+from robustkit.bench.plan_file import plan_text, read_plan
+from robustkit.bench.record import together
 from robustkit.bench.report import report
 from robustkit.bench.runner import Outcome
+from robustkit.bench.store import Files, replace_file
 from robustkit.errors import ArgumentError
 
-__all__ = ["SCHEMA", "environment", "new_folder", "records_of", "write"]
+__all__ = ["SCHEMA", "Folder", "open_folder", "results_of"]
 
 SCHEMA = 1
 
 
+@final
+@dataclass(frozen=True)
+class Folder:
+    """A folder that is held for one run.
+
+    Attributes:
+        path: Where it is.
+        fresh: Whether nothing of a run was there.
+    """
+
+    path: Path
+    fresh: bool
+
+    @property
+    def store(self) -> Files:
+        """Where its blocks are."""
+        return Files(self.path / "examples")
+
+    def begin(self, loaded: Loaded) -> None:
+        """Write the plan, or hold the run to the one that is there.
+
+        Raises:
+            ArgumentError: The folder holds a run of another plan, or one of another environment.
+        """
+        if self.fresh:
+            text = plan_text(loaded.plan)
+            replace_file(self.path / "results.json", _json(results_of(loaded, [])))
+            replace_file(self.path / "plan.toml", text.encode("utf-8"))
+            return
+        old = json.loads((self.path / "results.json").read_text(encoding="utf-8"))["environment"]
+        changed = [f"{name} was {value}, is {loaded.environment.get(name)}" for name, value in old.items()
+                   if value != loaded.environment.get(name)]  # fmt: skip
+        if changed:
+            raise ArgumentError(
+                f"out={str(self.path)!r} was begun elsewhere ({'; '.join(changed)}), and its numbers are not to be mixed; "
+                "resume it there, or name a new folder"
+            )
+
+    def write(self, loaded: Loaded, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+        """Write results.json and report.html of the cases so far; the content of results.json comes back."""
+        results = results_of(loaded, outcomes)
+        pictures = [picture for outcome in sorted(outcomes, key=_index) for picture in outcome.pictures]
+        replace_file(self.path / "results.json", _json(results))
+        page = report(results, pictures, command=results["command"])
+        replace_file(self.path / "report.html", page.encode("utf-8"))
+        return results
+
+
 @contextmanager
-def new_folder(out: Path | None) -> Iterator[Path]:
-    """A new folder for a run; default one of the present date and time under runs/. It goes again if it stays empty.
+def open_folder(out: Path | None, plan: Plan, *, resume: bool = False) -> Iterator[Folder]:
+    """A folder that nobody else writes to; default a new one of the present date and time under runs/.
+
+    One that was made here goes again if nothing was written to it.
+
+    Args:
+        out: Where.
+        plan: The plan, with the hashes of its data and models.
+        resume: Whether a run that is there is to be taken up again; it must be one of this plan.
 
     Raises:
-        ArgumentError: It exists, or cannot be made.
+        ArgumentError: It exists and is not to be resumed, holds no run or that of another plan, is in use, or cannot be
+            made.
     """
-    folder = out if out is not None else Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
+    path = out if out is not None else Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
     try:
-        made = [part for part in (folder, *folder.parents) if not part.exists()]
-        folder.mkdir(parents=True)
-    except FileExistsError as error:
-        raise ArgumentError(f"out={str(folder)!r} exists; nothing is overwritten: name a new folder") from error
+        fresh = not _is_begun(path, resume)
+        if not fresh:
+            _check_plan(path, plan)
+        made = [part for part in (path, *path.parents) if not part.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise ArgumentError(f"out={str(path)!r} is in use by another run; wait for it, or name another folder") from error
     except OSError as error:
-        raise ArgumentError(f"out={str(folder)!r} cannot be made ({error.strerror}); name another folder") from error
+        raise ArgumentError(f"out={str(path)!r} cannot be written ({error.strerror}); name another folder") from error
     try:
-        yield folder
+        yield Folder(path, fresh)
     finally:
+        # Removed only where nothing was written: who waits for a lock file that is removed would hold another one.
+        if fresh and not (path / "results.json").exists():
+            (path / ".lock").unlink(missing_ok=True)
+        lock.release()
         with suppress(OSError):  # not empty, as it should be
             for part in made:
                 part.rmdir()
 
 
-def environment(device: str) -> dict[str, Any]:
-    """What a result depends on besides the plan: versions and hardware, no time and no process."""
-    cuda = device.startswith("cuda") and torch.cuda.is_available()
+def results_of(loaded: Loaded, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """The content of results.json, in the order of the plan, whatever the order in which the cases were finished."""
+    told = sorted(outcomes, key=_index)
     return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "platform": f"{platform.system()} {platform.machine()}",
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if cuda else device,
-    }
-
-
-def records_of(outcomes: Sequence[Outcome]) -> tuple[list[Record], list[Record]]:
-    """The records of the cases, and those of all attacks together."""
-    return [outcome.record for outcome in outcomes], together([(outcome.record, outcome.robust) for outcome in outcomes])
-
-
-def write(folder: Path, outcomes: Sequence[Outcome], *, device: str, command: str) -> None:
-    """Write results.json and report.html of the cases so far."""
-    records, combined = records_of(outcomes)
-    pictures = [picture for outcome in outcomes for picture in outcome.pictures]
-    results = {
         "robustkit": robustkit.__version__,
         "schema": SCHEMA,
-        "environment": environment(device),
-        "command": command,
-        "together": combined,
-        "records": records,
+        "environment": loaded.environment,
+        "command": loaded.command,
+        "data": {"spec": loaded.plan.data, "offset": loaded.plan.offset, "limit": loaded.plan.limit},
+        "cases": len(loaded.trials),
+        "together": together([(outcome.record, outcome.robust) for outcome in told]),
+        "records": [outcome.record for outcome in told],
     }
-    _replace(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    _replace(folder / "report.html", report(results, pictures, command=command))
 
 
-def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.part")
-    try:
-        aside.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may hold what is no Unicode
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+def _index(outcome: Outcome) -> int:
+    return outcome.index
+
+
+def _json(results: dict[str, Any]) -> bytes:
+    text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")  # file names may hold what is no Unicode
+
+
+def _is_begun(path: Path, resume: bool) -> bool:
+    """Whether a run is there that is to be resumed; a folder that holds anything else is refused."""
+    if not path.exists():
+        return False
+    if not resume:
+        raise ArgumentError(
+            f"out={str(path)!r} exists; nothing is overwritten: name a new folder, or give --resume to go on with a run"
+        )
+    if not path.is_dir():
+        raise ArgumentError(f"out={str(path)!r} is no folder; nothing is overwritten: name a new folder")
+    if (path / "plan.toml").exists() and (path / "results.json").exists():
+        return True
+    # A run that was killed before it had said what it is has left no more than these.
+    strange = [entry.name for entry in path.iterdir() if not entry.name.startswith(".") and entry.name != "results.json"]
+    if strange:
+        raise ArgumentError(f"out={str(path)!r} holds no run but {sorted(strange)[0]!r}; name a new folder")
+    return False
+
+
+def _check_plan(path: Path, plan: Plan) -> None:
+    old = read_plan(path / "plan.toml")
+    names = [name for name in vars(plan) if getattr(plan, name) != getattr(old, name)]
+    if names:
+        what = ", ".join("hashes" if name == "pins" else name for name in names)
+        raise ArgumentError(
+            f"out={str(path)!r} holds a run of another plan (other {what}); name a new folder, or resume that run by: "
+            f"robustkit bench --out {path} --resume"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +15,60 @@ from torch import Tensor, nn
 
 from robustkit import zoo
 from robustkit._factory import load_factory
+from robustkit._world import seeded
+from robustkit.bench.specs import number
 from robustkit.errors import ArgumentError, MissingExtraError
+from robustkit.normalize import Normalize
 
-__all__ = ["load_model", "model_hash"]
+__all__ = ["FORMS", "load_model", "model_hash", "normalizer"]
 
-_FORMS = "zoo:NAME, path/to/file.py:factory, package.module:factory, torchvision:NAME or timm:NAME"
+FORMS = ("zoo:NAME", "path/to/file.py:factory", "package.module:factory", "torchvision:NAME", "timm:NAME")
 
 
-def load_model(spec: str, device: str = "cpu") -> nn.Module:
+def load_model(spec: str, device: str = "cpu", normalize: str | None = None) -> nn.Module:
     """The model that `spec` names, in evaluation mode on `device`.
 
     Args:
         spec: zoo:NAME, path/to/file.py:factory, package.module:factory, torchvision:NAME or timm:NAME, each optionally
             followed by @weights=FILE (.safetensors, or .pt and .pth read without executing code).
         device: "cpu", "cuda" or "cuda:N".
+        normalize: MEAN,STD to put before what a factory makes, as `normalizer` reads it.
+
+    A factory runs with seeded generators, so that weights that it draws at random are the same each time.
 
     Raises:
-        ArgumentError: Nothing of that name, a factory that fails or returns no module, or weights that do not fit.
+        ArgumentError: Nothing of that name, a factory that fails or returns no module, weights that do not fit, or a
+            normalisation for a model that brings its own.
         MissingExtraError: torchvision or timm is not installed.
     """
     _check_device(device)
     name, at, weights = spec.partition("@weights=")
-    model = _made(name)
+    first = normalizer(normalize, name) if normalize is not None else None
+    with seeded(0):
+        model = _made(name)
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model {name!r} returned {type(model).__name__}; a factory must return a torch nn.Module")
     if at:
         _fill(model, Path(weights), spec)
-    return model.to(device).eval()
+    whole = model if first is None else nn.Sequential(first, model)
+    return whole.to(device).eval()
+
+
+def normalizer(words: str, name: str = "") -> Normalize:
+    """MEAN,STD as a layer: `0.5,0.25`, or a number a channel: `0.485:0.456:0.406,0.229:0.224:0.225`.
+
+    Raises:
+        ArgumentError: Words that mean nothing, or a model (`name`) that normalises by itself.
+    """
+    if name.startswith(("zoo:", "torchvision:", "timm:")):
+        raise ArgumentError(f"normalize={words!r}: model {name!r} normalises by itself; bench it without --normalize")
+    means, comma, stds = words.partition(",")
+    if not comma:
+        raise ArgumentError(f"normalize={words!r} must be MEAN,STD, for example 0.1307,0.3081 or 0.5:0.5:0.5,0.2:0.2:0.2")
+    mean, std = ([number(part, "normalize") for part in side.split(":")] for side in (means, stds))
+    if len(mean) != len(std):
+        raise ArgumentError(f"normalize={words!r} has {len(mean)} means and {len(std)} deviations; give one of each a channel")
+    return Normalize(mean, std)
 
 
 def model_hash(model: nn.Module) -> str:
@@ -68,7 +96,7 @@ def _made(name: str) -> Any:  # Any: a factory may return what it likes
     if kind in ("torchvision", "timm"):
         return _pretrained(kind, rest)
     if ":" not in name:
-        raise ArgumentError(f"model {name!r} does not exist; write {_FORMS}")
+        raise ArgumentError(f"model {name!r} does not exist; write {', '.join(FORMS)}")
     try:
         return zoo.load(rest) if kind == "zoo" else load_factory(name)()
     except ArgumentError as error:
@@ -90,8 +118,6 @@ def _pretrained(library: str, name: str) -> nn.Module:
         config = models.data.resolve_model_data_config(model)
     except Exception as error:
         raise ArgumentError(f"model '{library}:{name}' cannot be had: {_line(error)}; its weights need the network") from error
-    from robustkit.normalize import Normalize
-
     return nn.Sequential(Normalize(config["mean"], config["std"]), model)
 
 
@@ -113,7 +139,9 @@ def _read(path: Path, spec: str) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch wonders about the protocol of a pickle before it refuses it
+            weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, pickle, zip and safetensors raise errors of a dozen types for broken files
         if isinstance(error, SafetensorError) or path.suffix == ".safetensors":
             raise ArgumentError(f"model {spec!r}: {path} is no readable safetensors file ({_line(error)})") from error

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import final
 
 from robustkit.errors import ArgumentError
 
-__all__ = ["Case", "Plan", "default_plan"]
+__all__ = ["Case", "Plan", "default_plan", "product"]
 
 
 @final
@@ -24,16 +25,23 @@ class Case:
 @final
 @dataclass(frozen=True)
 class Plan:
-    """The cases of a run, and the data that they share.
+    """The cases of a run, and all that their numbers depend on besides.
 
     Attributes:
-        cases: In the order in which they run; those of one model stand together.
+        cases: In the order in which they are told.
         data: Data spec.
         offset: How many examples to pass over.
         limit: How many to take from there; None takes all.
         seed: Of all noise.
-        batch_size: The most images that go through a model at once.
+        block: How many images are attacked, written down and, if need be, taken up again at a time.
+        batch_size: The most images of a block that go through a model at once.
         device: Where the models run.
+        threads: Of torch, in each worker. More would share out the work of one image, and may change its last bits; more
+            workers do not.
+        normalize: MEAN,STD to be put before the models that a factory makes; each one number, or one a channel with ":"
+            between them. None where they normalise for themselves.
+        save_adversarial: Whether the attacked images are written too.
+        pins: Hashes of the data and the models that the plan was made with, by spec; others are refused.
     """
 
     cases: tuple[Case, ...]
@@ -41,22 +49,53 @@ class Plan:
     offset: int = 0
     limit: int | None = None
     seed: int = 0
+    block: int = 100
     batch_size: int = 100
     device: str = "cpu"
+    threads: int = 1
+    normalize: str | None = None
+    save_adversarial: bool = False
+    pins: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        for name, least in (("offset", 0), ("limit", 1), ("batch_size", 1)):
+        for name, least in (("offset", 0), ("limit", 1), ("block", 1), ("batch_size", 1), ("threads", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ArgumentError(f"{name}={value} must be at least {least}; leave it out for the default")
         if not self.cases:
             raise ArgumentError("the plan holds no case; name a model, a threat and an attack")
+        if len(set(self.cases)) < len(self.cases):
+            twice = next(case for case in self.cases if self.cases.count(case) > 1)
+            raise ArgumentError(f"the plan holds {twice} twice; leave one out")
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The specs of its models, each once."""
+        return tuple(dict.fromkeys(case.model for case in self.cases))
+
+
+def product(models: Iterable[str], threats: Iterable[str], attacks: Iterable[tuple[str, str]]) -> tuple[Case, ...]:
+    """Every model under every threat with every (attack, goal), each once."""
+    threats, attacks = tuple(threats), tuple(attacks)
+    cases = (Case(model, threat, attack, goal) for model in models for threat in threats for attack, goal in attacks)
+    return tuple(dict.fromkeys(cases))
 
 
 _MODELS = ("zoo:mnist-cnn", "zoo:mnist-cnn-robust")
-_ATTACKS = (("fgsm", "misclassify"), ("fgsm", "least-likely"), ("ifgsm", "misclassify"), ("pgd", "misclassify"))
+# Every attack that there is, at the budget that the robust model was trained for.
+_ATTACKS = (
+    ("fgsm", "misclassify"),
+    ("fgsm", "least-likely"),
+    ("ifgsm", "misclassify"),
+    ("mifgsm", "misclassify"),
+    ("pgd", "misclassify"),
+)
+_CURVE = ("linf:0.05", "linf:0.1", "linf:0.2")  # and the strongest of them below it, so that there is a curve to look at
 
 
 def default_plan() -> Plan:
-    """What a bare `robustkit bench` runs: two models of real digits, four attacks, 1,000 held-out images."""
-    return Plan(tuple(Case(model, "linf:0.3", attack, goal) for model in _MODELS for attack, goal in _ATTACKS), "mnist-5k")
+    """What a bare `robustkit bench` runs: two models of real digits, all attacks, 1,000 held-out images."""
+    cases = [
+        (*product([model], ["linf:0.3"], _ATTACKS), *product([model], _CURVE, [("pgd", "misclassify")])) for model in _MODELS
+    ]
+    return Plan(tuple(case for of_model in cases for case in of_model), "mnist-5k")

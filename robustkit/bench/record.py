@@ -35,12 +35,12 @@ def make_record(case: Case, plan: Plan, *, attack: Attack, result: Result, clean
 
     Args:
         case: What was asked.
-        plan: The run that it belongs to.
+        plan: The run that it belongs to; it knows the hashes.
         attack: What ran; its repr, with every field, stands in the record, since defaults may change.
         result: Of all blocks together; its images are not looked at.
         clean: Which images are classified correctly without an attack, (N,).
         robust: Which are classified correctly both before and after, (N,).
-        seconds: Wall time of the attack.
+        seconds: What the blocks took, one after another.
     """
     n = len(clean)
     low, high = wilson(int(robust.sum()), n)
@@ -57,6 +57,7 @@ def make_record(case: Case, plan: Plan, *, attack: Attack, result: Result, clean
         "median_size": float(sizes.quantile(0.5)) if len(sizes) else None,
         "forwards": int(result.forwards.sum()), "backwards": int(result.backwards.sum()), "seconds": seconds,
         "access": attack.access, "flags": flags, "notes": notes,
+        "model_hash": plan.pins.get(case.model), "data_hash": plan.pins.get(plan.data),
     }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, final
 
@@ -16,9 +17,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from numpy.typing import NDArray
 from PIL import Image
 
+from robustkit.bench.curves import families
 from robustkit.errors import ArgumentError, ShapeError
 
-__all__ = ["Picture", "report"]
+__all__ = ["Picture", "render", "report", "summary"]
 
 Record = Mapping[str, Any]  # one record of results.json: strings, numbers, and lists of {name, why}
 Bytes = NDArray[np.uint8]
@@ -81,7 +83,7 @@ class Picture:
 
 
 def report(results: Mapping[str, Any], pictures: Sequence[Picture], *, command: str) -> str:
-    """The page that shows a run: the answer, the table, pictures, flags, and how to repeat it.
+    """The page that shows a run: the answer, curves, the table, flags, pictures, and how to repeat it.
 
     The page loads nothing, runs no script, and depends on the arguments alone: equal arguments give equal bytes.
     A row is called lowest among the rows of one model, data, defence and threat, and only where the goal is that the
@@ -95,33 +97,47 @@ def report(results: Mapping[str, Any], pictures: Sequence[Picture], *, command: 
     Returns:
         One HTML document, to be written as UTF-8.
     """
+    shown = summary(results)
+    context = {
+        "version": results["robustkit"],
+        "records": results["records"],
+        "together": _together(results),
+        "curves": families(results),
+        "flag_numbers": {flag: number for number, flag in enumerate(shown["flags"], start=1)},
+        "gallery": _gallery(results["records"], pictures),
+        "environment": results["environment"],
+        "command": command,
+    }
+    return render("report.html", shown | context)
+
+
+def summary(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What every way to show a run is made of: the answer, the rows strongest first, which are lowest, and the flags.
+
+    Args:
+        results: The content of results.json.
+    """
     records: Sequence[Record] = results["records"]
     plain = [record for record in records if record["goal"] == _UNTARGETED]
     other = [record for record in records if record["goal"] != _UNTARGETED]
-    flags, combined = _flags(records), _together(results)
-    page = (
-        _environment()
-        .get_template("report.html")
-        .render(
-            version=results["robustkit"],
-            records=records,
-            verdicts=_verdicts(records, combined),
-            together=combined,
-            untargeted=[(group, sorted(rows, key=lambda row: float(row["robust_accuracy"]))) for group, rows in _groups(plain)],
-            targeted=[(group, sorted(rows, key=lambda row: -float(row["success_rate"]))) for group, rows in _groups(other)],
-            lowest={group: _lowest(rows) for group, rows in _groups(plain)},
-            seeds={record["seed"] for record in records},
-            flags=flags,
-            flag_numbers={flag: number for number, flag in enumerate(flags, start=1)},
-            gallery=_gallery(records, pictures),
-            environment=results["environment"],
-            command=command,
-        )
-    )
+    return {
+        "verdicts": _verdicts(records, _together(results)),
+        "untargeted": [(group, sorted(rows, key=lambda row: float(row["robust_accuracy"]))) for group, rows in _groups(plain)],
+        "targeted": [(group, sorted(rows, key=lambda row: -float(row["success_rate"]))) for group, rows in _groups(other)],
+        "lowest": {group: _lowest(rows) for group, rows in _groups(plain)},
+        "seeds": {record["seed"] for record in records},
+        "flags": _flags(records),
+    }
+
+
+def render(template: str, context: Mapping[str, Any]) -> str:
+    """The template with that context, every text in it escaped; it can be written as UTF-8."""
+    page = _environment().get_template(template).render(context)
     # A file name that is no Unicode holds lone surrogates, and these cannot be written as UTF-8.
     return page.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+@cache  # reading the templates takes longer than filling them, and a run writes its page after every case
 def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),

@@ -19,14 +19,16 @@ from robustkit.goals import ClassifyAs, Goal, Misclassify, least_likely
 from robustkit.target import Fn
 from robustkit.threats import L1, L2, Linf, Pixels, Threat
 
-__all__ = ["Aim", "attack", "attack_names", "goal", "number", "threat"]
+__all__ = ["GOALS", "THREATS", "Aim", "attack", "attack_names", "goal", "number", "threat", "threat_words"]
 
-_THREATS: tuple[tuple[str, type[Threat], str], ...] = (
+THREATS: tuple[tuple[str, type[Threat], str], ...] = (
     ("linf", Linf, "linf:8/255"),
     ("l2", L2, "l2:0.5"),
     ("l1", L1, "l1:12"),
     ("pixels", Pixels, "pixels:1"),
 )
+
+GOALS = ("misclassify", "least-likely", "classify-as:K")
 
 
 def number(text: str, name: str) -> float:
@@ -48,12 +50,32 @@ def number(text: str, name: str) -> float:
 def threat(spec: str) -> Threat:
     """The threat that `spec` names: linf:EPS, l2:EPS, l1:EPS or pixels:K, on images in [0, 1]."""
     kind, colon, eps = spec.partition(":")
-    for name, cls, _ in _THREATS:
+    for name, cls, _ in THREATS:
         if kind == name and colon:
             value = number(eps, f"threat {spec!r}: eps")
             with _named(f"threat {spec!r}"):
                 return cls(int(value) if cls is Pixels and value.is_integer() else value)
-    raise ArgumentError(f"threat {spec!r} does not exist; write one of {', '.join(example for *_, example in _THREATS)}")
+    raise ArgumentError(f"threat {spec!r} does not exist; write one of {', '.join(example for *_, example in THREATS)}")
+
+
+def threat_words(threat: Threat) -> str:
+    """The words for a threat, as short as they can be read back; bounds other than [0, 1] are told too.
+
+    Raises:
+        ArgumentError: An eps for each example, which no words can say.
+    """
+    if isinstance(threat.eps, Tensor):
+        raise ArgumentError("eps holds a number for each example; a run needs one for all: several threats instead")
+    name = next((name for name, cls, _ in THREATS if type(threat) is cls), type(threat).__name__)
+    words = f"{name}:{threat.eps:g}" if float(f"{threat.eps:g}") == threat.eps else f"{name}:{_short(threat.eps)}"
+    return words if threat.bounds == (0.0, 1.0) else f"{words} in {threat.bounds}"
+
+
+def _short(value: float) -> str:
+    """A fraction of 255 where it is one exactly, else all digits."""
+    parts = value * 255
+    whole = round(parts)
+    return f"{whole}/255" if whole / 255 == value else repr(value)
 
 
 def attack_names() -> dict[str, tuple[type[Attack], dict[str, Any]]]:
@@ -144,4 +166,4 @@ def goal(spec: str) -> Aim:
     if kind == "classify-as" and text.isdecimal() and len(text) < 10:
         wanted = int(text)
         return Aim(ClassifyAs(), lambda model, x, y, batch_size: torch.full_like(y, wanted), wanted)
-    raise ArgumentError(f"goal {spec!r} does not exist; write misclassify, least-likely or classify-as:K with a class K")
+    raise ArgumentError(f"goal {spec!r} does not exist; write one of {', '.join(GOALS)} with a class K")

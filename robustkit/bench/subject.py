@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, final
 
 import numpy as np
@@ -10,18 +11,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from robustkit._random import Noise
-from robustkit._world import held, is_out_of_memory, seeded
-from robustkit.bench import specs
+from robustkit._world import is_out_of_memory, seeded
 from robustkit.bench.models import load_model, model_hash
 from robustkit.bench.plan import Case, Plan
 from robustkit.data import Data
 from robustkit.errors import ArgumentError, RobustkitError
 from robustkit.goals import Misclassify
+from robustkit.target import Target
 from robustkit.threats import Pixels
 
-__all__ = ["BLOCK", "Subject"]
-
-BLOCK = 100  # images; fixed, so that a run is the same wherever it is cut
+__all__ = ["Subject", "load_subject"]
 
 
 @final
@@ -43,31 +42,43 @@ class _Told(nn.Module):
             raise ArgumentError(_failed(self.spec, "raised", x, error) + "; it must take what the data holds") from error
 
 
+def load_subject(spec: str, data: Data, plan: Plan) -> Subject:
+    """The model that `spec` names on `data`."""
+    model = load_model(spec, plan.device, plan.normalize)
+    return Subject(spec, Target(_Told(spec, model), batch_size=plan.batch_size), data, plan, weights=model)
+
+
 @final
 class Subject:
     """A model on some data.
 
     Attributes:
         spec: What was asked for.
-        model: The model; exceptions of its own come out of it as ArgumentError.
-        hash: Of its weights.
+        target: The model.
+        hash: Of its weights, and of what it says of the first images: weights alone do not make a function.
         data: The images.
         classes: How many the model knows.
-        clean: Which images it classifies correctly without an attack, (N,).
     """
 
-    def __init__(self, spec: str, data: Data, plan: Plan) -> None:
-        model = load_model(spec, plan.device)
-        self.spec, self.data, self._plan = spec, data, plan
-        self.model = _Told(spec, model)
-        clean = []
-        for first in range(0, len(data), BLOCK):
-            rows = slice(first, min(first + BLOCK, len(data)))
-            logits = self.logits(data.x[rows], data.y[rows], rows.start, "clean")
-            clean.append(~Misclassify().success(logits, data.y[rows]))
+    def __init__(self, spec: str, target: Target, data: Data, plan: Plan, *, weights: nn.Module | None) -> None:
+        self.spec, self.target, self.data, self._plan = spec, target, data, plan
+        self._clean: dict[int, NDArray[np.bool_]] = {}
+        rows = slice(0, min(plan.block, len(data)))
+        logits = self.logits(data.images(rows), data.y[rows], 0, "clean")
         self.classes = logits.shape[1]
-        self.clean: NDArray[np.bool_] = torch.cat(clean).numpy()
-        self.hash = model_hash(model)
+        self._clean[0] = (~Misclassify().success(logits, data.y[rows])).numpy()
+        # All labels, though only the first images were shown: a run is not to stop hours later.
+        self._checked(logits[:1].expand(2, -1), torch.stack([data.y.min(), data.y.max()]))
+        said = logits.argmax(1).numpy().tobytes()
+        self.hash = hashlib.sha256((model_hash(weights) if weights is not None else "").encode() + said).hexdigest()[:16]
+
+    def clean(self, rows: slice) -> NDArray[np.bool_]:
+        """Which images of a block it classifies correctly without an attack; asked once, whatever the number of cases."""
+        if rows.start not in self._clean:
+            labels = self.data.y[rows]
+            logits = self.logits(self.data.images(rows), labels, rows.start, "clean")
+            self._clean[rows.start] = (~Misclassify().success(logits, labels)).numpy()
+        return self._clean[rows.start]
 
     @torch.no_grad()
     def logits(self, x: Tensor, y: Tensor, first: int, purpose: str) -> Tensor:
@@ -79,28 +90,28 @@ class Subject:
             Shape (N, classes), on the CPU.
         """
         noise, size = Noise(self._plan.seed, torch.arange(0)).at(purpose, self._plan.offset + first), self._plan.batch_size
+        fn, device = self.target.fn, self._plan.device
         try:
-            with held(self.model, "eval"), seeded(noise.key):
+            with self.target.held(), seeded(noise.key):
                 batches = [slice(start, start + size) for start in range(0, len(x), size)]
-                return torch.cat([self._checked(self.model(x[part].to(self._plan.device)), y[part]) for part in batches])
+                return torch.cat([self._checked(fn(x[part].to(device)), y[part]) for part in batches])
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             raise ArgumentError(f"batch_size={size}: memory ran out in model {self.spec!r}; take a smaller one") from error
 
-    def check(self, case: Case) -> None:
+    def check(self, case: Case, threat: Any, wanted: int | None, white: bool) -> None:
         """Refuse what cannot be done to this model on this data.
 
         Raises:
             ArgumentError: A class that the model does not know, more locations than an image has, a broken gradient.
         """
-        wanted, threat = specs.goal(case.goal).wanted, specs.threat(case.threat)
         if wanted is not None and wanted >= self.classes:
             raise ArgumentError(f"goal {case.goal!r}: model {self.spec!r} has the classes 0 to {self.classes - 1}; name one")
-        locations = self.data.x[0, 0].numel()
+        locations = self.data.shape[2:].numel()
         if isinstance(threat, Pixels) and threat.eps > locations:
             raise ArgumentError(f"threat {case.threat!r}: an image of {self.data.spec} has {locations} locations; take fewer")
-        if specs.attack(case.attack).access == "white":
+        if white:
             self._check_gradient()
 
     def _checked(self, out: Any, y: Tensor) -> Tensor:
@@ -120,9 +131,9 @@ class Subject:
     def _check_gradient(self) -> None:
         """A model without any gradient can be attacked, in vain; one whose gradient raises cannot."""
         # Two images need little memory, and suffice for layers that cannot do with one.
-        x = self.data.x[: min(self._plan.batch_size, 2)].to(self._plan.device).requires_grad_()
-        with held(self.model, "eval"), seeded(self._plan.seed):
-            out = self.model(x.clone()).sum()
+        x = self.data.images(slice(0, min(self._plan.batch_size, 2))).to(self._plan.device).requires_grad_()
+        with self.target.held(), seeded(self._plan.seed):
+            out = self.target.view(x.clone()).sum()
             try:
                 if out.requires_grad:
                     torch.autograd.grad(out, x, allow_unused=True)

@@ -1,11 +1,13 @@
 """The table on the terminal: every figure whole in 80 columns, alarms loud, names as they are."""
 
 import io
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from robustkit.bench import console
+from robustkit.bench import Case, console
 
 RECORD = {
     "model": "zoo:mnist-cnn", "data": "mnist-5k", "defence": None, "goal": "misclassify", "threat": "linf:0.3", "attack": "pgd",
@@ -77,18 +79,48 @@ def test_names_are_shown_as_they_are(name):
     assert f"{name} → {name} !" in text
 
 
+@dataclass
+class Loading:
+    """What the bar needs to know of a run: its cases, each of 200 images."""
+
+    trials: list
+
+    def __len__(self):
+        return 200
+
+
+def moved(file, steps, *, terminal=True):
+    """A bar over two cases that has seen some blocks (case, seconds, found)."""
+    name = "net[0].py:[bold]x[/bold] :smile:"
+    loaded = Loading([SimpleNamespace(case=Case(name, "linf:1", attack)) for attack in ("fgsm", "pgd")])
+    screen = Console(width=200, file=file, force_terminal=terminal, color_system=None)
+    with console.Live(screen, loaded, 1) as live:
+        for case, seconds, found in steps:
+            live.progress(SimpleNamespace(task=SimpleNamespace(case=case), labels=range(100), seconds=seconds), found)
+    return file.getvalue()
+
+
 def test_a_bar_shows_names_as_they_are():
-    file = io.StringIO()
-    with console.live(Console(width=200, file=file, force_terminal=True, color_system=None)) as bar:
-        bar.add_task("net[0].py:[bold]x[/bold] :smile:", total=1)
-    assert "net[0].py:[bold]x[/bold] :smile:" in file.getvalue()
+    assert "net[0].py:[bold]x[/bold] :smile: linf:1 pgd" in moved(io.StringIO(), [(0, 1, False), (1, 1, False)])
 
 
 def test_a_bar_is_silent_where_there_is_no_terminal():
-    file = io.StringIO()
-    with console.live(Console(file=file)) as bar:
-        bar.advance(bar.add_task("x", total=1))
-    assert file.getvalue() == ""
+    assert moved(io.StringIO(), [(0, 1, False)], terminal=False) == ""
+
+
+def test_a_bar_counts_images_and_the_time_that_the_costs_of_the_cases_make():
+    assert "100/400" in moved(io.StringIO(), [(0, 1, False)])
+    assert "time left -:--" in moved(io.StringIO(), [(0, 1, False)])  # nothing is known of the second case
+    text = moved(io.StringIO(), [(0, 1, False), (1, 3600, True)])
+    assert "200/400" in text
+    assert "time left 1:00:01" in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3600, "1:00:00"), (36_061, "10:01:01")]
+)
+def test_durations_read_like_a_clock(seconds, told):
+    assert console.duration(seconds) == told
 
 
 def test_flags_are_loud_and_told_once():

@@ -18,10 +18,10 @@ KEYS = {
     "model": str, "data": str, "defence": (str, type(None)), "goal": str, "threat": str, "attack": str, "seed": int, "n": int,
     "clean_accuracy": float, "robust_accuracy": float, "success_rate": float, "low": float, "high": float,
     "median_size": (float, type(None)), "forwards": int, "backwards": int, "seconds": float, "access": str, "flags": list,
-    "notes": list, "recipe": str,
+    "notes": list, "recipe": str, "model_hash": str, "data_hash": str,
 }  # fmt: skip
 CASE = Case("m", "linf:0.1", "pgd", "least-likely")
-PLAN = Plan((CASE,), "digits", seed=4)
+PLAN = Plan((CASE,), "digits", seed=4, pins={"m": "abc", "digits": "def"})
 
 
 def made(success, size, *, flat=0, flags=(), notes=(), clean=None, robust=None):
@@ -54,7 +54,14 @@ def test_a_record_holds_the_keys_of_the_schema_in_types_that_json_keeps():
     assert json.loads(json.dumps(record, allow_nan=False)) == record
     told = {"model": "m", "data": "digits", "threat": "linf:0.1", "attack": "pgd", "goal": "least-likely", "seed": 4}
     counted = {"n": 2, "clean_accuracy": 0.5, "robust_accuracy": 0.0, "success_rate": 0.5, "forwards": 6, "backwards": 4}
-    given = {"defence": None, "seconds": 1.5, "access": "white", "recipe": repr(PGD(steps=5))}
+    given = {
+        "model_hash": "abc",
+        "data_hash": "def",
+        "defence": None,
+        "seconds": 1.5,
+        "access": "white",
+        "recipe": repr(PGD(steps=5)),
+    }
     assert record == record | told | counted | given
     assert record["flags"] == [{"name": "alarm", "why": "for a reason"}]
     assert record["notes"] == [{"name": "fact", "why": "as it is"}]

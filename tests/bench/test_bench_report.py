@@ -355,6 +355,7 @@ def luminance(colour):
 
 
 PAIRS = [(ink, paper) for paper in ("paper", "lowest-paper") for ink in ("ink", "quiet", "link", "lowest")]
+PAIRS += [(f"line-{number}", "paper") for number in range(4)]  # labels of curves have the colour of their line
 
 
 @pytest.mark.parametrize(("ink", "paper"), [*PAIRS, ("ink", "sheet"), ("flag", "flag-paper"), ("held", "paper")])
@@ -398,12 +399,15 @@ def test_nothing_sticks_out_sideways(tmp_path, width, scheme):
         record(model=LONG, attack=LONG, data=LONG, threat=LONG, defence=LONG, flags=[flag], notes=[flag]),
         record(model=LONG, goal=LONG, forwards=10**12, backwards=10**12, seconds=1e6, median_size=1e-9),
         record(),
-    ]
+        *(record(model=model, attack=attack, threat=f"linf:{eps}/255", robust_accuracy=eps / 16, flags=[flag])
+          for model in (LONG, "b" + LONG) for attack in (LONG, "pgd") for eps in (1, 8, 16)),
+    ]  # fmt: skip
     pictures = [
         picture(*images(), model=LONG, clean_as=LONG, adversarial_as=LONG, label=LONG),
         picture(*images(channels=3, side=300)),
     ]
     page = page_of(drawn, pictures, command=LONG, environment={LONG: LONG})
+    assert page.count('<svg class="curve"') == 3
     (needed, inner, drawn_all), log = browse(page, tmp_path, scheme, width)
     assert inner == width
     assert needed <= inner

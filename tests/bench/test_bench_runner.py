@@ -10,7 +10,9 @@ from torch import nn
 
 from robustkit import FGSM, L2, MIFGSM, PGD, ClassifyAs, Linf, Misclassify, zoo
 from robustkit._world import random_state
-from robustkit.bench import Case, Plan, run, subject
+from robustkit.bench import Case, Plan, subject
+from robustkit.bench.loaded import load
+from robustkit.bench.runner import outcomes
 from robustkit.data import load as load_data
 from robustkit.errors import ArgumentError
 
@@ -51,15 +53,16 @@ def use(monkeypatch):
     """Let every model spec mean the given module."""
 
     def chosen(net):
-        monkeypatch.setattr(subject, "load_model", lambda spec, device: net)
+        monkeypatch.setattr(subject, "load_model", lambda spec, device, normalize: net)
         return net
 
     return chosen
 
 
 def measured(*cases, seed=0, offset=0, limit=None, batch_size=100, progress=lambda *_: None):
-    plan = Plan(tuple(Case("zoo:digits-mlp", *case) for case in cases), "digits", offset, limit, seed, batch_size)
-    return list(run(plan, progress))
+    cases = tuple(Case("zoo:digits-mlp", *case) for case in cases)
+    plan = Plan(cases, "digits", offset, limit, seed, batch_size=batch_size)
+    return sorted(outcomes(load(plan), progress=progress), key=lambda outcome: outcome.index)
 
 
 def timeless(record):
@@ -230,15 +233,16 @@ def held_bytes():
 def test_finished_blocks_keep_no_images():
     image = DATA.x[:1].numel() * 4
     seen = []
-    measured(("linf:0.1", "fgsm"), progress=lambda case, images, total: seen.append(held_bytes()))
+    measured(("linf:0.1", "fgsm"), progress=lambda block, found: seen.append(held_bytes()))
     assert len(seen) == 4
     assert seen[-1] - seen[0] < 100 * image  # less than one block of images for three blocks more
 
 
 def test_progress_counts_every_image_once():
     told = []
-    measured(*CASES, limit=230, progress=lambda case, images, total: told.append((case.attack, images, total)))
-    assert told == [(case[1], images, 690) for case in CASES for images in (100, 100, 30)]
+    measured(*CASES, limit=230, progress=lambda block, found: told.append((block.task.case, len(block.labels), found)))
+    # The first block of every case comes first: then it is known what each costs.
+    assert told == [(case, 100, False) for case in range(3)] + [(c, n, False) for c in range(3) for n in (100, 30)]
 
 
 def test_everything_is_checked_before_the_first_attack(use):

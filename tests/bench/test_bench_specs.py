@@ -144,7 +144,7 @@ def test_the_least_likely_class_is_sought_in_small_batches():
     ],
 )
 def test_goals_that_are_none(spec):
-    with pytest.raises(ArgumentError, match="does not exist; write misclassify, least-likely or classify-as:K") as caught:
+    with pytest.raises(ArgumentError, match="does not exist; write one of misclassify, least-likely, classify-as:K") as caught:
         specs.goal(spec)
     assert repr(spec) in str(caught.value)
 

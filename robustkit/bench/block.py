@@ -1,0 +1,130 @@
+"""What a run is made of: some images of one case, attacked, judged and written down; done again it is the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from robustkit.bench.report import Picture
+from robustkit.errors import ArgumentError
+from robustkit.ledger import Remark, Stage
+from robustkit.result import Result
+
+__all__ = ["Block", "Task"]
+
+_WORDS = tuple(field.name for field in fields(Picture) if field.name not in ("clean", "adversarial"))
+_FACTS = ("success", "rate", "size", "forwards", "backwards", "flat")
+
+
+@final
+@dataclass(frozen=True)
+class Task:
+    """A block that is wanted.
+
+    Attributes:
+        case: Which case of the plan, from 0.
+        first: The first of its images, from 0.
+        last: The one after its last image.
+        name: A hash of all that its outcome depends on.
+    """
+
+    case: int
+    first: int
+    last: int
+    name: str
+
+    @property
+    def rows(self) -> slice:
+        """Its images."""
+        return slice(self.first, self.last)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A block that is done.
+
+    Attributes:
+        task: What was wanted.
+        result: What the attack came to; without its images, (n, 0), unless they are to be kept.
+        ids: Which examples of the data these are, (n,) int64, whatever the plan has passed over.
+        labels: The true classes, (n,) int64.
+        clean: Which images are right without an attack, (n,).
+        robust: Which are right both before and after it, (n,).
+        seconds: How long it took.
+        pictures: Some of the images, to look at.
+    """
+
+    task: Task
+    result: Result
+    ids: Tensor
+    labels: Tensor
+    clean: NDArray[np.bool_]
+    robust: NDArray[np.bool_]
+    seconds: float
+    pictures: tuple[Picture, ...] = ()
+
+    def bytes(self) -> bytes:
+        """Everything as one safetensors file, the row of each example under plain names."""
+        tensors = {name: getattr(self.result, name) for name in _FACTS}
+        tensors |= {
+            "index": self.ids,
+            "label": self.labels,
+            "clean": torch.from_numpy(self.clean),
+            "robust": torch.from_numpy(self.robust),
+        }
+        if self.result.x_adv.shape[1:].numel():
+            tensors["x_adv"] = self.result.x_adv
+        for name in ("clean", "adversarial") if self.pictures else ():
+            tensors[f"picture_{name}"] = torch.from_numpy(np.stack([getattr(picture, name) for picture in self.pictures]))
+        told: dict[str, Any] = {
+            kind: [asdict(item) for item in getattr(self.result, kind)] for kind in ("flags", "notes", "stages")
+        }
+        words = [{name: getattr(picture, name) for name in _WORDS} for picture in self.pictures]
+        told |= {"task": asdict(self.task), "seconds": self.seconds, "pictures": words}
+        return save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, {"robustkit": json.dumps(told)})
+
+    @classmethod
+    def load(cls, path: Path) -> Block:
+        """Read what `bytes` gave; no code is executed.
+
+        Raises:
+            ArgumentError: The file is missing, damaged, or no block.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                told = json.loads((file.metadata() or {})["robustkit"])
+                held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return cls._of(held, told)
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise ArgumentError(f"{str(path)!r} is no block of a run ({error}); remove it and resume the run") from error
+
+    @classmethod
+    def _of(cls, held: dict[str, Tensor], told: dict[str, Any]) -> Block:
+        remarks = [tuple(Remark(**item) for item in told[kind]) for kind in ("flags", "notes")]
+        x_adv = held.get("x_adv", torch.empty(len(held["success"]), 0))
+        facts = {name: held[name] for name in _FACTS}
+        stages = tuple(Stage(**item) for item in told["stages"])
+        result = Result(x_adv, **facts, flags=remarks[0], notes=remarks[1], stages=stages)
+        pictures = _pictures(held, told["pictures"])
+        masks = held["clean"].numpy(), held["robust"].numpy()
+        return cls(Task(**told["task"]), result, held["index"], held["label"], *masks, told["seconds"], pictures)
+
+
+def _pictures(held: dict[str, Tensor], words: Sequence[dict[str, Any]]) -> tuple[Picture, ...]:
+    if not words:
+        return ()
+    clean, adversarial = (held[f"picture_{name}"].numpy() for name in ("clean", "adversarial"))
+    return tuple(
+        Picture(**word, clean=before, adversarial=after) for word, before, after in zip(words, clean, adversarial, strict=True)
+    )

@@ -1,0 +1,226 @@
+"""The bench for Python: a plan, or objects in memory, and what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from robustkit.attack import Attack
+from robustkit.bench import console, specs
+from robustkit.bench.executors import Executor, Processes, Serial
+from robustkit.bench.folder import open_folder, results_of
+from robustkit.bench.loaded import Loaded, Trial, load
+from robustkit.bench.notebook import fragment
+from robustkit.bench.plan import Case, Plan
+from robustkit.bench.report import Picture, report
+from robustkit.bench.runner import Outcome, outcomes
+from robustkit.bench.store import Store, replace_file
+from robustkit.bench.subject import Subject
+from robustkit.data import Data
+from robustkit.errors import ArgumentError
+from robustkit.target import Fn, Target
+from robustkit.threats import Threat
+
+__all__ = ["Report", "Settings", "evaluate", "run"]
+
+
+@final
+@dataclass(frozen=True)
+class Settings:
+    """What the numbers of `evaluate` depend on besides its arguments, and how it shows itself.
+
+    Attributes:
+        seed: Of all noise.
+        batch_size: The most images that go through the model at once.
+        block: How many images are attacked at a time.
+        name: What the model is called in the report; default the name of its class.
+        progress: Whether to show a bar on a terminal.
+    """
+
+    seed: int = 0
+    batch_size: int = 100
+    block: int = 100
+    name: str | None = None
+    progress: bool = False
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What a run came to; in a notebook it shows itself.
+
+    Attributes:
+        results: The content of results.json.
+        pictures: Some of the attacked images.
+    """
+
+    results: dict[str, Any]
+    pictures: tuple[Picture, ...] = ()
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """A row for each case."""
+        return list(self.results["records"])
+
+    @property
+    def together(self) -> list[dict[str, Any]]:
+        """For each model and threat, what survives all attacks: the figure to quote."""
+        return list(self.results["together"])
+
+    def save(self, path: str | Path) -> None:
+        """Write the page that shows all of it, one HTML file."""
+        page = report(self.results, self.pictures, command=self.results["command"])
+        replace_file(Path(path), page.encode("utf-8"))
+
+    def __repr__(self) -> str:
+        told = (
+            f"{row['model']}, {row['threat']}: {row['clean_accuracy']:.1%} clean, {row['robust_accuracy']:.1%} robust at most "
+            f"({row['low']:.1%} to {row['high']:.1%}, {row['n']:,} images)"
+            for row in self.together
+        )
+        return "\n".join(["Report", *told])
+
+    def __rich__(self) -> Any:  # Any: what rich can print
+        return console.table(self.records, self.together)
+
+    def _repr_html_(self) -> str:
+        return fragment(self.results)
+
+
+def run(plan: Plan, *, out: str | Path | None = None, resume: bool = False, workers: int = 1,
+        progress: bool = False) -> Report:  # fmt: skip
+    """Measure what a plan names.
+
+    Args:
+        plan: What to measure; `robustkit.bench.read_plan` reads one from a file.
+        out: A folder to write the run to, as the command line does. Default: nothing is written.
+        resume: Whether to go on with the run that is there.
+        workers: How many processes share the work; a script that asks for several must keep its own work under
+            `if __name__ == "__main__":`, since each of them imports it.
+        progress: Whether to show a bar on a terminal.
+
+    Raises:
+        ArgumentError: Something in the plan means nothing, cannot be read, or cannot be done.
+        MissingExtraError: An optional dependency is needed.
+    """
+    executor: Executor = Serial() if workers == 1 else Processes(workers)
+    loaded = load(plan)
+    if out is None:
+        return _report(loaded, list(_outcomes(loaded, None, executor, workers, progress)))
+    done: list[Outcome] = []
+    with open_folder(Path(out), loaded.plan, resume=resume) as folder:
+        folder.begin(loaded)
+        for outcome in _outcomes(loaded, folder.store, executor, workers, progress):
+            done.append(outcome)
+            folder.write(loaded, done)
+    return _report(loaded, done)
+
+
+def evaluate(model: Target | nn.Module | Fn, data: Any, *, threat: Threat | str | Sequence[Threat | str],
+             attacks: Sequence[Attack | str] = ("pgd",), goals: Sequence[str] = ("misclassify",), limit: int | None = None,
+             settings: Settings = Settings()) -> Report:  # fmt: skip
+    """Measure how robust a model in memory is.
+
+    Args:
+        model: Maps images (N, C, H, W) to logits (N, classes), with the normalisation inside (`robustkit.Normalize`); a
+            module, a function, or a `Target` that says how a defence may be differentiated.
+        data: A pair of tensors (x, y), x inside the bounds of the threat and y int64; a DataLoader or anything else that
+            yields such pairs, which are put together in memory; or a `robustkit.data.Data`.
+        threat: What may change, one or several: `Linf(8 / 255)`, or "linf:8/255".
+        attacks: Objects, or names as on the command line: `PGD(steps=100)`, "pgd:steps=100".
+        goals: misclassify, least-likely, classify-as:K.
+        limit: Take at most so many examples.
+        settings: What the numbers depend on besides; see there.
+
+    Raises:
+        ArgumentError: Anything above that means nothing, or does not fit together.
+    """
+    target = Target.of(model)
+    held = _data(data, limit)
+    name = settings.name if settings.name is not None else _name(target)
+    trials = [
+        Trial(Case(name, told, word, goal), attack, one, specs.goal(goal))
+        for told, one in _threats(threat)
+        for word, attack in ((a, specs.attack(a)) if isinstance(a, str) else (repr(a), a) for a in attacks)
+        for goal in goals
+    ]
+    plan = Plan(
+        tuple(trial.case for trial in trials), held.spec, 0, limit, settings.seed, settings.block,
+        settings.batch_size, str(_device(target)), torch.get_num_threads(),
+    )  # fmt: skip
+    subject = Subject(name, replace(target, batch_size=settings.batch_size), held, plan, weights=target.module)
+    words = f"robustkit.evaluate({name}, {held.spec}, threat={threat!r}, attacks={list(attacks)!r}, goals={list(goals)!r})"
+    loaded = Loaded(plan, held, {name: subject}, trials, words)
+    return _report(loaded, list(_outcomes(loaded, None, Serial(), 1, settings.progress)))
+
+
+def _outcomes(loaded: Loaded, store: Store | None, executor: Executor, workers: int, progress: bool) -> Iterator[Outcome]:
+    if not progress:
+        yield from outcomes(loaded, store, executor)
+        return
+    with console.Live(Console(stderr=True), loaded, workers) as live:
+        yield from outcomes(loaded, store, executor, live.progress)
+
+
+def _report(loaded: Loaded, done: Sequence[Outcome]) -> Report:
+    pictures = (picture for outcome in sorted(done, key=lambda outcome: outcome.index) for picture in outcome.pictures)
+    return Report(results_of(loaded, done), tuple(pictures))
+
+
+def _threats(given: Threat | str | Sequence[Threat | str]) -> list[tuple[str, Threat]]:
+    """Each threat with its words."""
+    found = []
+    for one in [given] if isinstance(given, Threat | str) else given:
+        meant = specs.threat(one) if isinstance(one, str) else one
+        found.append((one if isinstance(one, str) else specs.threat_words(one), meant))
+    return found
+
+
+def _data(given: Any, limit: int | None) -> Data:  # Any: what users have
+    if isinstance(given, Data):
+        return given.part(0, limit)
+    pair = isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(part, Tensor) for part in given)
+    x, y = given if pair else _together(given, limit)
+    if x.shape[:1] != y.shape or not len(y) or y.dtype.is_floating_point or int(y.min()) < 0:
+        raise ArgumentError(
+            f"data: x has shape {tuple(x.shape)}, y is {y.dtype} of shape {tuple(y.shape)}; give images (N, C, H, W) and one "
+            "label 0, 1, 2, ... for each"
+        )
+    x, y = x.detach().cpu(), y.detach().cpu().long()
+    x = x.float() if x.dtype == torch.bfloat16 else x  # numpy, by which data are hashed, does not know it
+    classes = tuple(str(label) for label in range(int(y.max()) + 1))
+    return Data(x, y, classes, "(x, y)" if pair else type(given).__name__).part(0, limit)
+
+
+def _together(loader: Iterable[Any], limit: int | None) -> tuple[Tensor, Tensor]:
+    """The batches of a loader, as far as they are wanted."""
+    xs, ys, n = [], [], 0
+    try:
+        for x, y in loader:
+            xs.append(x)
+            ys.append(y)
+            n += len(y)
+            if limit is not None and n >= limit:
+                break
+        return torch.cat(xs), torch.cat(ys)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(
+            f"data={type(loader).__name__} does not yield pairs of tensors (x, y) that fit together ({error}); give two "
+            "tensors, a DataLoader or a robustkit.data.Data"
+        ) from error
+
+
+def _name(target: Target) -> str:
+    """The class of what is attacked, or the name of the function."""
+    return str(getattr(target.fn, "__name__", type(target.fn).__name__))
+
+
+def _device(target: Target) -> torch.device:
+    parameters = target.module.parameters() if target.module is not None else iter(())
+    return next((parameter.device for parameter in parameters), torch.device("cpu"))

@@ -1,0 +1,195 @@
+"""A plan with its data and its models in memory: it can do any block, in any order, in any process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import final
+
+import numpy as np
+import torch
+
+from robustkit import data as real_data
+from robustkit.attack import Attack
+from robustkit.bench import specs
+from robustkit.bench.block import Block, Task
+from robustkit.bench.environment import environment
+from robustkit.bench.plan import Case, Plan
+from robustkit.bench.report import Picture
+from robustkit.bench.request import command_of
+from robustkit.bench.specs import Aim
+from robustkit.bench.subject import Subject, load_subject
+from robustkit.data import Data
+from robustkit.errors import ArgumentError
+from robustkit.goals import Misclassify
+from robustkit.result import Result
+from robustkit.threats import Threat
+
+__all__ = ["Loaded", "Loader", "Trial", "load"]
+
+PICTURES = 4  # per case, from its first block
+
+
+@final
+@dataclass(frozen=True)
+class Trial:
+    """A case, and what its words mean."""
+
+    case: Case
+    attack: Attack
+    threat: Threat
+    aim: Aim
+
+
+def load(plan: Plan) -> Loaded:
+    """Read what the plan names. Everything that can be seen to be wrong is refused here, before the first attack.
+
+    Raises:
+        ArgumentError: A spec that means nothing, data or weights that cannot be read or are not those that the plan was
+            made with, a model that fails on the data.
+        MissingExtraError: An optional dependency is needed.
+    """
+    trials = [Trial(case, specs.attack(case.attack), specs.threat(case.threat), specs.goal(case.goal)) for case in plan.cases]
+    with threads(plan.threads):
+        data = real_data.load(plan.data).part(plan.offset, plan.limit)
+        return Loaded(plan, data, {spec: load_subject(spec, data, plan) for spec in plan.models}, trials)
+
+
+@final
+@dataclass(frozen=True)
+class Loader:
+    """How work begins: with what is loaded here; in another process, where only the plan arrives, by loading it anew."""
+
+    plan: Plan
+    loaded: Loaded | None = field(default=None, compare=False, repr=False)
+
+    def __reduce__(self) -> tuple[type[Loader], tuple[Plan]]:
+        return Loader, (self.plan,)
+
+    def __call__(self) -> Callable[[Task], Block]:
+        """What does a block."""
+        return (load(self.plan) if self.loaded is None else self.loaded).measure
+
+
+@final
+class Loaded:
+    """A plan that can be run.
+
+    Attributes:
+        plan: What is to be measured; it holds the hashes of the data and the models as they are.
+        trials: What its cases mean.
+        environment: Of the run.
+        command: What asks for the same again.
+    """
+
+    def __init__(self, plan: Plan, data: Data, subjects: Mapping[str, Subject], trials: Sequence[Trial],
+                 command: str | None = None) -> None:  # fmt: skip
+        hashes = {plan.data: data.hash} | {spec: subject.hash for spec, subject in subjects.items()}
+        for spec, wanted in plan.pins.items():
+            if spec in hashes and hashes[spec] != wanted:
+                raise ArgumentError(
+                    f"{spec!r} has the hash {hashes[spec]}, and the plan was made with {wanted}: it is not the same any "
+                    "more, or not the same twice; bring the old one back, or take its line out of [hashes] and begin anew"
+                )
+        for trial in trials:
+            white = trial.attack.access == "white"
+            subjects[trial.case.model].check(trial.case, trial.threat, trial.aim.wanted, white)
+        self.plan, self.trials = replace(plan, pins=hashes), tuple(trials)
+        self.environment = environment(plan.device, plan.threads)
+        self.command = command_of(plan) if command is None else command
+        self._data, self._subjects = data, subjects
+
+    def __len__(self) -> int:
+        """Images of each case."""
+        return len(self._data)
+
+    def tasks(self) -> list[Task]:
+        """All blocks; the first of every case before the others, since then it is known what each costs."""
+        starts = range(0, len(self), self.plan.block)
+        cases = range(len(self.trials))
+        order = [(case, 0) for case in cases] + [(case, first) for case in cases for first in starts[1:]]
+        return [self._task(case, first, min(first + self.plan.block, len(self))) for case, first in order]
+
+    def glance(self, model: str) -> float:
+        """Seconds that a model takes for one clean image, in blocks."""
+        subject, rows = self._subjects[model], slice(0, min(self.plan.block, len(self)))
+        x, y = self._data.images(rows), self._data.y[rows]
+        with threads(self.plan.threads):
+            started = time.perf_counter()
+            subject.logits(x, y, 0, "glance")
+            return (time.perf_counter() - started) / len(x)
+
+    def measure(self, task: Task) -> Block:
+        """Do a block."""
+        with threads(self.plan.threads):
+            return self._measured(task)
+
+    def _task(self, case: int, first: int, last: int) -> Task:
+        trial, plan = self.trials[case], self.plan
+        asked = {
+            "case": asdict(trial.case), "recipe": [repr(trial.attack), repr(trial.threat)], "data": plan.pins[plan.data],
+            "model": plan.pins[trial.case.model],
+            "rows": [plan.offset + first, plan.offset + last], "seed": plan.seed, "block": plan.block,
+            "batch_size": plan.batch_size, "device": plan.device, "normalize": plan.normalize,
+            "save_adversarial": plan.save_adversarial, "environment": self.environment,
+        }  # fmt: skip
+        name = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+        return Task(case, first, last, name)
+
+    def _measured(self, task: Task) -> Block:
+        trial, plan, rows = self.trials[task.case], self.plan, task.rows
+        subject = self._subjects[trial.case.model]
+        started = time.perf_counter()
+        clean, labels = subject.clean(rows), self._data.y[rows]
+        x, y = self._data.images(rows).to(plan.device), labels.to(plan.device)
+        ids = torch.arange(task.first, task.last) + plan.offset
+        ref = trial.aim.ref(subject.target.fn, x, y, plan.batch_size)
+        result = trial.attack(subject.target, x, ref, goal=trial.aim.goal, threat=trial.threat, seed=plan.seed, ids=ids)
+        if trial.aim.goal == Misclassify():
+            after = ~result.success.cpu()
+        else:
+            after = ~Misclassify().success(subject.logits(result.x_adv, labels, rows.start, "after"), labels)
+        seconds = time.perf_counter() - started
+        pictures = self._pictures(trial, subject, result, rows, clean) if task.first == 0 else ()
+        # Not a view, which would keep the images.
+        kept = result if plan.save_adversarial else replace(result, x_adv=x.new_empty(len(x), 0))
+        return Block(task, kept, ids, labels, clean, clean & after.numpy(), seconds, pictures)
+
+    def _pictures(self, trial: Trial, subject: Subject, result: Result, rows: slice, clean: np.ndarray) -> tuple[Picture, ...]:
+        """The first images of the block that the model gets right without an attack."""
+        chosen, case = np.flatnonzero(clean)[:PICTURES], trial.case
+        drawable = len(self._data.shape) == 4 and self._data.shape[1] in (1, 3) and trial.threat.bounds == (0.0, 1.0)
+        if not len(chosen) or not drawable:
+            return ()
+        before, labels = self._data.images(rows)[chosen], self._data.y[rows][chosen]
+        after = result.x_adv[torch.from_numpy(chosen)].cpu()
+        said = [subject.logits(x, labels, rows.start, "pictures").double().softmax(1).max(1) for x in (before, after)]
+        names = self._data.classes
+        return tuple(
+            Picture(
+                case.model, case.attack, case.goal, case.threat, self.plan.offset + rows.start + int(i), before[k].numpy(),
+                after[k].numpy(), names[int(labels[k])], _name(names, int(said[0].indices[k])), float(said[0].values[k]),
+                _name(names, int(said[1].indices[k])), float(said[1].values[k]), float(result.size[i]),
+                bool(result.success[i]),
+            )
+            for k, i in enumerate(chosen)
+        )  # fmt: skip
+
+
+def _name(names: Sequence[str], index: int) -> str:
+    return names[index] if index < len(names) else str(index)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many threads of torch inside, and afterwards as many as before."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)

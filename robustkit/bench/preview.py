@@ -1,0 +1,58 @@
+"""What a plan would take: measured on a few images, before hours are spent."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import final
+
+from robustkit.bench.block import Task
+from robustkit.bench.loaded import Loaded
+from robustkit.bench.plan import Case
+from robustkit.bench.record import wilson
+
+__all__ = ["Preview", "preview"]
+
+GLANCE = 0.1  # seconds of clean images: what is tried must be small beside the run, and not so small that it misleads
+LEAST = 4
+
+
+@final
+@dataclass(frozen=True)
+class Preview:
+    """What one case would take.
+
+    Attributes:
+        case: Which.
+        images: How many it has.
+        tried: How many of them were attacked to know the rest.
+        forwards: To expect, over all images.
+        backwards: To expect, likewise.
+        seconds: To expect, of one worker.
+        width: The widest that the 95 % interval of robust accuracy can become with so many images.
+    """
+
+    case: Case
+    images: int
+    tried: int
+    forwards: int
+    backwards: int
+    seconds: float
+    width: float
+
+
+def preview(loaded: Loaded) -> list[Preview]:
+    """Attack as many images of each case as its model reads in a tenth of a second, at least 4, and extrapolate."""
+    return [_tried(loaded, index) for index in range(len(loaded.trials))]
+
+
+def _tried(loaded: Loaded, index: int) -> Preview:
+    n, case = len(loaded), loaded.trials[index].case
+    count = min(n, loaded.plan.block, max(LEAST, math.floor(GLANCE / loaded.glance(case.model))))
+    block = loaded.measure(Task(index, 0, count, "preview"))
+    low, high = wilson(n // 2, n)  # a share of one half has the widest interval
+    share = n / count
+    return Preview(
+        case, n, count, round(int(block.result.forwards.sum()) * share), round(int(block.result.backwards.sum()) * share),
+        block.seconds * share, high - low,
+    )  # fmt: skip

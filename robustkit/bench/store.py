@@ -1,0 +1,82 @@
+"""Where finished blocks are: in memory, or one file each, which is there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import final
+
+from robustkit.bench.block import Block, Task
+from robustkit.errors import ArgumentError
+
+__all__ = ["Files", "Memory", "Store", "replace_file"]
+
+
+class Store(ABC):
+    """Keeps blocks."""
+
+    @abstractmethod
+    def put(self, block: Block) -> None:
+        """Keep a block."""
+
+    @abstractmethod
+    def get(self, task: Task) -> Block | None:
+        """The block, if it is here."""
+
+
+@final
+@dataclass(frozen=True)
+class Memory(Store):
+    """Blocks in memory."""
+
+    blocks: dict[Task, Block] = field(default_factory=dict)
+
+    def put(self, block: Block) -> None:
+        """Keep a block."""
+        self.blocks[block.task] = block
+
+    def get(self, task: Task) -> Block | None:
+        """The block, if it is here."""
+        return self.blocks.get(task)
+
+
+@final
+@dataclass(frozen=True)
+class Files(Store):
+    """Blocks as files, in a folder for each case; a file that is there is never touched again.
+
+    Attributes:
+        root: The folder.
+    """
+
+    root: Path
+
+    def path(self, task: Task) -> Path:
+        """Where the block is, or would be."""
+        return self.root / f"case-{task.case + 1:02d}" / f"{task.first:07d}-{task.name}.safetensors"
+
+    def put(self, block: Block) -> None:
+        """Write a block."""
+        path = self.path(block.task)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, block.bytes())
+
+    def get(self, task: Task) -> Block | None:
+        """The block, if it is here and whole; a damaged one is as good as none."""
+        path = self.path(task)
+        try:
+            return Block.load(path) if path.exists() else None
+        except ArgumentError:
+            return None
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write aside and rename: whoever looks finds the old file or the new one, never half of it."""
+    aside = path.with_name(f".{path.name}.part")
+    try:
+        aside.write_bytes(content)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

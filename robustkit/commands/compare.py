@@ -1,0 +1,31 @@
+"""`robustkit compare`: two runs image by image."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from robustkit.bench import past
+from robustkit.bench.compare import compare
+from robustkit.bench.compare_table import as_json, comparison_table
+from robustkit.errors import ArgumentError
+
+__all__ = ["compare_command"]
+
+
+def compare_command(a: Path, b: Path, format: str = "text") -> None:
+    """Print what stays right under one run, the other, or both.
+
+    Raises:
+        ArgumentError: A folder holds no run, or the two cannot be compared.
+    """
+    if format not in ("text", "json"):
+        raise ArgumentError(f"format={format!r} must be text or json")
+    found = compare(past.read(a), past.read(b))
+    if format == "json":
+        sys.stdout.write(json.dumps(as_json(found), indent=1) + "\n")
+    else:
+        Console().print(comparison_table(found))

@@ -1,0 +1,32 @@
+"""`robustkit report`: the page and the table of a run that was made before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from robustkit.bench import console, past
+from robustkit.bench.report import report
+from robustkit.bench.store import replace_file
+from robustkit.errors import ArgumentError
+
+__all__ = ["report_command"]
+
+
+def report_command(path: Path) -> None:
+    """Write report.html anew from what is in the folder, and print the table."""
+    run, screen = past.read(path), Console()
+    if not run.results["records"]:
+        raise ArgumentError(f"run={str(path)!r} has no finished case yet; go on with: robustkit bench --out {path} --resume")
+    page = report(run.results, run.pictures, command=run.results["command"])
+    try:
+        replace_file(path / "report.html", page.encode("utf-8"))
+    except OSError as error:
+        raise ArgumentError(f"run={str(path)!r} cannot be written ({error.strerror}); copy the folder first") from error
+    screen.print(console.table(run.results["records"], run.results["together"]))
+    done, cases = len(run.results["records"]), run.results["cases"]
+    if done < cases:
+        screen.print(Text(f"{done} of {cases} cases are finished", "bold"))
+    screen.print(Text(f"report: {path / 'report.html'}"), soft_wrap=True)

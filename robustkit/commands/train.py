@@ -1,0 +1,107 @@
+"""`robustkit train`: a model of the user's, trained in the simplest sound way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import final
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from safetensors.torch import save
+from torch import nn
+from torch.optim import Adam
+from torch.utils.data import DataLoader, TensorDataset
+
+from robustkit import data as real_data
+from robustkit._world import seeded
+from robustkit.bench import specs
+from robustkit.bench.models import load_model
+from robustkit.bench.store import replace_file
+from robustkit.errors import ArgumentError
+from robustkit.training import fit, madry, standard
+from robustkit.training.fit import Loss
+
+__all__ = ["Course", "train_command"]
+
+
+@final
+@dataclass(frozen=True)
+class Course:
+    """What to train, on what, and how.
+
+    Attributes:
+        model: A factory's spec; training goes on from the weights that it returns.
+        data: A data spec.
+        loss: "standard", or "madry": on the worst points that an attack finds.
+        threat: What that attack may change.
+        attack: The attack's spec.
+        epochs: How many times all images are seen.
+        batch_size: Images a step.
+        lr: Of Adam.
+        seed: Of random weights, order and noise.
+    """
+
+    model: str
+    data: str
+    loss: str = "madry"
+    threat: str | None = None
+    attack: str = "pgd:steps=10,reach=2.5"
+    epochs: int = 10
+    batch_size: int = 128
+    lr: float = 1e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ArgumentError(f"{name}={getattr(self, name)} must be at least 1; leave it out for the default")
+        if not 0 < self.lr < float("inf"):
+            raise ArgumentError(f"lr={self.lr:g} must be above 0; 0.001 is a good start")
+        if self.loss not in ("standard", "madry"):
+            raise ArgumentError(f"loss={self.loss!r} does not exist; there are standard and madry")
+        if self.loss == "madry" and self.threat is None:
+            raise ArgumentError("threat is missing; say against what, for example --threat linf:0.1, or take --loss standard")
+
+
+def train_command(course: Course, out: Path) -> None:
+    """Train and write the weights, epoch by epoch told on standard output.
+
+    Raises:
+        ArgumentError: The file exists or cannot be written, or something in `course` means nothing.
+    """
+    if out.suffix != ".safetensors":
+        raise ArgumentError(f"out={str(out)!r} must end in .safetensors; other formats may execute code")
+    if out.exists():
+        raise ArgumentError(f"out={str(out)!r} exists; nothing is overwritten: name a new file")
+    loss, held, model = _loss(course), real_data.load(course.data), load_model(course.model)
+    screen = Console()
+    with seeded(course.seed):
+        # A seed for the order of the images apart from the one that the model's own noise draws from.
+        order = torch.Generator().manual_seed(course.seed)
+        loader = DataLoader(TensorDataset(held.x, held.y), course.batch_size, shuffle=True, generator=order)
+        optimizer = Adam(model.parameters(), course.lr)
+        for epoch in range(course.epochs):
+            (told,) = fit(model, loader, loss=loss, optimizer=optimizer, epochs=1, seed=course.seed + epoch)
+            line = f"epoch {epoch + 1} of {course.epochs}: loss {told.loss:.4f}, clean accuracy in training {told.accuracy:.1%}"
+            screen.print(Text(line), soft_wrap=True)
+    _write(model, out)
+    again = f"robustkit bench --model {course.model}@weights={out} --data {course.data.removesuffix(':train')}"
+    screen.print(Text(f"weights: {out}\nmeasure it: {again} --threat {course.threat or 'linf:0.1'}"), soft_wrap=True)
+
+
+def _loss(course: Course) -> Loss:
+    if course.loss == "standard" or course.threat is None:
+        return standard
+    return partial(madry, attack=specs.attack(course.attack), threat=specs.threat(course.threat))
+
+
+def _write(model: nn.Module, out: Path) -> None:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(out, save(tensors))
+    except OSError as error:
+        raise ArgumentError(f"out={str(out)!r} cannot be written ({error.strerror}); name another file") from error
