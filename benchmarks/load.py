@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 from sklearn.datasets import load_digits
 
+from benchmarks.machine import processor
+
 RESULT = Path(__file__).parent / "results" / "load.json"
 NUMBERS = (2_000, 20_000, 200_000)
 MOMENTS = (0.05, 0.25, 0.5, 0.75)
@@ -45,8 +47,9 @@ def measured(file: Path, out: Path) -> dict[str, Any]:
         done = []
 
         def progress(block: Any, found: bool) -> None:
-            forecast.add(block.task.case, len(block.labels), block.seconds)
-            told.append((time.monotonic(), forecast.left()))
+            now = time.monotonic()
+            forecast.add(block.task.case, len(block.labels), block.seconds, now)
+            told.append((now, forecast.left()))
 
         for outcome in outcomes(loaded, folder.store, progress=progress):
             done.append(outcome)
@@ -75,7 +78,7 @@ def main() -> None:
             said = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
             rows.append(json.loads(said))
             print(rows[-1])
-    machine = {"processor": platform.processor() or platform.machine(), "python": platform.python_version()}
+    machine = {"processor": processor(), "threads": 1, "python": platform.python_version()}
     RESULT.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
 
 

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.machine import processor
 from robustkit import PGD, Linf, Result, Target, data, zoo
 
 RESULT = Path(__file__).parent / "results" / "overhead.json"
@@ -203,7 +204,7 @@ def main() -> None:
     extra = {n: round(memory(n, attacked=True) - memory(n, attacked=False), 1) for n in (1_000, 10_000, 100_000)}
     result = {
         "command": "python -m benchmarks.overhead" + (" --colour FILE.npz" if options.colour else ""),
-        "machine": {"processor": _processor(), "threads": 1, "python": platform.python_version(), "torch": torch.__version__},
+        "machine": {"processor": processor(), "threads": 1, "python": platform.python_version(), "torch": torch.__version__},
         "setting": {"steps": STEPS, "batch": BATCH, "images": IMAGES, "rounds": ROUNDS},
         "mnist-cnn, standard": measure(zoo.load("mnist-cnn"), digits.x, digits.y, 0.1),
         "mnist-cnn, robust": measure(zoo.load("mnist-cnn-robust"), digits.x, digits.y, 0.3),
@@ -213,16 +214,6 @@ def main() -> None:
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(RESULT.read_text())
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

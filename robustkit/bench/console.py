@@ -66,9 +66,10 @@ class Live:
     def progress(self, block: Block, found: bool) -> None:
         """Move on by a block; one that was there before says nothing of the speed."""
         case, images = self._cases[block.task.case], len(block.labels)
-        self._forecast.add(block.task.case, images, block.seconds)
+        now = time.monotonic()
+        self._forecast.add(block.task.case, images, block.seconds, None if found else now)
         left = self._forecast.left()
-        end = None if left is None else time.monotonic() + left
+        end = None if left is None else now + left
         words = f"{case.model} {case.threat} {case.attack}"
         if found:
             done = int(self._bar.tasks[self._task].completed)

@@ -96,6 +96,6 @@ _CURVE = ("linf:0.05", "linf:0.1", "linf:0.2")  # and the strongest of them belo
 def default_plan() -> Plan:
     """What a bare `robustkit bench` runs: two models of real digits, all attacks, 1,000 held-out images."""
     cases = [
-        (*product([model], ["linf:0.3"], _ATTACKS), *product([model], _CURVE, [("pgd", "misclassify")])) for model in _MODELS
+        (*product([model], _CURVE, [("pgd", "misclassify")]), *product([model], ["linf:0.3"], _ATTACKS)) for model in _MODELS
     ]
     return Plan(tuple(case for of_model in cases for case in of_model), "mnist-5k")

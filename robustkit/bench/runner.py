@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from robustkit.bench.block import Block, Task
@@ -74,20 +75,23 @@ def outcomes(loaded: Loaded, store: Store | None = None, executor: Executor | No
 
 def _outcome(loaded: Loaded, store: Store, tasks: Sequence[Task], case: int) -> Outcome:
     """What the blocks of a case add up to, in the order of their images, whoever did them when."""
-    results, clean, robust, seconds = [], [], [], 0.0
+    n, trial, seconds = len(loaded), loaded.trials[case], 0.0
+    # Room made before: thousands of small parts kept until the end would leave the memory in pieces.
+    room, clean, robust = Result.room(torch.empty(n, 0)), np.empty(n, np.bool_), np.empty(n, np.bool_)
+    told = Result.room(torch.empty(0, 0))
     pictures: list[Picture] = []
     for task in tasks:
         if task.case == case:
             block = _there(store, task)
-            results.append(replace(block.result, x_adv=block.result.x_adv.new_empty(len(block.result), 0)))
-            clean.append(block.clean)
-            robust.append(block.robust)
+            facts = replace(block.result, x_adv=torch.empty(len(block.result), 0))
+            told = Result.cat([told, room.fill(task.rows, facts)])
+            clean[task.rows], robust[task.rows] = block.clean, block.robust
             pictures += block.pictures
             seconds += block.seconds
-    trial, masks = loaded.trials[case], (np.concatenate(clean), np.concatenate(robust))
-    record = make_record(trial.case, loaded.plan, attack=trial.attack, result=Result.cat(results), clean=masks[0],
-                         robust=masks[1], seconds=seconds)  # fmt: skip
-    return Outcome(case, record, tuple(pictures), masks[1])
+    result = replace(room, flags=told.flags, notes=told.notes, stages=told.stages)
+    record = make_record(trial.case, loaded.plan, attack=trial.attack, result=result, clean=clean, robust=robust,
+                         seconds=seconds)  # fmt: skip
+    return Outcome(case, record, tuple(pictures), robust)
 
 
 def _there(store: Store, task: Task) -> Block:

@@ -23,6 +23,22 @@ def test_workers_share_the_time():
     assert forecast.left() == pytest.approx(4.0)
 
 
+def test_what_goes_by_beside_the_blocks_is_counted_too():
+    forecast = Forecast([400, 400], workers=2)
+    forecast.add(0, 100, 1.0)  # found, so it says nothing of the clock
+    forecast.add(0, 100, 1.0, at=50.0)
+    forecast.add(1, 100, 3.0, at=53.0)
+    # Since the first: 3 seconds of two workers for 3 seconds of work, so 3 seconds beside 100 images.
+    assert forecast.left() == pytest.approx((200 * 0.01 + 300 * 0.03 + 500 * 0.03) / 2)
+
+
+def test_blocks_that_overlap_owe_nothing():
+    forecast = Forecast([400])
+    forecast.add(0, 100, 1.0, at=50.0)
+    forecast.add(0, 100, 1.0, at=50.1)
+    assert forecast.left() == pytest.approx(2.0)
+
+
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 20), st.floats(0.001, 100)), min_size=1, max_size=5),
        st.integers(1, 8))  # fmt: skip
 def test_where_blocks_of_a_case_cost_the_same_it_is_exact_from_the_first_of_each_on(cases, workers):
