@@ -1,6 +1,6 @@
 """Measures models against attacks and shows what came out."""
 
-from robustkit.bench.evaluate import Report, Settings, evaluate, run
+from robustkit.bench.evaluate import Report, evaluate, run
 from robustkit.bench.plan import Case, Plan, default_plan
 from robustkit.bench.plan_file import plan_text, read_plan
 from robustkit.bench.report import Picture, report
@@ -10,7 +10,6 @@ __all__ = [
     "Picture",
     "Plan",
     "Report",
-    "Settings",
     "default_plan",
     "evaluate",
     "plan_text",

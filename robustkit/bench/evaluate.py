@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
@@ -27,27 +27,10 @@ from robustkit.errors import ArgumentError
 from robustkit.target import Fn, Target
 from robustkit.threats import Threat
 
-__all__ = ["Report", "Settings", "evaluate", "run"]
+__all__ = ["Report", "evaluate", "run"]
 
-
-@final
-@dataclass(frozen=True)
-class Settings:
-    """What the numbers of `evaluate` depend on besides its arguments, and how it shows itself.
-
-    Attributes:
-        seed: Of all noise.
-        batch_size: The most images that go through the model at once.
-        block: How many images are attacked at a time.
-        name: What the model is called in the report; default the name of its class.
-        progress: Whether to show a bar on a terminal.
-    """
-
-    seed: int = 0
-    batch_size: int = 100
-    block: int = 100
-    name: str | None = None
-    progress: bool = False
+Model = Target | nn.Module | Fn
+_BLOCK = 100  # images that are attacked at a time, unless a Target takes more at once
 
 
 @final
@@ -105,6 +88,9 @@ def run(plan: Plan, *, out: str | Path | None = None, resume: bool = False, work
             `if __name__ == "__main__":`, since each of them imports it.
         progress: Whether to show a bar on a terminal.
 
+    Returns:
+        What came out.
+
     Raises:
         ArgumentError: Something in the plan means nothing, cannot be read, or cannot be done.
         MissingExtraError: An optional dependency is needed.
@@ -122,42 +108,57 @@ def run(plan: Plan, *, out: str | Path | None = None, resume: bool = False, work
     return _report(loaded, done)
 
 
-def evaluate(model: Target | nn.Module | Fn, data: Any, *, threat: Threat | str | Sequence[Threat | str],
+def evaluate(model: Model | Mapping[str, Model], data: Any, *, threat: Threat | str | Sequence[Threat | str],
              attacks: Sequence[Attack | str] = ("pgd",), goals: Sequence[str] = ("misclassify",), limit: int | None = None,
-             settings: Settings = Settings()) -> Report:  # fmt: skip
-    """Measure how robust a model in memory is.
+             seed: int = 0, progress: bool = False) -> Report:  # fmt: skip
+    """Measure how robust a model in memory is, or several.
 
     Args:
-        model: Maps images (N, C, H, W) to logits (N, classes), with the normalisation inside (`robustkit.Normalize`); a
-            module, a function, or a `Target` that says how a defence may be differentiated.
-        data: A pair of tensors (x, y), x inside the bounds of the threat and y int64; a DataLoader or anything else that
-            yields such pairs, which are put together in memory; or a `robustkit.data.Data`.
+        model: Maps images (N, C, H, W) to logits (N, classes), with the normalisation inside (`robustkit.Normalize`): a
+            module, a function, or a `Target`, which says how many images go through it at once and how a defence may be
+            differentiated. Several as a dictionary: {"plain": a, "trained against PGD": b}.
+        data: A pair of tensors (x, y), x inside the bounds of the threat and y whole numbers from 0; a DataLoader or anything
+            else that yields such pairs, which are put together in memory; or a `robustkit.data.Data`.
         threat: What may change, one or several: `Linf(8 / 255)`, or "linf:8/255".
         attacks: Objects, or names as on the command line: `PGD(steps=100)`, "pgd:steps=100".
         goals: misclassify, least-likely, classify-as:K.
         limit: Take at most so many examples.
-        settings: What the numbers depend on besides; see there.
+        seed: Of all noise.
+        progress: Whether to show a bar on a terminal.
+
+    Returns:
+        What came out: a record for each model, threat, attack and goal, and what survives all attacks together.
 
     Raises:
         ArgumentError: Anything above that means nothing, or does not fit together.
     """
-    target = Target.of(model)
-    held = _data(data, limit)
-    name = settings.name if settings.name is not None else _name(target)
+    models = dict(model) if isinstance(model, Mapping) else {_name(Target.of(model)): model}
+    targets = {name: one if isinstance(one, Target) else Target(one, batch_size=_BLOCK) for name, one in models.items()}
+    held, threats = _data(data, limit), _threats(threat)
+    meant = [(a, specs.attack(a)) if isinstance(a, str) else (repr(a), a) for a in attacks]
     trials = [
         Trial(Case(name, told, word, goal), attack, one, specs.goal(goal))
-        for told, one in _threats(threat)
-        for word, attack in ((a, specs.attack(a)) if isinstance(a, str) else (repr(a), a) for a in attacks)
+        for name in targets
+        for told, one in threats
+        for word, attack in meant
         for goal in goals
     ]
-    plan = Plan(
-        tuple(trial.case for trial in trials), held.spec, 0, limit, settings.seed, settings.block,
-        settings.batch_size, str(_device(target)), torch.get_num_threads(),
-    )  # fmt: skip
-    subject = Subject(name, replace(target, batch_size=settings.batch_size), held, plan, weights=target.module)
-    words = f"robustkit.evaluate({name}, {held.spec}, threat={threat!r}, attacks={list(attacks)!r}, goals={list(goals)!r})"
-    loaded = Loaded(plan, held, {name: subject}, trials, words)
-    return _report(loaded, list(_outcomes(loaded, None, Serial(), 1, settings.progress)))
+    words = f"robustkit.evaluate({', '.join(targets)}, {held.spec}, threat={threat!r}, attacks={list(attacks)!r}, " \
+            f"goals={list(goals)!r}, limit={limit}, seed={seed})"  # fmt: skip
+    loaded = _loaded(targets, held, trials, seed, words)
+    return _report(loaded, list(_outcomes(loaded, None, Serial(), 1, progress)))
+
+
+def _loaded(targets: Mapping[str, Target], held: Data, trials: Sequence[Trial], seed: int, words: str) -> Loaded:
+    most = max((target.batch_size for target in targets.values()), default=_BLOCK)
+    devices = {_device(target) for target in targets.values()}
+    if len(devices) > 1:
+        raise ArgumentError(f"the models are on {', '.join(sorted(map(str, devices)))}; bring them to one device")
+    cases = tuple(trial.case for trial in trials)
+    plan = Plan(cases, held.spec, seed=seed, block=max(_BLOCK, most), batch_size=most, device=str(next(iter(devices), "cpu")),
+                threads=torch.get_num_threads())  # fmt: skip
+    subjects = {name: Subject(name, target, held, plan, weights=target.module) for name, target in targets.items()}
+    return Loaded(plan, held, subjects, trials, words)
 
 
 def _outcomes(loaded: Loaded, store: Store | None, executor: Executor, workers: int, progress: bool) -> Iterator[Outcome]:

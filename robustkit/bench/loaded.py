@@ -82,13 +82,14 @@ class Loaded:
     Attributes:
         plan: What is to be measured; it holds the hashes of the data and the models as they are.
         trials: What its cases mean.
+        weights: The hash of the weights of each model.
         environment: Of the run.
         command: What asks for the same again.
     """
 
     def __init__(self, plan: Plan, data: Data, subjects: Mapping[str, Subject], trials: Sequence[Trial],
                  command: str | None = None) -> None:  # fmt: skip
-        hashes = {plan.data: data.hash} | {spec: subject.hash for spec, subject in subjects.items()}
+        hashes = {plan.data: data.hash} | {spec: subject.fingerprint for spec, subject in subjects.items()}
         for spec, wanted in plan.pins.items():
             if spec in hashes and hashes[spec] != wanted:
                 raise ArgumentError(
@@ -98,6 +99,7 @@ class Loaded:
         for trial in trials:
             white = trial.attack.access == "white"
             subjects[trial.case.model].check(trial.case, trial.threat, trial.aim.wanted, white)
+        self.weights = {spec: subject.hash for spec, subject in subjects.items()}
         self.plan, self.trials = replace(plan, pins=hashes), tuple(trials)
         self.environment = environment(plan.device, plan.threads)
         self.command = command_of(plan) if command is None else command

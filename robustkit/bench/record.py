@@ -27,7 +27,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
 
 def make_record(case: Case, plan: Plan, *, attack: Attack, result: Result, clean: NDArray[np.bool_], robust: NDArray[np.bool_],
-                seconds: float) -> Record:  # fmt: skip
+                seconds: float, model_hash: str) -> Record:  # fmt: skip
     """The record of a case. Rates are over all images; `median_size` is over those on which the attack succeeded.
 
     An image on which the model was wrong anyway counts as a success of size 0 where the goal is to be wrong. Without any
@@ -35,12 +35,13 @@ def make_record(case: Case, plan: Plan, *, attack: Attack, result: Result, clean
 
     Args:
         case: What was asked.
-        plan: The run that it belongs to; it knows the hashes.
+        plan: The run that it belongs to; it knows the hash of the data.
         attack: What ran; its repr, with every field, stands in the record, since defaults may change.
         result: Of all blocks together; its images are not looked at.
         clean: Which images are classified correctly without an attack, (N,).
         robust: Which are classified correctly both before and after, (N,).
         seconds: What the blocks took, one after another.
+        model_hash: Of the weights.
     """
     n = len(clean)
     low, high = wilson(int(robust.sum()), n)
@@ -57,7 +58,7 @@ def make_record(case: Case, plan: Plan, *, attack: Attack, result: Result, clean
         "median_size": float(sizes.quantile(0.5)) if len(sizes) else None,
         "forwards": int(result.forwards.sum()), "backwards": int(result.backwards.sum()), "seconds": seconds,
         "access": attack.access, "flags": flags, "notes": notes,
-        "model_hash": plan.pins.get(case.model), "data_hash": plan.pins.get(plan.data),
+        "model_hash": model_hash, "data_hash": plan.pins.get(plan.data),
     }  # fmt: skip
 
 

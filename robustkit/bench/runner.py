@@ -90,7 +90,7 @@ def _outcome(loaded: Loaded, store: Store, tasks: Sequence[Task], case: int) -> 
             seconds += block.seconds
     result = replace(room, flags=told.flags, notes=told.notes, stages=told.stages)
     record = make_record(trial.case, loaded.plan, attack=trial.attack, result=result, clean=clean, robust=robust,
-                         seconds=seconds)  # fmt: skip
+                         seconds=seconds, model_hash=loaded.weights[trial.case.model])  # fmt: skip
     return Outcome(case, record, tuple(pictures), robust)
 
 

@@ -55,7 +55,8 @@ class Subject:
     Attributes:
         spec: What was asked for.
         target: The model.
-        hash: Of its weights, and of what it says of the first images: weights alone do not make a function.
+        hash: Of its weights; of nothing for a bare function.
+        fingerprint: Of its weights and of what it says of the first images: weights alone do not make a function.
         data: The images.
         classes: How many the model knows.
     """
@@ -70,7 +71,8 @@ class Subject:
         # All labels, though only the first images were shown: a run is not to stop hours later.
         self._checked(logits[:1].expand(2, -1), torch.stack([data.y.min(), data.y.max()]))
         said = logits.argmax(1).numpy().tobytes()
-        self.hash = hashlib.sha256((model_hash(weights) if weights is not None else "").encode() + said).hexdigest()[:16]
+        self.hash = model_hash(weights if weights is not None else nn.Module())
+        self.fingerprint = hashlib.sha256(self.hash.encode() + said).hexdigest()[:16]
 
     def clean(self, rows: slice) -> NDArray[np.bool_]:
         """Which images of a block it classifies correctly without an attack; asked once, whatever the number of cases."""

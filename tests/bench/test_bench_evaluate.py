@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import robustkit
 from robustkit import FGSM, L2, PGD, Linf, Normalize, Pixels, Target, evaluate, zoo
 from robustkit._world import random_state
-from robustkit.bench import Case, Plan, Settings, run
+from robustkit.bench import Case, Plan, run
 from robustkit.data import load
 from robustkit.errors import ArgumentError
 
@@ -23,7 +23,7 @@ X, Y = DIGITS.x[:130], DIGITS.y[:130]
 
 
 def test_the_figures_are_those_of_the_attack():
-    report = evaluate(NET, (X, Y), threat=[Linf(0.1), L2(0.7)], attacks=[PGD(5), FGSM()], settings=Settings(seed=3))
+    report = evaluate(NET, (X, Y), threat=[Linf(0.1), L2(0.7)], attacks=[PGD(5), FGSM()], seed=3)
     assert [(r["threat"], r["attack"]) for r in report.records] == [
         (threat, repr(attack)) for threat in ("linf:0.1", "l2:0.7") for attack in (PGD(5), FGSM())
     ]
@@ -42,15 +42,14 @@ def test_the_figures_are_those_of_the_attack():
 
 
 def test_objects_words_loaders_and_plans_say_the_same():
-    settings = Settings(name="zoo:digits-mlp")
-    expected = evaluate(NET, (X, Y), threat="linf:0.1", attacks=["pgd:steps=5"], settings=settings).records[0]
+    expected = evaluate({"zoo:digits-mlp": NET}, (X, Y), threat="linf:0.1", attacks=["pgd:steps=5"]).records[0]
     loader = DataLoader(TensorDataset(X, Y), batch_size=17)
     (planned,) = run(Plan((Case("zoo:digits-mlp", "linf:0.1", "pgd:steps=5"),), "digits", limit=130)).records
     others = [
-        evaluate(NET, loader, threat=Linf(0.1), attacks=["pgd:steps=5"], settings=settings).records[0],
-        evaluate(NET, DIGITS, threat=Linf(0.1), attacks=["pgd:steps=5"], limit=130, settings=settings).records[0],
-        evaluate(NET.forward, [X, Y.int()], threat=Linf(0.1), attacks=["pgd:steps=5"], settings=settings).records[0],
-        evaluate(Target(NET), (X, Y), threat=Linf(0.1), attacks=["pgd:steps=5"], settings=settings).records[0],
+        evaluate({"zoo:digits-mlp": NET}, loader, threat=Linf(0.1), attacks=["pgd:steps=5"]).records[0],
+        evaluate({"zoo:digits-mlp": NET}, DIGITS, threat=Linf(0.1), attacks=["pgd:steps=5"], limit=130).records[0],
+        evaluate({"zoo:digits-mlp": NET.forward}, [X, Y.int()], threat=Linf(0.1), attacks=["pgd:steps=5"]).records[0],
+        evaluate({"zoo:digits-mlp": Target(NET)}, (X, Y), threat=Linf(0.1), attacks=["pgd:steps=5"]).records[0],
         planned,
     ]
     other_name = evaluate(NET, (X, Y), threat=Linf(0.1), attacks=[PGD(5)]).records[0]
@@ -59,6 +58,30 @@ def test_objects_words_loaders_and_plans_say_the_same():
         for key in ("n", "clean_accuracy", "robust_accuracy", "success_rate", "forwards", "backwards", "median_size", "model",
                     "model_hash", "data_hash", "recipe", "attack", "threat"):  # fmt: skip
             assert record[key] == expected[key], key
+
+
+def test_several_models_are_measured_side_by_side():
+    torch.manual_seed(0)
+    other = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    both = evaluate({"mlp": NET, "linear": Target(other, batch_size=7)}, (X, Y), threat=Linf(0.1), attacks=["fgsm"])
+    alone = [evaluate(net, (X, Y), threat=Linf(0.1), attacks=["fgsm"]) for net in (NET, other)]
+    assert [row["model"] for row in both.together] == ["mlp", "linear"]
+    for ours, theirs in zip(both.records, alone, strict=True):
+        assert ours["robust_accuracy"] == theirs.records[0]["robust_accuracy"]
+        assert ours["model_hash"] == theirs.records[0]["model_hash"]
+
+
+def test_a_target_says_how_many_images_go_through_at_once():
+    most = []
+
+    def watched(x):
+        most.append(len(x))
+        return NET(x)
+
+    for size in (7, 120):
+        most.clear()
+        evaluate(Target(watched, batch_size=size), (X, Y), threat=Linf(0.1), attacks=["fgsm"])
+        assert max(most) == size
 
 
 def test_a_loader_is_read_no_further_than_it_is_wanted():
@@ -74,7 +97,7 @@ def test_a_loader_is_read_no_further_than_it_is_wanted():
 
 
 def test_it_shows_itself(tmp_path):
-    report = evaluate(NET, (X, Y), threat=Linf(0.1), attacks=[FGSM()], settings=Settings(name="<b>mine</b>"))
+    report = evaluate({"<b>mine</b>": NET}, (X, Y), threat=Linf(0.1), attacks=[FGSM()])
     robust = f"{report.together[0]['robust_accuracy']:.1%}"
     assert repr(report).splitlines()[0] == "Report"
     assert f"<b>mine</b>, linf:0.1: {report.together[0]['clean_accuracy']:.1%} clean, {robust} robust at most" in repr(report)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from robustkit import cli
 from robustkit.bench import Case, Plan, default_plan, plan_text, read_plan
 from robustkit.bench.request import Request, command_of, plan_of
+from robustkit.bench.specs import attack_names
 from robustkit.commands import bench as command
 from robustkit.errors import ArgumentError
 
@@ -24,6 +25,7 @@ def test_the_default_plan_holds_every_attack_and_a_curve():
             name, _, goal = attack.partition(" -> ")
             cases.append(Case(model, "linf:0.3", name, goal or "misclassify"))
     assert plan_of(Request()) == default_plan() == Plan(tuple(cases), "mnist-5k")
+    assert {case.attack for case in cases} == set(attack_names())
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ KEYS = {
     "notes": list, "recipe": str, "model_hash": str, "data_hash": str,
 }  # fmt: skip
 CASE = Case("m", "linf:0.1", "pgd", "least-likely")
-PLAN = Plan((CASE,), "digits", seed=4, pins={"m": "abc", "digits": "def"})
+PLAN = Plan((CASE,), "digits", seed=4, pins={"digits": "def"})
 
 
 def made(success, size, *, flat=0, flags=(), notes=(), clean=None, robust=None):
@@ -31,7 +31,7 @@ def made(success, size, *, flat=0, flags=(), notes=(), clean=None, robust=None):
                     3 * ones, 2 * ones, flat * ones, tuple(flags), tuple(notes))  # fmt: skip
     yes = np.ones(n, dtype=bool)
     return make_record(CASE, PLAN, attack=PGD(steps=5), result=result, clean=yes if clean is None else np.array(clean),
-                       robust=yes if robust is None else np.array(robust), seconds=1.5)  # fmt: skip
+                       robust=yes if robust is None else np.array(robust), seconds=1.5, model_hash="abc")  # fmt: skip
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 100, 1000])
