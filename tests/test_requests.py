@@ -61,6 +61,7 @@ def function(): return net
 def needs(size): return net()
 def broken(): raise OSError("no such thing")
 def raises(): return Says(stops)
+def exits(): return Says(lambda x: exit(0))
 def hides(): return Says(late)
 def tears(): return Says(torn)
 def none(): return Says(lambda x: None)
@@ -200,6 +201,7 @@ ROWS = {
     "returns None": model("nothing", "nets.py:nothing'", "returned NoneType", "must return a torch nn.Module"),
     "returns a function": model("function", "nets.py:function'", "returned function", "must return a torch nn.Module"),
     "raises in forward": model("raises", "nets.py:raises'", "KeyError", "deep inside", "(12, 1, 8, 8)", "must take what"),
+    "exits in forward": model("exits", "nets.py:exits'", "SystemExit", "must take what"),
     "raises under attack": model("hides", "nets.py:hides'", "ValueError", "only under attack", "must take what"),
     "raises in its gradient": model("tears", "nets.py:tears'", "gradient", "RuntimeError", "must be differentiable"),
     "says None": model("none", "nets.py:none'", "returned NoneType", "needs one tensor of logits (N, C)"),

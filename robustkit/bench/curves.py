@@ -27,6 +27,7 @@ _TALL, _BELOW = 190.0, 44.0  # the plot is at least so tall; room for the axis
 _STEP = 13.5  # from one row of a label to the next
 _CELL = 6.8  # room for one character
 _CELLS = 13  # characters in one of the two rows of a label, at most
+_ROOM = 2 * _CELLS - 1  # in both: one less than they hold, as a wide character may not fit at the end of the first
 _DASHES = ("", "7 3", "2 2.5", "9 3 2 3", "4 2", "1.5 4")
 _MARKS = (
     "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
@@ -133,6 +134,7 @@ class Chart:
         subject: Model and defence whose attacks are shown one by one, or None where models are compared.
         lines: In the order of the records.
         widest: The largest eps on the axis.
+        once: Names of attacks that were run at one eps only, and so have no line.
     """
 
     norm: str
@@ -140,6 +142,7 @@ class Chart:
     subject: _Subject | None
     lines: tuple[Line, ...]
     widest: float
+    once: tuple[str, ...] = ()
 
     width = _WIDTH  # of every drawing
     left = _LEFT  # where its plot begins
@@ -213,7 +216,7 @@ class Chart:
 
     @cached_property
     def _texts(self) -> list[tuple[str, ...]]:
-        return _rows([line.name for line in self.lines])
+        return _rows(_apart([line.name for line in self.lines]))
 
     def rises(self) -> list[tuple[str, Point, Point]]:
         """For each line that rises its label, and the two points between which it rises most."""
@@ -272,9 +275,9 @@ def families(results: Mapping[str, Any]) -> list[Family]:
             )
             charts.append(Chart(norm, data, None, every, widest))
         for style, (subject, spots) in enumerate(subjects.items()):
-            alone = _alone(spots, lines[subject], style, names)
+            alone, once = _alone(spots, lines[subject], style, names)
             if len(subjects) == 1 or len(alone) > 1:
-                charts.append(Chart(norm, data, subject, alone, widest))
+                charts.append(Chart(norm, data, subject, alone, widest, once))
         found.append(Family(norm, data, tuple(charts)))
     return found
 
@@ -363,20 +366,22 @@ def _names(records: Iterable[Record]) -> dict[tuple[str, int], str]:
     return {(attack, seed): f"{attack}, seed {seed}" if several else attack for attack, seed in found}
 
 
-def _alone(spots: _Spots, main: tuple[Point, ...], style: int, names: Mapping[tuple[str, int], str]) -> tuple[Line, ...]:
-    """The lines of one model: all attacks together, then those attacks that were run at two eps or more."""
+def _alone(spots: _Spots, main: tuple[Point, ...], style: int,
+           names: Mapping[tuple[str, int], str]) -> tuple[tuple[Line, ...], tuple[str, ...]]:  # fmt: skip
+    """The lines of one model: all attacks together, then those that were run at two eps or more; and what the others are."""
     lines: dict[tuple[str, int], dict[float, Record]] = defaultdict(dict)
     for eps, rows in spots.items():
         for row in sorted(_plain_rows(rows), key=_robust):
             lines[row["attack"], row["seed"]].setdefault(eps, row)
     if len(lines) == 1 and len({attack for rows in spots.values() for attack in _attacks(rows)}) == 1:
-        return (Line(names[next(iter(lines))], main, style, main=True, only=True),)
+        return (Line(names[next(iter(lines))], main, style, main=True, only=True),), ()
     thin = [
         Line(name, tuple(_point(eps, row) for eps, row in lines[key].items()), place, main=False)
         for place, (key, name) in enumerate(names.items())
         if len(lines.get(key, ())) > 1
     ]
-    return (Line("all together", main, style, main=True, only=True), *thin)
+    once = tuple(name for key, name in names.items() if len(lines.get(key, ())) == 1)
+    return (Line("all together", main, style, main=True, only=True), *thin), once
 
 
 def _plain(text: str) -> str:
@@ -394,16 +399,22 @@ def _cells(text: str) -> int:
     )
 
 
+def _apart(names: Sequence[str]) -> list[str]:
+    """The names without the file or package that all of them come from, where one is too long for a label."""
+    begins = {name[: name.find(":") + 1] for name in names}
+    long = any(_cells(_plain(name)) > _ROOM for name in names)
+    return [name.removeprefix(min(begins)) for name in names] if len(names) > 1 and len(begins) == 1 and long else list(names)
+
+
 def _rows(names: Sequence[str]) -> list[tuple[str, ...]]:
     """Labels of one or two rows, from the begin and the end of long names; those that come out equal are numbered."""
-    room = 2 * _CELLS - 1  # one less than two rows hold, as a wide character may not fit at the end of the first
-    labels = [_fit(_plain(name), room) for name in names]
+    labels = [_fit(_plain(name), _ROOM) for name in names]
     often, seen = Counter(labels), Counter[str]()
     for place, (name, label) in enumerate(zip(names, labels, strict=True)):
         seen[label] += 1
         if often[label] > 1:
             mark = f" ({seen[label]})"
-            labels[place] = _fit(_plain(name), room - len(mark)) + mark
+            labels[place] = _fit(_plain(name), _ROOM - len(mark)) + mark
     return [_split(label) for label in labels]
 
 

@@ -133,6 +133,7 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 def _begin(theirs: Connection) -> None:
     """A worker starts: it ends when the other end of the pipe is closed, by its parent or by its parent's death."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    os.dup2(2, 1)  # what the work prints is not the answer, which alone goes to standard output
 
     def watch() -> None:
         try:
@@ -155,7 +156,7 @@ def _done(make: Callable[[], Any], task: Any) -> tuple[str, Any]:
         return "done", _made(make)(task)
     except RobustkitError as error:
         return "refused", str(error)
-    except Exception:
+    except (Exception, SystemExit):
         return "failed", traceback.format_exc()
 
 

@@ -26,6 +26,7 @@ Record = Mapping[str, Any]  # one record of results.json: strings, numbers, and 
 Bytes = NDArray[np.uint8]
 
 _NONE = "–"
+_CONCERNED = ("model", "defence", "attack", "goal")  # by a flag
 _UNTARGETED = "misclassify"  # the one goal under which robust accuracy is the figure
 _GREY = 128  # no change, in a picture of a perturbation
 _SIDE = 96  # CSS pixels of a picture's longer side, at most; three of them fit a phone
@@ -86,8 +87,8 @@ def report(results: Mapping[str, Any], pictures: Sequence[Picture], *, command: 
     """The page that shows a run: the answer, curves, the table, flags, pictures, and how to repeat it.
 
     The page loads nothing, runs no script, and depends on the arguments alone: equal arguments give equal bytes.
-    A row is called lowest among the rows of one model, data, defence and threat, and only where the goal is that the
-    model be wrong: robust accuracy under any other goal is high by definition and says nothing about robustness.
+    A row is called lowest among the rows of one model, data, defence and threat that differ, and only where the goal is
+    that the model be wrong: robust accuracy under any other goal is high by definition and says nothing about robustness.
 
     Args:
         results: The content of results.json.
@@ -105,6 +106,7 @@ def report(results: Mapping[str, Any], pictures: Sequence[Picture], *, command: 
         "curves": families(results),
         "flag_numbers": {flag: number for number, flag in enumerate(shown["flags"], start=1)},
         "gallery": _gallery(results["records"], pictures),
+        "sources": _sources(results),
         "environment": results["environment"],
         "command": command,
     }
@@ -114,6 +116,8 @@ def report(results: Mapping[str, Any], pictures: Sequence[Picture], *, command: 
 def summary(results: Mapping[str, Any]) -> dict[str, Any]:
     """What every way to show a run is made of: the answer, the rows strongest first, which are lowest, and the flags.
 
+    A row is lowest only where another one of its group is higher: a mark on every row would say nothing.
+
     Args:
         results: The content of results.json.
     """
@@ -122,9 +126,10 @@ def summary(results: Mapping[str, Any]) -> dict[str, Any]:
     other = [record for record in records if record["goal"] != _UNTARGETED]
     return {
         "verdicts": _verdicts(records, _together(results)),
+        "threats": list(dict.fromkeys(str(record["threat"]) for record in records)),
         "untargeted": [(group, sorted(rows, key=lambda row: float(row["robust_accuracy"]))) for group, rows in _groups(plain)],
         "targeted": [(group, sorted(rows, key=lambda row: -float(row["success_rate"]))) for group, rows in _groups(other)],
-        "lowest": {group: _lowest(rows) for group, rows in _groups(plain)},
+        "lowest": {group: _lowest(rows) if _differ(rows) else None for group, rows in _groups(plain)},
         "seeds": {record["seed"] for record in records},
         "flags": _flags(records),
     }
@@ -176,8 +181,12 @@ def _lowest(rows: Iterable[Record]) -> float:
     return min(float(row["robust_accuracy"]) for row in rows)
 
 
+def _differ(rows: Iterable[Record]) -> bool:
+    return len({float(row["robust_accuracy"]) for row in rows}) > 1
+
+
 def _verdicts(records: Iterable[Record], together: Mapping[_Group, Record]) -> list[dict[str, Any]]:
-    """One sentence a model: clean accuracy (a range where the rows differ), then the figure of each threat.
+    """One answer a model: clean accuracy (a range where the rows differ), then the figure of each threat.
 
     That is the share of images that survive all attacks together, where the results hold it, else the lowest of them.
     """
@@ -206,8 +215,9 @@ def _answer(rows: Iterable[Record], together: Record | None) -> dict[str, Any]:
     plain = [row for row in rows if row["goal"] == _UNTARGETED]
     if not plain:
         return {"robust": None, "flagged": False}
-    lowest = _lowest(plain) if together is None else float(together["robust_accuracy"])
-    return {"robust": lowest, "flagged": any(row["flags"] for row in plain)}
+    figure = min(plain, key=lambda row: float(row["robust_accuracy"])) if together is None else together
+    flagged = any(row["flags"] for row in plain)
+    return {"robust": figure["robust_accuracy"], "low": figure["low"], "high": figure["high"], "flagged": flagged}
 
 
 def _span(values: Sequence[float]) -> str:
@@ -215,13 +225,35 @@ def _span(values: Sequence[float]) -> str:
     return high if low == high else f"{low} to {high}"
 
 
-def _flags(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
-    """Each alarm told once, with the rows that it concerns."""
-    flags: dict[tuple[str, str], list[Record]] = defaultdict(list)
+def _flags(records: Iterable[Record]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Each alarm told once, with what it concerns: model and defence, attack and goal, and the threats of these."""
+    flags: dict[tuple[str, str], dict[tuple[Any, ...], list[str]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         for name, why in dict.fromkeys((flag["name"], flag["why"]) for flag in record["flags"]):
-            flags[name, why].append(record)
-    return dict(flags)
+            threats = flags[name, why][tuple(record[key] for key in _CONCERNED)]
+            if record["threat"] not in threats:
+                threats.append(record["threat"])
+    return {
+        flag: [dict(zip(_CONCERNED, key, strict=True)) | {"threats": threats} for key, threats in rows.items()]
+        for flag, rows in flags.items()
+    }
+
+
+def _sources(results: Mapping[str, Any]) -> dict[str, str]:
+    """Which images and which weights, as far as the records say it: what a name alone does not hold to."""
+    found = {}
+    for record in results["records"]:
+        images = f"{record['n']:,} image{'' if record['n'] == 1 else 's'}"
+        offset = int(results.get("data", {}).get("offset") or 0)
+        found[record["data"]] = f"{images}{f' after the first {offset:,}' if offset else ''}{_hash(record.get('data_hash'))}"
+    for record in results["records"]:
+        if record.get("model_hash"):
+            found.setdefault(record["model"], _hash(record["model_hash"]).removeprefix(", "))
+    return found
+
+
+def _hash(value: str | None) -> str:
+    return f", hash {value}" if value else ""
 
 
 def _gallery(records: Iterable[Record], pictures: Iterable[Picture]) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ class _Told(nn.Module):
         """What the model says."""
         try:
             return self.model(x)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if isinstance(error, RobustkitError) or is_out_of_memory(error):
                 raise
             raise ArgumentError(_failed(self.spec, "raised", x, error) + "; it must take what the data holds") from error
@@ -144,6 +144,6 @@ class Subject:
                 raise ArgumentError(told + "; its operations must be differentiable") from error
 
 
-def _failed(spec: str, how: str, x: Tensor, error: Exception) -> str:
+def _failed(spec: str, how: str, x: Tensor, error: BaseException) -> str:
     said = " ".join(str(error).split())[:300]
     return f"model {spec!r} {how} {type(error).__name__} on images {tuple(x.shape)}: {said}"

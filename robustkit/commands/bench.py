@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
@@ -86,7 +87,8 @@ def bench_command(request: Request, manner: Manner) -> int:
     executor, screen = manner.executor, Console()
     plan = _plan(request, manner)
     baseline = past.read(manner.baseline) if manner.baseline is not None else None
-    loaded = load(plan)
+    with redirect_stdout(sys.stderr):  # what a model prints is not the answer
+        loaded = load(plan)
     if manner.dry_run:
         screen.print(console.preview_table(preview(loaded), manner.workers))
         return 0
@@ -94,7 +96,8 @@ def bench_command(request: Request, manner: Manner) -> int:
     with open_folder(manner.out, loaded.plan, resume=manner.resume) as folder:
         folder.begin(loaded)
         try:
-            results, run = _run(loaded, folder, executor, manner.workers)
+            with redirect_stdout(sys.stderr):
+                results, run = _run(loaded, folder, executor, manner.workers)
         except KeyboardInterrupt:
             again = shlex.join(["robustkit", "bench", "--out", str(folder.path), "--resume"])
             print(f"robustkit: what was finished is in {folder.path}; go on with: {again}", file=sys.stderr)

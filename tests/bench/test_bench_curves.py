@@ -333,6 +333,22 @@ def test_long_names_are_cut_to_labels_that_differ_and_told_in_full_below():
     assert all(f" is {name}" in chart.notes for name in names)
 
 
+def test_labels_leave_out_the_file_that_all_models_come_from():
+    names = ["some/models.py:small_net_without_defence", "some/models.py:net_behind_jpeg"]
+    (chart,) = drawn(page_of([record(f"l2:{eps}", model=name) for name in names for eps in (1, 2)]))
+    assert {text for text, _, _ in chart.labels} == {"small_net_wit", "hout_defence", "net_behind_", "jpeg"}
+    assert all(f" is {name}" in chart.notes for name in names)
+    (chart,) = drawn(page_of([record(f"l2:{eps}", model=name) for name in ("zoo:a", "zoo:b") for eps in (1, 2)]))
+    assert {text for text, _, _ in chart.labels} == {"zoo:a", "zoo:b"}
+
+
+def test_attacks_that_have_no_line_are_named():
+    rows = [record(f"l2:{eps}", attack=attack) for attack, eps in (("fgsm", 1), ("pgd", 1), ("pgd", 2), ("cw", 2))]
+    (chart,) = drawn(page_of(rows))
+    assert "Run at one eps only, and so without a line: fgsm, cw." in chart.notes
+    assert "without a line" not in section(page_of(rows[1:3]))
+
+
 def test_lines_differ_without_colour():
     rows = [record(f"l2:{eps}", model=f"m{number}", attack=f"a{other}")
             for number in range(12) for eps in (1, 2) for other in range(12)]  # fmt: skip

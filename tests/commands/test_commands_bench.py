@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -72,6 +73,29 @@ def test_json_is_results_json_and_the_gates(tmp_path, capsys):
     assert gate["passed"] is True
     assert said.pop("out") == str(out)
     assert said == results(out)
+
+
+TALKING = """
+import torch
+class Talks(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(64, 10)
+    def forward(self, x):
+        print("I am a model")
+        return self.net(x.flatten(1))
+"""
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_what_a_model_prints_is_not_the_answer(tmp_path, workers):
+    (tmp_path / "nets.py").write_text(TALKING)
+    words = ["--model", "nets.py:Talks", "--data", "digits", "--limit", "20", "--block", "10", "--threat", "linf:0.1"]
+    done = subprocess.run([sys.executable, "-m", "robustkit", "bench", *words, "--format", "json", "--workers", workers],
+                          capture_output=True, text=True, cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["records"][0]["n"] == 20
+    assert "I am a model" in done.stderr
 
 
 def test_files_are_written_after_every_case(tmp_path, monkeypatch, capsys):
