@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from robustkit.bench.report import Picture
+from robustkit.bench.picture import Picture
 from robustkit.errors import ArgumentError
 from robustkit.ledger import Remark, Stage
 from robustkit.result import Result

@@ -12,14 +12,17 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from robustkit.attack import Attack
-from robustkit.bench import console, specs
+from robustkit.bench import specs
 from robustkit.bench.executors import Executor, Processes, Serial
 from robustkit.bench.folder import open_folder, results_of
 from robustkit.bench.loaded import Loaded, Trial, load
-from robustkit.bench.notebook import fragment
+from robustkit.bench.picture import Picture
 from robustkit.bench.plan import Case, Plan
-from robustkit.bench.report import Picture, report
 from robustkit.bench.runner import Outcome, outcomes
+from robustkit.bench.show.live import Live
+from robustkit.bench.show.notebook import fragment
+from robustkit.bench.show.report import report
+from robustkit.bench.show.table import table
 from robustkit.bench.store import Store, replace_file
 from robustkit.bench.subject import Subject
 from robustkit.data import Data
@@ -70,7 +73,7 @@ class Report:
         return "\n".join(["Report", *told])
 
     def __rich__(self) -> Any:  # Any: what rich can print
-        return console.table(self.records, self.together)
+        return table(self.records, self.together)
 
     def _repr_html_(self) -> str:
         return fragment(self.results)
@@ -165,7 +168,7 @@ def _outcomes(loaded: Loaded, store: Store | None, executor: Executor, workers: 
     if not progress:
         yield from outcomes(loaded, store, executor)
         return
-    with console.Live(Console(stderr=True), loaded, workers) as live:
+    with Live(Console(stderr=True), loaded, workers) as live:
         yield from outcomes(loaded, store, executor, live.progress)
 
 

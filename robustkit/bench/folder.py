@@ -17,8 +17,8 @@ from robustkit.bench.loaded import Loaded
 from robustkit.bench.plan import Plan
 from robustkit.bench.plan_file import plan_text, read_plan
 from robustkit.bench.record import together
-from robustkit.bench.report import report
 from robustkit.bench.runner import Outcome
+from robustkit.bench.show.report import report
 from robustkit.bench.store import Files, replace_file
 from robustkit.errors import ArgumentError
 

@@ -18,8 +18,8 @@ from robustkit.attack import Attack
 from robustkit.bench import specs
 from robustkit.bench.block import Block, Task
 from robustkit.bench.environment import environment
+from robustkit.bench.picture import Picture
 from robustkit.bench.plan import Case, Plan
-from robustkit.bench.report import Picture
 from robustkit.bench.request import command_of
 from robustkit.bench.specs import Aim
 from robustkit.bench.subject import Subject, load_subject

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustkit.bench.block import Block
+from robustkit.bench.picture import Picture
 from robustkit.bench.plan import Case
 from robustkit.bench.plan_file import read_plan
-from robustkit.bench.report import Picture
 from robustkit.errors import ArgumentError
 
 __all__ = ["Run", "read"]

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from robustkit.bench.block import Block, Task
 from robustkit.bench.executors import Executor, Serial
 from robustkit.bench.loaded import Loaded, Loader
+from robustkit.bench.picture import Picture
 from robustkit.bench.record import Record, make_record
-from robustkit.bench.report import Picture
 from robustkit.bench.store import Memory, Store
 from robustkit.errors import RobustkitError
 from robustkit.result import Result

@@ -10,10 +10,11 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from robustkit.bench import console
 from robustkit.bench.loaded import load
 from robustkit.bench.plan import Plan
 from robustkit.bench.runner import outcomes
+from robustkit.bench.show.live import Live
+from robustkit.bench.show.table import table
 from robustkit.bench.store import Memory, replace_file
 from robustkit.errors import ArgumentError
 
@@ -34,7 +35,7 @@ def attack_command(plan: Plan, out: Path) -> None:
     if out.exists():
         raise ArgumentError(f"out={str(out)!r} exists; nothing is overwritten: name a new file")
     store, loaded = Memory(), load(plan)
-    with console.Live(Console(stderr=True), loaded, 1) as live:
+    with Live(Console(stderr=True), loaded, 1) as live:
         (outcome,) = outcomes(loaded, store, progress=live.progress)
     blocks = sorted(store.blocks.values(), key=lambda block: block.task.first)
     x, success, size = (
@@ -49,5 +50,5 @@ def attack_command(plan: Plan, out: Path) -> None:
     except OSError as error:
         raise ArgumentError(f"out={str(out)!r} cannot be written ({error.strerror}); name another file") from error
     screen = Console()
-    screen.print(console.table([outcome.record]))
+    screen.print(table([outcome.record]))
     screen.print(Text(f"images: {out}"), soft_wrap=True)

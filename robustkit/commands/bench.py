@@ -15,11 +15,10 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from robustkit.bench import console, gates, past
+from robustkit.bench import gates, past
 from robustkit.bench.executors import Executor, Processes, Serial
 from robustkit.bench.folder import Folder, open_folder, results_of
 from robustkit.bench.gates import Verdict
-from robustkit.bench.junit import junit
 from robustkit.bench.loaded import Loaded, load
 from robustkit.bench.past import Run
 from robustkit.bench.plan import Plan
@@ -28,6 +27,9 @@ from robustkit.bench.preview import preview
 from robustkit.bench.record import together
 from robustkit.bench.request import Request, plan_of
 from robustkit.bench.runner import Outcome, outcomes
+from robustkit.bench.show.junit import junit
+from robustkit.bench.show.live import Live
+from robustkit.bench.show.table import preview_table, table
 from robustkit.bench.store import replace_file
 from robustkit.errors import ArgumentError
 
@@ -90,7 +92,7 @@ def bench_command(request: Request, manner: Manner) -> int:
     with redirect_stdout(sys.stderr):  # what a model prints is not the answer
         loaded = load(plan)
     if manner.dry_run:
-        screen.print(console.preview_table(preview(loaded), manner.workers))
+        screen.print(preview_table(preview(loaded), manner.workers))
         return 0
     _judged(_promised(loaded), baseline, manner)  # a gate that cannot be asked is refused now, and not after hours
     with open_folder(manner.out, loaded.plan, resume=manner.resume) as folder:
@@ -119,7 +121,7 @@ def _plan(request: Request, manner: Manner) -> Plan:
 def _run(loaded: Loaded, folder: Folder, executor: Executor, workers: int) -> tuple[dict[str, Any], Run]:
     done: list[Outcome] = []
     # On stderr, so that standard output holds the answer alone.
-    with console.Live(Console(stderr=True), loaded, workers) as live:
+    with Live(Console(stderr=True), loaded, workers) as live:
         for outcome in outcomes(loaded, folder.store, executor, live.progress):
             done.append(outcome)
             results = folder.write(loaded, done)
@@ -163,7 +165,7 @@ def _show(screen: Console, results: dict[str, Any], folder: Folder, verdicts: Se
         told = [{"name": verdict.name, "passed": verdict.passed, "why": verdict.why} for verdict in verdicts]
         sys.stdout.write(json.dumps(results | {"out": str(folder.path), "gates": told}, indent=1) + "\n")
         return
-    screen.print(console.table(results["records"], results["together"]))
+    screen.print(table(results["records"], results["together"]))
     for verdict in verdicts:
         mark = ("passed", "green") if verdict.passed else ("FAILED", "bold red")
         screen.print(Text.assemble("gate ", mark, f" {verdict.name}: {verdict.why}"), soft_wrap=True)

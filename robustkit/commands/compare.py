@@ -10,7 +10,7 @@ from rich.console import Console
 
 from robustkit.bench import past
 from robustkit.bench.compare import compare
-from robustkit.bench.compare_table import as_json, comparison_table
+from robustkit.bench.show.compare_table import as_json, comparison_table
 from robustkit.errors import ArgumentError
 
 __all__ = ["compare_command"]

@@ -7,8 +7,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from robustkit.bench import console, past
-from robustkit.bench.report import report
+from robustkit.bench import past
+from robustkit.bench.show.report import report
+from robustkit.bench.show.table import table
 from robustkit.bench.store import replace_file
 from robustkit.errors import ArgumentError
 
@@ -25,7 +26,7 @@ def report_command(path: Path) -> None:
         replace_file(path / "report.html", page.encode("utf-8"))
     except OSError as error:
         raise ArgumentError(f"run={str(path)!r} cannot be written ({error.strerror}); copy the folder first") from error
-    screen.print(console.table(run.results["records"], run.results["together"]))
+    screen.print(table(run.results["records"], run.results["together"]))
     done, cases = len(run.results["records"]), run.results["cases"]
     if done < cases:
         screen.print(Text(f"{done} of {cases} cases are finished", "bold"))

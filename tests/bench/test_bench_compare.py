@@ -15,9 +15,9 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import multinomial
 
 from robustkit.bench.compare import compare, holm, label, mcnemar, tango
-from robustkit.bench.compare_table import as_json, comparison_table
 from robustkit.bench.past import Run
 from robustkit.bench.record import together
+from robustkit.bench.show.compare_table import as_json, comparison_table
 from robustkit.errors import ArgumentError
 
 N = 40

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustkit.bench.curves import Line, Point, families
-from robustkit.bench.report import report
+from robustkit.bench.show.curves import Line, Point, families
+from robustkit.bench.show.report import report
 
 HOSTILE = """<script>alert(1)</script>"'><img src=x onerror=alert(1)>&{{ 7 * 7 }}"""
 TURNED = "\u202egnp.exe\u2066\u200f\x07"

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from robustkit.bench.gates import Verdict
-from robustkit.bench.junit import junit
+from robustkit.bench.show.junit import junit
 
 RECORD = {
     "model": "zoo:m", "defence": None, "goal": "misclassify", "threat": "linf:0.1", "attack": "pgd", "seed": 3,

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustkit.bench.notebook import fragment
+from robustkit.bench.show.notebook import fragment
 
 HOSTILE = """<script>alert(1)</script>"'><img src=x onerror=alert(1)>&{{ 7 * 7 }}</style>"""
 VOID = {"br", "hr", "img", "input", "link", "meta"}

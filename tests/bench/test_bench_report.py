@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from robustkit.bench.report import Picture, report
+from robustkit.bench.show.report import Picture, report
 from robustkit.errors import ArgumentError, ShapeError
 
 COMMAND = "robustkit bench --model zoo:m --threat linf:0.3"

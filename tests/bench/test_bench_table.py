@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from robustkit.bench import Case, console
+from robustkit.bench import Case
+from robustkit.bench.show.live import Live, duration
+from robustkit.bench.show.table import table
 
 RECORD = {
     "model": "zoo:mnist-cnn", "data": "mnist-5k", "defence": None, "goal": "misclassify", "threat": "linf:0.3", "attack": "pgd",
@@ -26,7 +28,7 @@ WIDEST = {
 def shown(*records, width=80, color=False):
     file = io.StringIO()
     screen = Console(width=width, file=file, force_terminal=color, color_system="standard" if color else None)
-    screen.print(console.table(records))
+    screen.print(table(records))
     return file.getvalue()
 
 
@@ -61,9 +63,10 @@ def test_it_fits_80_columns_with_every_figure_whole(record):
 def test_a_long_name_is_folded_and_not_cut():
     lines = shown(RECORD | WIDEST).splitlines()
     first = next(i for i, line in enumerate(lines) if "threat" in line)
-    end = next(i for i, line in enumerate(lines) if i > first and not line.strip())
-    starts = [lines[first].index(name) for name in ("threat", "attack")]
-    spoken = ["".join(line[start : start + 10].split("  ")[0].strip() for line in lines[first + 2 : end]) for start in starts]
+    end = next(i for i, line in enumerate(lines) if line.startswith("!"))
+    starts = [lines[first].index(name) for name in ("threat", "attack", "robust")]
+    columns = [slice(start, end) for start, end in zip(starts, starts[1:], strict=False)]
+    spoken = ["".join(line[column].strip() for line in lines[first + 2 : end]) for column in columns]
     assert spoken[0] == WIDEST["threat"]
     assert spoken[1].replace(" ", "") == f"{WIDEST['attack']}→{WIDEST['goal']}!"
 
@@ -74,8 +77,8 @@ def test_names_are_shown_as_they_are(name):
     record |= {"flags": [{"name": name, "why": name}], "notes": [{"name": f"note {name}", "why": name}]}
     text = shown(record, width=250)
     assert f"{name}: right on 98.1% of 1,000 images of {name}" in text
-    assert f"! {name} ({name}, {name}): {name}" in text
-    assert f"note {name} ({name}, {name}): {name}" in text
+    assert f"! {name} ({name} → {name}, {name}): {name}" in text
+    assert f"note {name} ({name} → {name}, {name}): {name}" in text
     assert f"{name} → {name} !" in text
 
 
@@ -94,14 +97,14 @@ def moved(file, steps, *, terminal=True):
     name = "net[0].py:[bold]x[/bold] :smile:"
     loaded = Loading([SimpleNamespace(case=Case(name, "linf:1", attack)) for attack in ("fgsm", "pgd")])
     screen = Console(width=200, file=file, force_terminal=terminal, color_system=None)
-    with console.Live(screen, loaded, 1) as live:
+    with Live(screen, loaded, 1) as live:
         for case, seconds, found in steps:
             live.progress(SimpleNamespace(task=SimpleNamespace(case=case), labels=range(100), seconds=seconds), found)
     return file.getvalue()
 
 
 def test_a_bar_shows_names_as_they_are():
-    assert "net[0].py:[bold]x[/bold] :smile: linf:1 pgd" in moved(io.StringIO(), [(0, 1, False), (1, 1, False)])
+    assert "pgd linf:1 net[0].py:[bold]x[/bold] :smile:" in moved(io.StringIO(), [(0, 1, False), (1, 1, False)])
 
 
 def test_a_bar_is_silent_where_there_is_no_terminal():
@@ -110,17 +113,33 @@ def test_a_bar_is_silent_where_there_is_no_terminal():
 
 def test_a_bar_counts_images_and_the_time_that_the_costs_of_the_cases_make():
     assert "100/400" in moved(io.StringIO(), [(0, 1, False)])
-    assert "time left -:--" in moved(io.StringIO(), [(0, 1, False)])  # nothing is known of the second case
+    assert "-:-- left" in moved(io.StringIO(), [(0, 1, False)])  # nothing is known of the second case
     text = moved(io.StringIO(), [(0, 1, False), (1, 3600, True)])
     assert "200/400" in text
-    assert "time left 1:00:01" in text
+    assert "1:00:01 left" in text
 
 
 @pytest.mark.parametrize(
     ("seconds", "told"), [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3600, "1:00:00"), (36_061, "10:01:01")]
 )
 def test_durations_read_like_a_clock(seconds, told):
-    assert console.duration(seconds) == told
+    assert duration(seconds) == told
+
+
+def test_usual_names_are_whole_in_80_columns():
+    usual = RECORD | {"threat": "linf:16/255", "attack": "pgd:steps=100"}
+    text = shown(usual, usual | {"attack": "onepixel"})
+    assert " linf:16/255 " in text
+    assert " pgd:steps=100 " in text
+
+
+def test_what_survives_all_attacks_stands_below_them_threat_by_threat():
+    records = [RECORD | {"threat": threat, "attack": attack} for threat in ("linf:1", "l2:1") for attack in ("fgsm", "pgd")]
+    both = [records[0] | {"threat": threat, "attacks": ["fgsm", "pgd"]} for threat in ("linf:1", "l2:1")]
+    file = io.StringIO()
+    Console(width=80, file=file).print(table(records, both))
+    told = [line.split()[:2] for line in rows(file.getvalue())]
+    assert told == [[t, a] for t in ("linf:1", "l2:1") for a in ("fgsm", "pgd", "all")]
 
 
 def test_flags_are_loud_and_told_once():

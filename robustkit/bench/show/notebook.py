@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from robustkit.bench.report import render, summary
+from robustkit.bench.show.report import render, summary
 
 __all__ = ["fragment"]
 
