@@ -57,16 +57,19 @@ def robustkit(
 def bench(
     plan: Annotated[Path | None, typer.Option(help="A TOML file that says all of it.")] = None,
     model: Annotated[
-        list[str] | None, typer.Option(help="zoo:NAME, file.py:factory, package:factory, torchvision:NAME, timm:NAME")
+        list[str] | None,
+        typer.Option(help="zoo:NAME, file.py:factory, package:factory, torchvision:NAME, timm:NAME; may be repeated"),
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="mnist-5k, digits, npz:FILE, folder:DIR, torchvision:NAME, file.py:factory")
     ] = None,
     limit: Annotated[int | None, _number("Take at most so many images.")] = None,
     offset: Annotated[int | None, _number("Pass over so many images first.")] = None,
-    threat: Annotated[list[str] | None, typer.Option(help="linf:8/255, l2:0.5, l1:12, pixels:1")] = None,
-    attack: Annotated[list[str] | None, typer.Option(help="NAME or NAME:field=value,...: pgd:steps=20; see --list")] = None,
-    goal: Annotated[list[str] | None, typer.Option(help="misclassify, least-likely, classify-as:K")] = None,
+    threat: Annotated[list[str] | None, typer.Option(help="linf:8/255, l2:0.5, l1:12, pixels:1; may be repeated")] = None,
+    attack: Annotated[
+        list[str] | None, typer.Option(help="NAME or NAME:field=value,...: pgd:steps=20; see --list; may be repeated")
+    ] = None,
+    goal: Annotated[list[str] | None, typer.Option(help="misclassify, least-likely, classify-as:K; may be repeated")] = None,
     seed: Annotated[int | None, _number("Of all noise; default 0.")] = None,
     block: Annotated[int | None, _number("Images that are attacked and written down at a time; default 100.")] = None,
     batch_size: Annotated[int | None, _number("The most of them that go through a model at once; default 100.")] = None,
@@ -147,6 +150,7 @@ def attack(
     seed: Annotated[int, _number("Of all noise.")] = 0,
     batch_size: Annotated[int, _number("The most images that go through the model at once.")] = 100,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
+    normalize: Annotated[str | None, typer.Option(help="As for bench.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Run one attack and write the adversarial images."""
@@ -154,7 +158,9 @@ def attack(
     from robustkit.commands.attack import attack_command
 
     case = Case(model, threat, attack, goal)
-    attack_command(Plan((case,), data, offset, limit, seed, batch_size=batch_size, device=device, save_adversarial=True), out)
+    plan = Plan((case,), data, offset, limit, seed, batch_size=batch_size, device=device, normalize=normalize,
+                save_adversarial=True)  # fmt: skip
+    attack_command(plan, out)
 
 
 @app.command()

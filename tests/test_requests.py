@@ -365,6 +365,7 @@ ELSEWHERE = [
     ([*words_of({"--out": "{}/file"}), "--resume"], ("is no folder", "name a new folder")),
     ([*words_of({"--out": "{}/empty"}), "--resume"], ("holds no run but 'class'", "name a new folder")),
     (words_of({"--out": "{}/run"}), ("nothing is overwritten", "--resume to go on")),
+    ([*words_of({"--out": None}), "--resume"], ("--resume needs --out DIR", "the run that is to go on")),
     # how it is run and judged
     ([*words_of({}), "--workers", "0"], ("workers=0", "at least 1")),
     ([*words_of({}), "--workers", "two"], ("'two'", "whole number")),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -112,18 +113,18 @@ def run(plan: Plan, *, out: str | Path | None = None, resume: bool = False, work
 
 
 def evaluate(model: Model | Mapping[str, Model], data: Any, *, threat: Threat | str | Sequence[Threat | str],
-             attacks: Sequence[Attack | str] = ("pgd",), goals: Sequence[str] = ("misclassify",), limit: int | None = None,
-             seed: int = 0, progress: bool = False) -> Report:  # fmt: skip
+             attacks: Attack | str | Sequence[Attack | str] = "pgd", goals: str | Sequence[str] = "misclassify",
+             limit: int | None = None, seed: int = 0, progress: bool = False) -> Report:  # fmt: skip
     """Measure how robust a model in memory is, or several.
 
     Args:
         model: Maps images (N, C, H, W) to logits (N, classes), with the normalisation inside (`robustkit.Normalize`): a
             module, a function, or a `Target`, which says how many images go through it at once and how a defence may be
             differentiated. Several as a dictionary: {"plain": a, "trained against PGD": b}.
-        data: A pair of tensors (x, y), x inside the bounds of the threat and y whole numbers from 0; a DataLoader or anything
-            else that yields such pairs, which are put together in memory; or a `robustkit.data.Data`.
+        data: A pair of tensors or arrays (x, y), x inside the bounds of the threat and y whole numbers from 0; a DataLoader
+            or anything else that yields pairs of tensors, which are put together in memory; or a `robustkit.data.Data`.
         threat: What may change, one or several: `Linf(8 / 255)`, or "linf:8/255".
-        attacks: Objects, or names as on the command line: `PGD(steps=100)`, "pgd:steps=100".
+        attacks: One or several: objects, or names as on the command line: `PGD(steps=100)`, "pgd:steps=100".
         goals: misclassify, least-likely, classify-as:K.
         limit: Take at most so many examples.
         seed: Of all noise.
@@ -137,8 +138,10 @@ def evaluate(model: Model | Mapping[str, Model], data: Any, *, threat: Threat | 
     """
     models = dict(model) if isinstance(model, Mapping) else {_name(Target.of(model)): model}
     targets = {name: one if isinstance(one, Target) else Target(one, batch_size=_BLOCK) for name, one in models.items()}
-    held, threats = _data(data, limit), _threats(threat)
-    meant = [(a, specs.attack(a)) if isinstance(a, str) else (repr(a), a) for a in attacks]
+    held = _data(data, limit)
+    threats = [_meant("threat", one, Threat, specs.threat, specs.threat_words) for one in _several(threat)]
+    meant = [_meant("attacks", one, Attack, specs.attack, repr) for one in _several(attacks)]
+    goals = [_meant("goals", one, str, specs.goal, str)[0] for one in _several(goals)]
     trials = [
         Trial(Case(name, told, word, goal), attack, one, specs.goal(goal))
         for name in targets
@@ -146,8 +149,8 @@ def evaluate(model: Model | Mapping[str, Model], data: Any, *, threat: Threat | 
         for word, attack in meant
         for goal in goals
     ]
-    words = f"robustkit.evaluate({', '.join(targets)}, {held.spec}, threat={threat!r}, attacks={list(attacks)!r}, " \
-            f"goals={list(goals)!r}, limit={limit}, seed={seed})"  # fmt: skip
+    words = f"robustkit.evaluate({', '.join(targets)}, {held.spec}, threat={threat!r}, attacks={attacks!r}, " \
+            f"goals={goals!r}, limit={limit}, seed={seed})"  # fmt: skip
     loaded = _loaded(targets, held, trials, seed, words)
     return _report(loaded, list(_outcomes(loaded, None, Serial(), 1, progress)))
 
@@ -160,7 +163,13 @@ def _loaded(targets: Mapping[str, Target], held: Data, trials: Sequence[Trial], 
     cases = tuple(trial.case for trial in trials)
     plan = Plan(cases, held.spec, seed=seed, block=max(_BLOCK, most), batch_size=most, device=str(next(iter(devices), "cpu")),
                 threads=torch.get_num_threads())  # fmt: skip
-    subjects = {name: Subject(name, target, held, plan, weights=target.module) for name, target in targets.items()}
+    try:
+        subjects = {name: Subject(name, target, held, plan, weights=target.module) for name, target in targets.items()}
+    except Exception as error:
+        error.add_note(
+            f"robustkit had shown a model images of shape (N, {', '.join(map(str, held.shape[1:]))}), as they were given"
+        )
+        raise
     return Loaded(plan, held, subjects, trials, words)
 
 
@@ -177,20 +186,26 @@ def _report(loaded: Loaded, done: Sequence[Outcome]) -> Report:
     return Report(results_of(loaded, done), tuple(pictures))
 
 
-def _threats(given: Threat | str | Sequence[Threat | str]) -> list[tuple[str, Threat]]:
-    """Each threat with its words."""
-    found = []
-    for one in [given] if isinstance(given, Threat | str) else given:
-        meant = specs.threat(one) if isinstance(one, str) else one
-        found.append((one if isinstance(one, str) else specs.threat_words(one), meant))
-    return found
+def _several(given: Any) -> Sequence[Any]:
+    """One thing, or several, as several."""
+    return given if isinstance(given, list | tuple) else [given]
+
+
+def _meant(name: str, given: Any, kind: type, read: Callable[[str], Any], words: Callable[[Any], str]) -> tuple[str, Any]:
+    """The words for what was given, and what they mean."""
+    if isinstance(given, str):
+        return given, read(given)
+    if not isinstance(given, kind):
+        example = {"threat": "Linf(8 / 255)", "attacks": "PGD(steps=100)", "goals": '"misclassify"'}[name]
+        raise ArgumentError(f"{name}={given!r} must be {example}, or a name as on the command line; several as a list")
+    return words(given), given
 
 
 def _data(given: Any, limit: int | None) -> Data:  # Any: what users have
     if isinstance(given, Data):
         return given.part(0, limit)
-    pair = isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(part, Tensor) for part in given)
-    x, y = given if pair else _together(given, limit)
+    pair = isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(part, Tensor | np.ndarray) for part in given)
+    x, y = map(torch.as_tensor, given) if pair else _together(given, limit)
     if x.shape[:1] != y.shape or not len(y) or y.dtype.is_floating_point or int(y.min()) < 0:
         raise ArgumentError(
             f"data: x has shape {tuple(x.shape)}, y is {y.dtype} of shape {tuple(y.shape)}; give images (N, C, H, W) and one "

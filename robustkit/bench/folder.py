@@ -20,6 +20,7 @@ from robustkit.bench.record import together
 from robustkit.bench.runner import Outcome
 from robustkit.bench.show.report import report
 from robustkit.bench.store import Files, replace_file
+from robustkit.bench.subject import is_pinned
 from robustkit.errors import ArgumentError
 
 __all__ = ["SCHEMA", "Folder", "open_folder", "results_of"]
@@ -56,14 +57,30 @@ class Folder:
             replace_file(self.path / "results.json", _json(results_of(loaded, [])))
             replace_file(self.path / "plan.toml", text.encode("utf-8"))
             return
-        old = json.loads((self.path / "results.json").read_text(encoding="utf-8"))["environment"]
-        changed = [f"{name} was {value}, is {loaded.environment.get(name)}" for name, value in old.items()
+        old = self._told()
+        changed = [f"{name} was {value}, is {loaded.environment.get(name)}" for name, value in old["environment"].items()
                    if value != loaded.environment.get(name)]  # fmt: skip
+        others = [spec for spec, value in loaded.fingerprints.items() if old["fingerprints"].get(spec) != value]
+        if others:
+            raise ArgumentError(
+                f"out={str(self.path)!r}: model {others[0]!r} does not say what it said when this run began: its code or its "
+                "surroundings have changed; bring the old ones back, or name a new folder"
+            )
         if changed:
             raise ArgumentError(
                 f"out={str(self.path)!r} was begun elsewhere ({'; '.join(changed)}), and its numbers are not to be mixed; "
                 "resume it there, or name a new folder"
             )
+
+    def _told(self) -> dict[str, Any]:
+        try:
+            old = json.loads((self.path / "results.json").read_text(encoding="utf-8"))
+            return {name: dict(old[name]) for name in ("environment", "fingerprints")}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArgumentError(
+                f"out={str(self.path)!r} holds a results.json that cannot be read, so nobody can say what it was begun with; "
+                "name a new folder"
+            ) from error
 
     def write(self, loaded: Loaded, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         """Write results.json and report.html of the cases so far; the content of results.json comes back."""
@@ -122,6 +139,7 @@ def results_of(loaded: Loaded, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "robustkit": robustkit.__version__,
         "schema": SCHEMA,
         "environment": loaded.environment,
+        "fingerprints": loaded.fingerprints,
         "command": loaded.command,
         "data": {"spec": loaded.plan.data, "offset": loaded.plan.offset, "limit": loaded.plan.limit},
         "cases": len(loaded.trials),
@@ -160,9 +178,11 @@ def _is_begun(path: Path, resume: bool) -> bool:
 
 def _check_plan(path: Path, plan: Plan) -> None:
     old = read_plan(path / "plan.toml")
-    names = [name for name in vars(plan) if getattr(plan, name) != getattr(old, name)]
+    names = [name for name in vars(plan) if name != "pins" and getattr(plan, name) != getattr(old, name)]
+    if not all(is_pinned(plan.pins.get(spec, "none"), wanted) for spec, wanted in old.pins.items()):
+        names.append("hashes")
     if names:
-        what = ", ".join("hashes" if name == "pins" else name for name in names)
+        what = ", ".join(names)
         raise ArgumentError(
             f"out={str(path)!r} holds a run of another plan (other {what}); name a new folder, or resume that run by: "
             f"robustkit bench --out {path} --resume"

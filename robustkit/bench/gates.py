@@ -112,8 +112,9 @@ def _verdict_worse(pair: Pair, margin: float) -> Verdict:
     allowed = Fraction(repr(float(margin))) * pair.n
     fell, new = pair.only_a - pair.only_b, sorted(set(pair.flags_b) - set(pair.flags_a))
     held = fell <= allowed
+    whose = "" if pair.model_a == pair.model_b else f" ({pair.model_a})"
     why = (
-        f"robust accuracy {_percent(pair.robust_a)} in the baseline, {_percent(pair.robust_b)} now: {pair.only_a:,} of "
+        f"robust accuracy {_percent(pair.robust_a)} in the baseline{whose}, {_percent(pair.robust_b)} now: {pair.only_a:,} of "
         f"{pair.n:,} images lost, {pair.only_b:,} won, {'at most' if held else 'more than'} {_points(margin)} down, "
         f"p = {pair.p:.2g}"
     )

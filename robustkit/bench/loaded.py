@@ -22,7 +22,7 @@ from robustkit.bench.picture import Picture
 from robustkit.bench.plan import Case, Plan
 from robustkit.bench.request import command_of
 from robustkit.bench.specs import Aim
-from robustkit.bench.subject import Subject, load_subject
+from robustkit.bench.subject import Subject, is_pinned, load_subject
 from robustkit.data import Data
 from robustkit.errors import ArgumentError
 from robustkit.goals import Misclassify
@@ -83,15 +83,16 @@ class Loaded:
         plan: What is to be measured; it holds the hashes of the data and the models as they are.
         trials: What its cases mean.
         weights: The hash of the weights of each model.
+        fingerprints: Of what each model says.
         environment: Of the run.
         command: What asks for the same again.
     """
 
     def __init__(self, plan: Plan, data: Data, subjects: Mapping[str, Subject], trials: Sequence[Trial],
                  command: str | None = None) -> None:  # fmt: skip
-        hashes = {plan.data: data.hash} | {spec: subject.fingerprint for spec, subject in subjects.items()}
+        hashes = {plan.data: data.hash} | {spec: subject.pin for spec, subject in subjects.items()}
         for spec, wanted in plan.pins.items():
-            if spec in hashes and hashes[spec] != wanted:
+            if spec in hashes and not is_pinned(hashes[spec], wanted):
                 raise ArgumentError(
                     f"{spec!r} has the hash {hashes[spec]}, and the plan was made with {wanted}: it is not the same any "
                     "more, or not the same twice; bring the old one back, or take its line out of [hashes] and begin anew"
@@ -100,6 +101,7 @@ class Loaded:
             white = trial.attack.access == "white"
             subjects[trial.case.model].check(trial.case, trial.threat, trial.aim.wanted, white)
         self.weights = {spec: subject.hash for spec, subject in subjects.items()}
+        self.fingerprints = {spec: subject.fingerprint for spec, subject in subjects.items()}
         self.plan, self.trials = replace(plan, pins=hashes), tuple(trials)
         self.environment = environment(plan.device, plan.threads)
         self.command = command_of(plan) if command is None else command
@@ -134,7 +136,7 @@ class Loaded:
         trial, plan = self.trials[case], self.plan
         asked = {
             "case": asdict(trial.case), "recipe": [repr(trial.attack), repr(trial.threat)], "data": plan.pins[plan.data],
-            "model": plan.pins[trial.case.model],
+            "model": self.fingerprints[trial.case.model],
             "rows": [plan.offset + first, plan.offset + last], "seed": plan.seed, "block": plan.block,
             "batch_size": plan.batch_size, "device": plan.device, "normalize": plan.normalize,
             "save_adversarial": plan.save_adversarial, "environment": self.environment,

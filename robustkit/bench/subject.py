@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Any, final
 
 import numpy as np
@@ -20,7 +21,7 @@ from robustkit.goals import Misclassify
 from robustkit.target import Target
 from robustkit.threats import Pixels
 
-__all__ = ["Subject", "load_subject"]
+__all__ = ["Subject", "is_pinned", "load_subject"]
 
 
 @final
@@ -56,7 +57,9 @@ class Subject:
         spec: What was asked for.
         target: The model.
         hash: Of its weights; of nothing for a bare function.
-        fingerprint: Of its weights and of what it says of the first images: weights alone do not make a function.
+        pin: The hash, and the mean and standard deviation of what it says of the first images, rounded: weights alone do not
+            make a function.
+        fingerprint: A hash of what it says of the first images to the last bit, where that is the same each time.
         data: The images.
         classes: How many the model knows.
     """
@@ -70,8 +73,10 @@ class Subject:
         self._clean[0] = (~Misclassify().success(logits, data.y[rows])).numpy()
         # All labels, though only the first images were shown: a run is not to stop hours later.
         self._checked(logits[:1].expand(2, -1), torch.stack([data.y.min(), data.y.max()]))
-        said = logits.argmax(1).numpy().tobytes()
         self.hash = model_hash(weights if weights is not None else nn.Module())
+        self.pin = f"{self.hash} {logits.double().mean():.5g} {logits.double().std(correction=0):.5g}"
+        # Elsewhere sums are formed in an order that changes from run to run.
+        said = logits.double().numpy().tobytes() if plan.device == "cpu" else b""
         self.fingerprint = hashlib.sha256(self.hash.encode() + said).hexdigest()[:16]
 
     def clean(self, rows: slice) -> NDArray[np.bool_]:
@@ -142,6 +147,22 @@ class Subject:
             except Exception as error:
                 told = _failed(self.spec, "has a gradient that raised", x, error)
                 raise ArgumentError(told + "; its operations must be differentiable") from error
+
+
+def is_pinned(found: str, wanted: str) -> bool:
+    """Whether what is found is what was pinned: the same hash, and answers that differ by rounding at most.
+
+    A pin is a hash, or a hash and numbers with spaces between them; a pin without numbers asks for none.
+    """
+    (hash_found, *answers), (hash_wanted, *others) = found.split(), wanted.split()
+    if hash_found != hash_wanted or (others and len(answers) != len(others)):
+        return False
+    try:
+        pairs = [(float(answer), float(other)) for answer, other in zip(answers, others, strict=False)]
+    except ValueError:
+        return False
+    scale = max([abs(other) for _, other in pairs if math.isfinite(other)], default=0.0)
+    return all(a == b or abs(a - b) <= 1e-3 * scale or (math.isnan(a) and math.isnan(b)) for a, b in pairs)
 
 
 def _failed(spec: str, how: str, x: Tensor, error: BaseException) -> str:

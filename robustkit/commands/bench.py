@@ -66,6 +66,8 @@ class Manner:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
+        if self.resume and self.out is None:
+            raise ArgumentError("--resume needs --out DIR: the folder of the run that is to go on")
         if self.fail_if_worse is not None and self.baseline is None:
             raise ArgumentError(f"fail_if_worse={self.fail_if_worse} needs --baseline RUN: the run not to be worse than")
         if self.fail_under is not None and not 0 <= self.fail_under <= 1:

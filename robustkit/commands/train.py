@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import final
@@ -21,6 +21,7 @@ from robustkit.bench import specs
 from robustkit.bench.models import load_model
 from robustkit.bench.store import replace_file
 from robustkit.errors import ArgumentError
+from robustkit.threats import Pixels
 from robustkit.training import fit, madry, standard
 from robustkit.training.fit import Loss
 
@@ -76,7 +77,8 @@ def train_command(course: Course, out: Path) -> None:
         raise ArgumentError(f"out={str(out)!r} must end in .safetensors; other formats may execute code")
     if out.exists():
         raise ArgumentError(f"out={str(out)!r} exists; nothing is overwritten: name a new file")
-    loss, held, model = _loss(course), real_data.load(course.data), load_model(course.model)
+    held, model = real_data.load(course.data), load_model(course.model)
+    _loss(course, 1.0)  # refused now, if it means nothing
     screen = Console()
     with seeded(course.seed):
         # A seed for the order of the images apart from the one that the model's own noise draws from.
@@ -84,18 +86,29 @@ def train_command(course: Course, out: Path) -> None:
         loader = DataLoader(TensorDataset(held.x, held.y), course.batch_size, shuffle=True, generator=order)
         optimizer = Adam(model.parameters(), course.lr)
         for epoch in range(course.epochs):
-            (told,) = fit(model, loader, loss=loss, optimizer=optimizer, epochs=1, seed=course.seed + epoch)
+            # Small nets that meet the whole eps at once often learn nothing, so it grows over the first third.
+            share = min(1.0, (epoch + 1) / (course.epochs // 3 + 1))
+            (told,) = fit(model, loader, loss=_loss(course, share), optimizer=optimizer, epochs=1, seed=course.seed + epoch)
             line = f"epoch {epoch + 1} of {course.epochs}: loss {told.loss:.4f}, clean accuracy in training {told.accuracy:.1%}"
             screen.print(Text(line), soft_wrap=True)
     _write(model, out)
+    if told.accuracy < 2 / len(held.classes):
+        word = (
+            f"it has hardly learnt anything: one of {len(held.classes)} classes would be right by chance as often; train it by "
+        )
+        screen.print(Text(word + "--loss standard first, more epochs, another --lr, or a smaller eps", "bold"), soft_wrap=True)
     again = f"robustkit bench --model {course.model}@weights={out} --data {course.data.removesuffix(':train')}"
     screen.print(Text(f"weights: {out}\nmeasure it: {again} --threat {course.threat or 'linf:0.1'}"), soft_wrap=True)
 
 
-def _loss(course: Course) -> Loss:
+def _loss(course: Course, share: float) -> Loss:
+    """What is made small, at some share of eps."""
     if course.loss == "standard" or course.threat is None:
         return standard
-    return partial(madry, attack=specs.attack(course.attack), threat=specs.threat(course.threat))
+    threat = specs.threat(course.threat)
+    if not isinstance(threat, Pixels):
+        threat = replace(threat, eps=threat.eps * share)
+    return partial(madry, attack=specs.attack(course.attack), threat=threat)
 
 
 def _write(model: nn.Module, out: Path) -> None:

@@ -49,6 +49,7 @@ def test_objects_words_loaders_and_plans_say_the_same():
         evaluate({"zoo:digits-mlp": NET}, loader, threat=Linf(0.1), attacks=["pgd:steps=5"]).records[0],
         evaluate({"zoo:digits-mlp": NET}, DIGITS, threat=Linf(0.1), attacks=["pgd:steps=5"], limit=130).records[0],
         evaluate({"zoo:digits-mlp": NET.forward}, [X, Y.int()], threat=Linf(0.1), attacks=["pgd:steps=5"]).records[0],
+        evaluate({"zoo:digits-mlp": NET}, (X.numpy(), Y.numpy()), threat=Linf(0.1), attacks="pgd:steps=5").records[0],
         evaluate({"zoo:digits-mlp": Target(NET)}, (X, Y), threat=Linf(0.1), attacks=["pgd:steps=5"]).records[0],
         planned,
     ]
@@ -174,6 +175,11 @@ def test_normalising_inside_the_model_is_the_same_as_outside():
         ({"threat": Linf(torch.full((130,), 0.1))}, "eps holds a number for each example"),
         ({"threat": Pixels(65)}, "64 locations; take fewer"),
         ({"attacks": ["nope"]}, "attack 'nope' does not exist"),
+        ({"attacks": "nope"}, "attack 'nope' does not exist"),
+        ({"attacks": [PGD]}, r"attacks=<class .*PGD'> must be PGD\(steps=100\), or a name"),
+        ({"threat": 0.1}, r"threat=0.1 must be Linf\(8 / 255\), or a name as on the command line"),
+        ({"goals": 3}, 'goals=3 must be "misclassify"'),
+        ({"goals": "nope"}, "goal 'nope' does not exist"),
         ({"goals": ["nope"]}, "goal 'nope' does not exist"),
         ({"goals": ["classify-as:10"]}, "has the classes 0 to 9"),
         ({"attacks": []}, "the plan holds no case"),
@@ -192,8 +198,9 @@ def test_a_models_own_error_is_the_callers_to_see():
     def broken(x):
         raise ZeroDivisionError("mine")
 
-    with pytest.raises(ZeroDivisionError, match="mine"):
+    with pytest.raises(ZeroDivisionError, match="mine") as caught:
         evaluate(broken, (X, Y), threat=Linf(0.1), attacks=["fgsm"])
+    assert caught.value.__notes__ == ["robustkit had shown a model images of shape (N, 1, 8, 8), as they were given"]
 
 
 PLAN = Plan((Case("zoo:digits-mlp", "linf:0.1", "fgsm"),), "digits", limit=40, block=10)

@@ -150,10 +150,12 @@ def test_the_figures_are_those_of_all_attacks_together_old_and_new():
     (verdict,) = fail_if_worse(now, before, 0.1)
     assert not verdict.passed
     assert verdict.name.startswith("new, linf:0.1")
-    assert "80.0% in the baseline, 50.0% now: 3 of 10 images lost, 0 won, more than 10.0 points down, p = 0.25" in verdict.why
+    assert (
+        "80.0% in the baseline (m), 50.0% now: 3 of 10 images lost, 0 won, more than 10.0 points down, p = 0.25" in verdict.why
+    )
     (back,) = fail_if_worse(before, now, 0)
     assert back.passed
-    assert "50.0% in the baseline, 80.0% now" in back.why
+    assert "50.0% in the baseline (new), 80.0% now" in back.why
 
 
 def test_a_new_flag_fails_and_an_old_one_is_told():

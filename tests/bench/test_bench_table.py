@@ -1,6 +1,7 @@
 """The table on the terminal: every figure whole in 80 columns, alarms loud, names as they are."""
 
 import io
+import itertools
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -65,7 +66,7 @@ def test_a_long_name_is_folded_and_not_cut():
     first = next(i for i, line in enumerate(lines) if "threat" in line)
     end = next(i for i, line in enumerate(lines) if line.startswith("!"))
     starts = [lines[first].index(name) for name in ("threat", "attack", "robust")]
-    columns = [slice(start, end) for start, end in zip(starts, starts[1:], strict=False)]
+    columns = [slice(start, end) for start, end in itertools.pairwise(starts)]
     spoken = ["".join(line[column].strip() for line in lines[first + 2 : end]) for column in columns]
     assert spoken[0] == WIDEST["threat"]
     assert spoken[1].replace(" ", "") == f"{WIDEST['attack']}→{WIDEST['goal']}!"

@@ -12,6 +12,7 @@ import pytest
 from robustkit import cli
 from robustkit.bench import read_plan
 from robustkit.bench.request import Request
+from robustkit.bench.subject import is_pinned
 from robustkit.commands import bench as command
 from robustkit.commands.bench import Manner, bench_command
 from robustkit.errors import ArgumentError
@@ -261,6 +262,49 @@ def test_a_plan_on_other_weights_is_refused(made, tmp_path):
     (tmp_path / "plan.toml").write_text(text.replace(pin, "0123456789abcdef"))
     with pytest.raises(ArgumentError, match=rf"'zoo:digits-mlp' has the hash {pin}, and the plan was made with 0123456789abc"):
         bench_command(Request(plan=tmp_path / "plan.toml"), Manner(tmp_path / "out"))
+
+
+CODE = """
+import torch
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(64, 10)
+    def forward(self, x):
+        return self.net((x.flatten(1) - {mean}) / 0.5)
+"""
+
+
+def test_a_run_is_held_to_the_code_of_a_model_and_not_to_its_weights_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets.py").write_text(CODE.format(mean=0.3))
+    asked = Request(model=["nets.py:Net"], data="digits", limit=30, block=10, threat=["linf:0.1"], attack=["fgsm"])
+    assert bench_command(asked, Manner(tmp_path / "run")) == 0
+    before = results(tmp_path / "run")
+    next((tmp_path / "run" / "examples").rglob("*.safetensors")).unlink()
+    for mean, told in ((0.9, "has the hash"), (0.30001, "does not say what it said when this run began")):
+        (tmp_path / "nets.py").write_text(CODE.format(mean=mean) + "# as long as that was before\n" * round(mean))
+        with pytest.raises(ArgumentError, match=told):
+            bench_command(Request(), Manner(tmp_path / "run", resume=True))
+    (tmp_path / "nets.py").write_text(CODE.format(mean=0.9))
+    with pytest.raises(ArgumentError, match="the plan was made with"):
+        bench_command(Request(plan=tmp_path / "run" / "plan.toml"), Manner(tmp_path / "again"))
+    (tmp_path / "nets.py").write_text(CODE.format(mean=0.3) + "# another comment\n")
+    assert bench_command(Request(), Manner(tmp_path / "run", resume=True)) == 0
+    assert timeless(results(tmp_path / "run")) == timeless(before)
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "same"),
+    [
+        ("abc 1.0 2.0", "abc 1.0 2.0", True), ("abc 1.0 2.0", "abc", True), ("abc 1.0 2.0", "abd 1.0 2.0", False),
+        ("abc 1.001 2.0", "abc 1.0 2.0", True), ("abc 1.003 2.0", "abc 1.0 2.0", False), ("abc 1e-9 2.0", "abc 0 2.0", True),
+        ("abc 1.0 2.003", "abc 1.0 2.0", False), ("abc nan nan", "abc nan nan", True), ("abc nan 1", "abc 0 1", False),
+        ("abc 1.0 2.0", "abc x y", False), ("abc 1.0 2.0", "abc 1.0", False), ("abc inf 1", "abc inf 1", True),
+    ],
+)  # fmt: skip
+def test_a_pin_forgives_rounding_and_nothing_else(found, wanted, same):
+    assert is_pinned(found, wanted) is same
 
 
 def test_a_cross_check_without_any_library_says_how_to_install_one(monkeypatch, capsys):
