@@ -66,11 +66,11 @@ class Subject:
 
     def __init__(self, spec: str, target: Target, data: Data, plan: Plan, *, weights: nn.Module | None) -> None:
         self.spec, self.target, self.data, self._plan = spec, target, data, plan
-        self._clean: dict[int, NDArray[np.bool_]] = {}
+        self._clean: dict[tuple[int, int], NDArray[np.bool_]] = {}
         rows = slice(0, min(plan.block, len(data)))
         logits = self.logits(data.images(rows), data.y[rows], 0, "clean")
         self.classes = logits.shape[1]
-        self._clean[0] = (~Misclassify().success(logits, data.y[rows])).numpy()
+        self._clean[0, rows.stop] = (~Misclassify().success(logits, data.y[rows])).numpy()
         # All labels, though only the first images were shown: a run is not to stop hours later.
         self._checked(logits[:1].expand(2, -1), torch.stack([data.y.min(), data.y.max()]))
         self.hash = model_hash(weights if weights is not None else nn.Module())
@@ -81,11 +81,12 @@ class Subject:
 
     def clean(self, rows: slice) -> NDArray[np.bool_]:
         """Which images of a block it classifies correctly without an attack; asked once, whatever the number of cases."""
-        if rows.start not in self._clean:
+        key = rows.start, rows.stop
+        if key not in self._clean:
             labels = self.data.y[rows]
             logits = self.logits(self.data.images(rows), labels, rows.start, "clean")
-            self._clean[rows.start] = (~Misclassify().success(logits, labels)).numpy()
-        return self._clean[rows.start]
+            self._clean[key] = (~Misclassify().success(logits, labels)).numpy()
+        return self._clean[key]
 
     @torch.no_grad()
     def logits(self, x: Tensor, y: Tensor, first: int, purpose: str) -> Tensor:
