@@ -13,7 +13,7 @@ bench: $(VENV)/.core
 	$(ONE_THREAD) $(BIN)/robustkit bench
 
 test: $(VENV)/.dev
-	$(ONE_THREAD) $(BIN)/python -m pytest -q
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

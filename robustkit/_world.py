@@ -6,13 +6,13 @@ import pickle
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Mode", "held", "is_out_of_memory", "random_state", "seeded"]
+__all__ = ["Mode", "held", "is_out_of_memory", "random_state", "reseeded", "seeded"]
 
 Mode = Literal["eval", "train", "as-is"]
 
@@ -97,3 +97,41 @@ def seeded(seed: int) -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda_before)
         np.random.set_state(numpy_before)
         random.setstate(python_before)
+
+
+@contextmanager
+def reseeded(generators: Iterable[Any], seed: int) -> Iterator[None]:
+    """Generators of somebody's own (of torch, numpy or Python) seeded inside, and afterwards as they were."""
+    generators = list(generators)
+    states = [_get(generator) for generator in generators]
+    try:
+        for number, generator in enumerate(generators):
+            _seed(generator, (seed + number) % 2**63)
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            _set(generator, state)
+
+
+def _get(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator | np.random.RandomState):
+        return generator.get_state()
+    return generator.bit_generator.state if isinstance(generator, np.random.Generator) else generator.getstate()
+
+
+def _set(generator: Any, state: Any) -> None:
+    if isinstance(generator, torch.Generator | np.random.RandomState):
+        generator.set_state(state)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    else:
+        generator.setstate(state)
+
+
+def _seed(generator: Any, seed: int) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(seed)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = type(generator.bit_generator)(seed).state
+    else:
+        generator.seed(seed % 2**32)

@@ -26,6 +26,19 @@ def cases(request):
     return count
 
 
+def pytest_sessionfinish(session):
+    """A worker tells its count to the process that sums up."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["cases"] = session.config.stash.get(COUNT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """What a worker has counted."""
+    told = getattr(node, "workeroutput", {}).get("cases", 0)
+    node.config.stash[COUNT] = node.config.stash.get(COUNT, 0) + told
+
+
 def pytest_terminal_summary(terminalreporter, config):
     if config.stash.get(COUNT, 0):
         terminalreporter.write_line(f"{config.stash[COUNT]:,} generated cases over the laws")

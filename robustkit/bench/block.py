@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -91,8 +92,9 @@ class Block:
             kind: [asdict(item) for item in getattr(self.result, kind)] for kind in ("flags", "notes", "stages")
         }
         words = [{name: getattr(picture, name) for name in _WORDS} for picture in self.pictures]
-        told |= {"task": asdict(self.task), "seconds": self.seconds, "pictures": words}
-        return save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, {"robustkit": json.dumps(told)})
+        held = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        told |= {"task": asdict(self.task), "seconds": self.seconds, "pictures": words, "sha256": _digest(held)}
+        return save(held, {"robustkit": json.dumps(told)})
 
     @classmethod
     def load(cls, path: Path) -> Block:
@@ -105,6 +107,8 @@ class Block:
             with safe_open(str(path), framework="pt") as file:
                 told = json.loads((file.metadata() or {})["robustkit"])
                 held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if told.pop("sha256") != _digest(held):
+                raise ValueError("its numbers are not those that were written")
             return cls._of(held, told)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise ArgumentError(f"{str(path)!r} is no block of a run ({error}); remove it and resume the run") from error
@@ -119,6 +123,14 @@ class Block:
         pictures = _pictures(held, told["pictures"])
         masks = held["clean"].numpy(), held["robust"].numpy()
         return cls(Task(**told["task"]), result, held["index"], held["label"], *masks, told["seconds"], pictures)
+
+
+def _digest(held: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(held):
+        digest.update(f"{name}{held[name].dtype}{tuple(held[name].shape)}".encode())
+        digest.update(held[name].flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _pictures(held: dict[str, Tensor], words: Sequence[dict[str, Any]]) -> tuple[Picture, ...]:

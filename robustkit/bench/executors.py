@@ -79,8 +79,19 @@ class Processes(Executor):
                 done then.
         """
         left, suspects, deaths = deque(tasks), deque[Task](), Counter[int]()
+        vain = 0
         while left:
-            yield from self._until_a_death(make, left, suspects, 2 * self.workers)  # so few that results cannot pile up
+            count = 0
+            for done in self._until_a_death(make, left, suspects, 2 * self.workers):  # so few that results cannot pile up
+                count += 1
+                yield done
+            vain = 0 if count or not suspects else vain + 1
+            if vain >= self.patience:
+                raise RobustkitError(
+                    f"workers={self.workers}: workers died {vain} times in a row before they had done anything, so they cannot "
+                    'start; a script must keep its work under if __name__ == "__main__", and one worker alone shows what else '
+                    "is wrong"
+                )
         given_up: list[Task] = []
         while suspects:
             guilty: deque[Task] = deque()
@@ -102,7 +113,8 @@ class Processes(Executor):
             try:
                 while (left or running) and not died:
                     while left and len(running) < most:
-                        future = pool.submit(_done, make, left[0])
+                        with _uninterrupted():
+                            future = pool.submit(_done, make, left[0])
                         running[future] = left.popleft()
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         if isinstance(future.exception(), BrokenProcessPool):
@@ -128,6 +140,16 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         ours.close()
         theirs.close()
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """What is started here does not hear Ctrl-C, from its first moment on; who starts it hears it afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin(theirs: Connection) -> None:

@@ -170,10 +170,19 @@ def _is_begun(path: Path, resume: bool) -> bool:
     if (path / "plan.toml").exists() and (path / "results.json").exists():
         return True
     # A run that was killed before it had said what it is has left no more than these.
-    strange = [entry.name for entry in path.iterdir() if not entry.name.startswith(".") and entry.name != "results.json"]
+    ours = ["results.json"] if _is_empty_run(path / "results.json") else []
+    strange = [entry.name for entry in path.iterdir() if not entry.name.startswith(".") and entry.name not in ours]
     if strange:
         raise ArgumentError(f"out={str(path)!r} holds no run but {sorted(strange)[0]!r}; name a new folder")
     return False
+
+
+def _is_empty_run(path: Path) -> bool:
+    """Whether this is what `begin` writes first."""
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8"))["records"] == [])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _check_plan(path: Path, plan: Plan) -> None:

@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import torch
 
 from robustkit import data as real_data
+from robustkit._random import Noise
+from robustkit._world import reseeded
 from robustkit.attack import Attack
 from robustkit.bench import specs
 from robustkit.bench.block import Block, Task
@@ -67,12 +69,23 @@ class Loader:
     plan: Plan
     loaded: Loaded | None = field(default=None, compare=False, repr=False)
 
-    def __reduce__(self) -> tuple[type[Loader], tuple[Plan]]:
-        return Loader, (self.plan,)
+    answers: tuple[tuple[str, str], ...] = ()  # what the models say where it is loaded
+
+    def __reduce__(self) -> tuple[type[Loader], tuple[Any, ...]]:
+        answers = self.answers if self.loaded is None else tuple(self.loaded.fingerprints.items())
+        return Loader, (self.plan, None, answers)
 
     def __call__(self) -> Callable[[Task], Block]:
         """What does a block."""
-        return (load(self.plan) if self.loaded is None else self.loaded).measure
+        if self.loaded is not None:
+            return self.loaded.measure
+        loaded = load(self.plan)
+        for spec, answer in self.answers:
+            if loaded.fingerprints[spec] != answer:
+                raise ArgumentError(
+                    f"model {spec!r} is not the same twice: in a worker it says something else; seed what it draws"
+                )
+        return loaded.measure
 
 
 @final
@@ -90,7 +103,7 @@ class Loaded:
 
     def __init__(self, plan: Plan, data: Data, subjects: Mapping[str, Subject], trials: Sequence[Trial],
                  command: str | None = None) -> None:  # fmt: skip
-        hashes = {plan.data: data.hash} | {spec: subject.pin for spec, subject in subjects.items()}
+        hashes = {spec: subject.pin for spec, subject in subjects.items()} | {plan.data: data.hash}
         for spec, wanted in plan.pins.items():
             if spec in hashes and not is_pinned(hashes[spec], wanted):
                 raise ArgumentError(
@@ -151,8 +164,11 @@ class Loaded:
         clean, labels = subject.clean(rows), self._data.y[rows]
         x, y = self._data.images(rows).to(plan.device), labels.to(plan.device)
         ids = torch.arange(task.first, task.last) + plan.offset
-        ref = trial.aim.ref(subject.target.fn, x, y, plan.batch_size)
-        result = trial.attack(subject.target, x, ref, goal=trial.aim.goal, threat=trial.threat, seed=plan.seed, ids=ids)
+        ref = trial.aim.ref(subject.target.fn, x.clone(), y, subject.target.batch_size)  # a model may write to its input
+        # A generator of the model's own would go on from where the last block left it, and in another worker elsewhere.
+        key = Noise(plan.seed, ids).at("model", int(ids[0])).key
+        with reseeded(subject.target.generators, key):
+            result = trial.attack(subject.target, x, ref, goal=trial.aim.goal, threat=trial.threat, seed=plan.seed, ids=ids)
         if trial.aim.goal == Misclassify():
             after = ~result.success.cpu()
         else:

@@ -45,7 +45,7 @@ def read(path: Path) -> Run:
     """
     try:
         results = json.loads((path / "results.json").read_text(encoding="utf-8"))
-        records = results["records"]
+        records = [(Case(r["model"], r["threat"], r["attack"], r["goal"]), int(r["n"])) for r in results["records"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArgumentError(
             f"run={str(path)!r} holds no readable results.json ({error}); name a folder that robustkit bench has written"
@@ -53,11 +53,10 @@ def read(path: Path) -> Run:
     cases = read_plan(path / "plan.toml").cases
     masks: list[NDArray[np.bool_]] = []
     pictures: list[Picture] = []
-    for record in records:
-        case = Case(record["model"], record["threat"], record["attack"], record["goal"])
+    for case, n in records:
         if case not in cases:
             raise ArgumentError(f"run={str(path)!r}: results.json and plan.toml do not belong together; make the run anew")
-        robust, some = _examples(path / "examples" / f"case-{cases.index(case) + 1:02d}", record["n"])
+        robust, some = _examples(path / "examples" / f"case-{cases.index(case) + 1:02d}", n)
         masks.append(robust)
         pictures += some
     return Run(path, results, tuple(masks), tuple(pictures))

@@ -67,9 +67,10 @@ class Files(Store):
         """The block, if it is here and whole; a damaged one is as good as none."""
         path = self.path(task)
         try:
-            return Block.load(path) if path.exists() else None
+            block = Block.load(path) if path.exists() else None
         except ArgumentError:
             return None
+        return block if block is not None and block.task == task else None
 
 
 def replace_file(path: Path, content: bytes) -> None:

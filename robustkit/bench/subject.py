@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from robustkit._random import Noise
-from robustkit._world import is_out_of_memory, seeded
+from robustkit._world import is_out_of_memory, reseeded, seeded
 from robustkit.bench.models import load_model, model_hash
 from robustkit.bench.plan import Case, Plan
 from robustkit.data import Data
@@ -97,12 +97,13 @@ class Subject:
         Returns:
             Shape (N, classes), on the CPU.
         """
-        noise, size = Noise(self._plan.seed, torch.arange(0)).at(purpose, self._plan.offset + first), self._plan.batch_size
+        noise, size = Noise(self._plan.seed, torch.arange(0)).at(purpose, self._plan.offset + first), self.target.batch_size
         fn, device = self.target.fn, self._plan.device
         try:
-            with self.target.held(), seeded(noise.key):
+            with self.target.held(), seeded(noise.key), reseeded(self.target.generators, noise.key):
                 batches = [slice(start, start + size) for start in range(0, len(x), size)]
-                return torch.cat([self._checked(fn(x[part].to(device)), y[part]) for part in batches])
+                # A copy goes in: a model may write to its input.
+                return torch.cat([self._checked(fn(x[part].to(device, copy=True)), y[part]) for part in batches])
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -139,7 +140,7 @@ class Subject:
     def _check_gradient(self) -> None:
         """A model without any gradient can be attacked, in vain; one whose gradient raises cannot."""
         # Two images need little memory, and suffice for layers that cannot do with one.
-        x = self.data.images(slice(0, min(self._plan.batch_size, 2))).to(self._plan.device).requires_grad_()
+        x = self.data.images(slice(0, min(self.target.batch_size, 2))).to(self._plan.device).requires_grad_()
         with self.target.held(), seeded(self._plan.seed):
             out = self.target.view(x.clone()).sum()
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -90,7 +91,9 @@ def bench_command(request: Request, manner: Manner) -> int:
     """
     executor, screen = manner.executor, Console()
     plan = _plan(request, manner)
-    baseline = past.read(manner.baseline) if manner.baseline is not None else None
+    baseline = _baseline(manner.baseline) if manner.baseline is not None else None
+    if manner.junit is not None:
+        _check_junit(manner.junit)
     with redirect_stdout(sys.stderr):  # what a model prints is not the answer
         loaded = load(plan)
     if manner.dry_run:
@@ -98,10 +101,14 @@ def bench_command(request: Request, manner: Manner) -> int:
         return 0
     _judged(_promised(loaded), baseline, manner)  # a gate that cannot be asked is refused now, and not after hours
     with open_folder(manner.out, loaded.plan, resume=manner.resume) as folder:
-        folder.begin(loaded)
         try:
+            folder.begin(loaded)
             with redirect_stdout(sys.stderr):
                 results, run = _run(loaded, folder, executor, manner.workers)
+        except OSError as error:
+            raise ArgumentError(
+                f"out={str(folder.path)!r} cannot be written ({error.strerror}); make room, and go on with --resume"
+            ) from error
         except KeyboardInterrupt:
             again = shlex.join(["robustkit", "bench", "--out", str(folder.path), "--resume"])
             print(f"robustkit: what was finished is in {folder.path}; go on with: {again}", file=sys.stderr)
@@ -115,9 +122,11 @@ def bench_command(request: Request, manner: Manner) -> int:
 
 def _plan(request: Request, manner: Manner) -> Plan:
     """What to run; `--resume` without any other word means the plan of that folder."""
-    if manner.resume and manner.out is not None and not request.given() and (manner.out / "plan.toml").exists():
-        return read_plan(manner.out / "plan.toml")
-    return plan_of(request)
+    if not manner.resume or manner.out is None or request.given():
+        return plan_of(request)
+    if not (manner.out / "plan.toml").is_file():
+        raise ArgumentError(f"out={str(manner.out)!r} holds no plan.toml, so there is no run to go on with; say what to run")
+    return read_plan(manner.out / "plan.toml")
 
 
 def _run(loaded: Loaded, folder: Folder, executor: Executor, workers: int) -> tuple[dict[str, Any], Run]:
@@ -129,6 +138,27 @@ def _run(loaded: Loaded, folder: Folder, executor: Executor, workers: int) -> tu
             results = folder.write(loaded, done)
     done.sort(key=lambda outcome: outcome.index)
     return results, Run(folder.path, results, tuple(outcome.robust for outcome in done))
+
+
+def _baseline(path: Path) -> Run:
+    """The run to be compared with; half of one would ask for less than it seems."""
+    run = past.read(path)
+    done, cases = len(run.results["records"]), run.results.get("cases", 0)
+    if done < cases:
+        raise ArgumentError(
+            f"baseline={str(path)!r} has finished {done} of {cases} cases; go on with: robustkit bench --out {path} --resume"
+        )
+    return run
+
+
+def _check_junit(path: Path) -> None:
+    """Refuse now what could not be written when all is done."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArgumentError(f"junit={str(path)!r} cannot be written ({error.strerror}); name another file") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ArgumentError(f"junit={str(path)!r} cannot be written; name a file in a folder of yours")
 
 
 def _promised(loaded: Loaded) -> Run:

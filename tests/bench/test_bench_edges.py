@@ -11,7 +11,7 @@ from torch import nn
 from robustkit import FGSM, Linf, evaluate, zoo
 from robustkit._world import random_state
 from robustkit.bench import Case, Plan, preview, run
-from robustkit.bench.block import Task
+from robustkit.bench.block import Block, Task
 from robustkit.bench.folder import open_folder
 from robustkit.bench.loaded import load
 from robustkit.bench.models import load_model
@@ -172,19 +172,14 @@ def test_a_margin_lets_a_fall_of_its_size_pass_and_no_larger_one(made, tmp_path)
 
 
 def better_by(out, images):
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
     weak = None
     for case in sorted((out / "examples").iterdir()):
-        for file in sorted(case.iterdir())[:1]:
-            with safe_open(str(file), framework="pt") as held:
-                tensors = {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118
-                told = held.metadata()
-            if weak is None:
-                weak = (~tensors["robust"]).nonzero().flatten()[:images]
-            tensors["robust"][weak] = True
-            save_file(tensors, file, told)
+        file = min(case.iterdir())
+        block = Block.load(file)
+        if weak is None:
+            weak = np.flatnonzero(~block.robust)[:images]
+        block.robust[weak] = True
+        file.write_bytes(block.bytes())
     return len(weak)
 
 

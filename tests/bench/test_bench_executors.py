@@ -125,7 +125,8 @@ def wait_until(condition, seconds=60):
 
 
 PARENT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 sys.path.insert(0, {folder!r})
 from test_bench_executors import Work
 from robustkit.bench.executors import Processes

@@ -112,7 +112,12 @@ def test_what_exists_is_refused_and_left_alone(tmp_path, kind):
 
 @pytest.mark.parametrize(
     ("kind", "told"),
-    [("file", "is no folder"), ("other files", "holds no run but 'mine'"), ("old results", None), ("no", None)],
+    [
+        ("file", "is no folder"),
+        ("other files", "holds no run but 'mine'"),
+        ("old results", "holds no run but 'results.json'"),
+        ("no", None),
+    ],
 )
 def test_resuming_begins_where_nothing_is_and_never_in_a_strange_place(tmp_path, kind, told):
     out = tmp_path / "out"

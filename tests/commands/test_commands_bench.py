@@ -213,6 +213,15 @@ def test_a_baseline_is_compared_with_image_by_image(made, tmp_path, capsys):
     ]:
         with pytest.raises(ArgumentError, match=told):
             bench_command(unlike, Manner(tmp_path / "b", baseline=made))
+    half = tmp_path / "half"
+    shutil.copytree(made, half)
+    told = results(half)
+    (half / "results.json").write_text(json.dumps(told | {"records": told["records"][:1]}))
+    with pytest.raises(ArgumentError, match="has finished 1 of 4 cases; go on with: robustkit bench --out"):
+        bench_command(SMALL, Manner(tmp_path / "b", baseline=half))
+    for junit in (tmp_path, tmp_path / "half" / "plan.toml" / "x.xml"):
+        with pytest.raises(ArgumentError, match=r"junit=.* cannot be written"):
+            bench_command(SMALL, Manner(tmp_path / "b", junit=junit))
     with pytest.raises(ArgumentError, match="a gate needs an attack with goal misclassify"):
         bench_command(replace(SMALL, goal=["least-likely"]), Manner(tmp_path / "b", fail_under=0.5))
     assert not (tmp_path / "b").exists()  # before any work
