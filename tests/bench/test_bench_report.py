@@ -455,3 +455,13 @@ def test_nothing_sticks_out_sideways(tmp_path, width, scheme):
     assert needed <= inner
     assert drawn_all
     assert "CONSOLE" not in log
+
+
+@pytest.mark.parametrize(("cases", "each"), [(1, 4), (24, 4), (25, 3), (48, 2), (96, 1), (120, 1)])
+def test_a_page_of_many_cases_shows_fewer_pictures_of_each(cases, each):
+    clean, adversarial = images(side=2)
+    names = [f"attack-{number}" for number in range(cases)]
+    shown = [picture(clean, adversarial, attack=name, index=i) for name in names for i in range(4)]
+    page = page_of([record(attack=name) for name in names], shown)
+    assert page.count("<figure>") == cases * each
+    assert page.count("image 0, truly") == cases  # the first ones

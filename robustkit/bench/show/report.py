@@ -29,6 +29,7 @@ _NONE = "–"
 _CONCERNED = ("model", "defence", "attack", "goal")  # by a flag
 _UNTARGETED = "misclassify"  # the one goal under which robust accuracy is the figure
 _GREY = 128  # no change, in a picture of a perturbation
+_MOST = 96  # pictures on a page, as long as each attack can have one
 _SIDE = 96  # CSS pixels of a picture's longer side, at most; three of them fit a phone
 
 
@@ -206,15 +207,23 @@ def _hash(value: str | None) -> str:
 
 
 def _gallery(records: Iterable[Record], pictures: Iterable[Picture]) -> list[dict[str, Any]]:
-    """The pictures by model, threat, goal and attack, in the order of the table; strays come last."""
-    shown: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {
+    """The pictures by model, threat, goal and attack, in the order of the table; strays come last.
+
+    Each shows as many as keep the page within some `_MOST` of them, and at least one.
+    """
+    shown: dict[tuple[str, str, str, str], list[Picture]] = {
         (record["model"], record["threat"], record["goal"], record["attack"]): []
         for record in sorted(records, key=lambda record: bool(record["goal"] != _UNTARGETED))
     }
     for picture in pictures:
-        shown.setdefault((picture.model, picture.threat, picture.goal, picture.attack), []).append(_panel(picture))
+        shown.setdefault((picture.model, picture.threat, picture.goal, picture.attack), []).append(picture)
+    albums = {key: some for key, some in shown.items() if some}
+    most = max(1, _MOST // max(1, len(albums)))
     names = ("model", "threat", "goal", "attack")
-    return [{**dict(zip(names, key, strict=True)), "panels": panels} for key, panels in shown.items() if panels]
+    return [
+        {**dict(zip(names, key, strict=True)), "panels": [_panel(picture) for picture in some[:most]]}
+        for key, some in albums.items()
+    ]
 
 
 def _panel(picture: Picture) -> dict[str, Any]:
