@@ -68,8 +68,7 @@ class Loader:
 
     plan: Plan
     loaded: Loaded | None = field(default=None, compare=False, repr=False)
-
-    answers: tuple[tuple[str, str], ...] = ()  # what the models say where it is loaded
+    answers: tuple[tuple[str, str], ...] = ()  # what the models say where it was loaded first
 
     def __reduce__(self) -> tuple[type[Loader], tuple[Any, ...]]:
         answers = self.answers if self.loaded is None else tuple(self.loaded.fingerprints.items())

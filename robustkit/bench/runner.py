@@ -54,8 +54,10 @@ def outcomes(loaded: Loaded, store: Store | None = None, executor: Executor | No
     """
     store, executor = Memory() if store is None else store, Serial() if executor is None else executor
     tasks = loaded.tasks()
-    wanted = {case: {task for task in tasks if task.case == case} for case in range(len(loaded.trials))}
-    missing = []
+    mine: dict[int, list[Task]] = {case: [] for case in range(len(loaded.trials))}
+    for task in tasks:
+        mine[task.case].append(task)
+    wanted, missing = {case: set(of_case) for case, of_case in mine.items()}, []
     for task in tasks:
         block = store.get(task)
         if block is None:
@@ -63,31 +65,30 @@ def outcomes(loaded: Loaded, store: Store | None = None, executor: Executor | No
         else:
             wanted[task.case].discard(task)
             progress(block, True)
-    yield from (_outcome(loaded, store, tasks, case) for case, left in wanted.items() if not left)
+    yield from (_outcome(loaded, store, mine[case], case) for case, left in wanted.items() if not left)
     for block in executor.run(Loader(loaded.plan, loaded), missing):
         case = block.task.case
         store.put(block)
         wanted[case].discard(block.task)
         progress(block, False)
         if not wanted[case]:
-            yield _outcome(loaded, store, tasks, case)
+            yield _outcome(loaded, store, mine[case], case)
 
 
 def _outcome(loaded: Loaded, store: Store, tasks: Sequence[Task], case: int) -> Outcome:
-    """What the blocks of a case add up to, in the order of their images, whoever did them when."""
+    """What the blocks of a case, all its `tasks`, add up to, in the order of their images, whoever did them when."""
     n, trial, seconds = len(loaded), loaded.trials[case], 0.0
     # Room made before: thousands of small parts kept until the end would leave the memory in pieces.
     room, clean, robust = Result.room(torch.empty(n, 0)), np.empty(n, np.bool_), np.empty(n, np.bool_)
     told = Result.room(torch.empty(0, 0))
     pictures: list[Picture] = []
     for task in tasks:
-        if task.case == case:
-            block = _there(store, task)
-            facts = replace(block.result, x_adv=torch.empty(len(block.result), 0))
-            told = Result.cat([told, room.fill(task.rows, facts)])
-            clean[task.rows], robust[task.rows] = block.clean, block.robust
-            pictures += block.pictures
-            seconds += block.seconds
+        block = _there(store, task)
+        facts = replace(block.result, x_adv=torch.empty(len(block.result), 0))
+        told = Result.cat([told, room.fill(task.rows, facts)])
+        clean[task.rows], robust[task.rows] = block.clean, block.robust
+        pictures += block.pictures
+        seconds += block.seconds
     result = replace(room, flags=told.flags, notes=told.notes, stages=told.stages)
     record = make_record(trial.case, loaded.plan, attack=trial.attack, result=result, clean=clean, robust=robust,
                          seconds=seconds, model_hash=loaded.weights[trial.case.model])  # fmt: skip

@@ -15,8 +15,8 @@ from robustkit.bench.plan import Plan
 from robustkit.bench.runner import outcomes
 from robustkit.bench.show.live import Live
 from robustkit.bench.show.table import table
-from robustkit.bench.store import Memory, replace_file
-from robustkit.errors import ArgumentError
+from robustkit.bench.store import Memory
+from robustkit.commands._output import check_new, write_output
 
 __all__ = ["attack_command"]
 
@@ -30,10 +30,7 @@ def attack_command(plan: Plan, out: Path) -> None:
     Raises:
         ArgumentError: The file exists or cannot be written, or the plan means nothing.
     """
-    if out.suffix != ".npz":
-        raise ArgumentError(f"out={str(out)!r} must end in .npz: the images are written as arrays x and y")
-    if out.exists():
-        raise ArgumentError(f"out={str(out)!r} exists; nothing is overwritten: name a new file")
+    check_new(out, ".npz", ": the images are written as arrays x and y")
     store, loaded = Memory(), load(plan)
     with Live(Console(stderr=True), loaded, 1) as live:
         (outcome,) = outcomes(loaded, store, progress=live.progress)
@@ -44,11 +41,7 @@ def attack_command(plan: Plan, out: Path) -> None:
     y, index = (torch.cat([getattr(block, name) for block in blocks]).numpy() for name in ("labels", "ids"))
     file = io.BytesIO()
     np.savez(file, x=x, y=y, success=success, size=size, index=index)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(out, file.getvalue())
-    except OSError as error:
-        raise ArgumentError(f"out={str(out)!r} cannot be written ({error.strerror}); name another file") from error
+    write_output("out", out, file.getvalue())
     screen = Console()
     screen.print(table([outcome.record]))
     screen.print(Text(f"images: {out}"), soft_wrap=True)

@@ -31,7 +31,7 @@ from robustkit.bench.runner import Outcome, outcomes
 from robustkit.bench.show.junit import junit
 from robustkit.bench.show.live import Live
 from robustkit.bench.show.table import preview_table, table
-from robustkit.bench.store import replace_file
+from robustkit.commands._output import write_output
 from robustkit.errors import ArgumentError
 
 __all__ = ["Manner", "bench_command"]
@@ -115,7 +115,7 @@ def bench_command(request: Request, manner: Manner) -> int:
             return INTERRUPTED
         verdicts = _judged(run, baseline, manner)
         if manner.junit is not None:
-            _write_junit(manner.junit, junit(results, verdicts))
+            write_output("junit", manner.junit, junit(results, verdicts).encode("utf-8"))
         _show(screen, results, folder, verdicts, manner)
     return 0 if all(verdict.passed for verdict in verdicts) else 1
 
@@ -182,14 +182,6 @@ def _judged(run: Run, baseline: Run | None, manner: Manner) -> tuple[Verdict, ..
     if baseline is not None:
         verdicts += gates.fail_if_worse(run, baseline, manner.fail_if_worse or 0.0)
     return verdicts
-
-
-def _write_junit(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, text.encode("utf-8"))
-    except OSError as error:
-        raise ArgumentError(f"junit={str(path)!r} cannot be written ({error.strerror}); name another file") from error
 
 
 def _show(screen: Console, results: dict[str, Any], folder: Folder, verdicts: Sequence[Verdict], manner: Manner) -> None:

@@ -19,7 +19,7 @@ from robustkit import data as real_data
 from robustkit._world import seeded
 from robustkit.bench import specs
 from robustkit.bench.models import load_model
-from robustkit.bench.store import replace_file
+from robustkit.commands._output import check_new, write_output
 from robustkit.errors import ArgumentError
 from robustkit.threats import Pixels
 from robustkit.training import fit, madry, standard
@@ -73,10 +73,7 @@ def train_command(course: Course, out: Path) -> None:
     Raises:
         ArgumentError: The file exists or cannot be written, or something in `course` means nothing.
     """
-    if out.suffix != ".safetensors":
-        raise ArgumentError(f"out={str(out)!r} must end in .safetensors; other formats may execute code")
-    if out.exists():
-        raise ArgumentError(f"out={str(out)!r} exists; nothing is overwritten: name a new file")
+    check_new(out, ".safetensors", "; other formats may execute code")
     held, model = real_data.load(course.data), load_model(course.model)
     _loss(course, 1.0)  # refused now, if it means nothing
     screen = Console()
@@ -113,8 +110,4 @@ def _loss(course: Course, share: float) -> Loss:
 
 def _write(model: nn.Module, out: Path) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(out, save(tensors))
-    except OSError as error:
-        raise ArgumentError(f"out={str(out)!r} cannot be written ({error.strerror}); name another file") from error
+    write_output("out", out, save(tensors))
