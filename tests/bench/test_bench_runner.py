@@ -10,7 +10,7 @@ from torch import nn
 
 from robustkit import FGSM, L2, MIFGSM, PGD, ClassifyAs, Linf, Misclassify, zoo
 from robustkit._world import random_state
-from robustkit.bench import Case, Plan, subject
+from robustkit.bench import Case, Plan
 from robustkit.bench.loaded import load
 from robustkit.bench.runner import outcomes
 from robustkit.data import load as load_data
@@ -46,17 +46,6 @@ class NotANumber(nn.Module):
 
     def forward(self, x):
         return torch.where(x.flatten(1).mean(1, keepdim=True) > 0.31, torch.nan, NET(x))
-
-
-@pytest.fixture
-def use(monkeypatch):
-    """Let every model spec mean the given module."""
-
-    def chosen(net):
-        monkeypatch.setattr(subject, "load_model", lambda spec, device, normalize: net)
-        return net
-
-    return chosen
 
 
 def measured(*cases, seed=0, offset=0, limit=None, batch_size=100, progress=lambda *_: None):

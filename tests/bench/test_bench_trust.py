@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from robustkit import FGSM, PGD, Linf, Target, cli, evaluate, zoo
-from robustkit.bench import Case, Plan, past, subject
+from robustkit.bench import Case, Plan, past
 from robustkit.bench.block import Task
 from robustkit.bench.executors import Processes
 from robustkit.bench.folder import open_folder
@@ -36,17 +36,6 @@ DATA = load_data("digits")
 CASE = Case("zoo:digits-mlp", "linf:0.1", "pgd:steps=3")
 WORDS = ["bench", "--data", "digits", "--limit", "40", "--block", "10", "--threat", "linf:0.1", "--attack", "pgd:steps=3"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
-
-
-@pytest.fixture
-def use(monkeypatch):
-    """Let every model spec mean the given module."""
-
-    def chosen(net):
-        monkeypatch.setattr(subject, "load_model", lambda spec, device, normalize: net)
-        return net
-
-    return chosen
 
 
 class Around(nn.Module):
