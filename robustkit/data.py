@@ -86,8 +86,11 @@ class Data:
         """The examples from `offset` on, at most `limit` of them; the hash is that of the part.
 
         Raises:
-            ArgumentError: `offset` is not in [0, N), or `limit` is below 1.
+            ArgumentError: `offset` is not in [0, N), `limit` is below 1, or one of them is no whole number.
         """
+        for name, value in (("offset", offset), ("limit", limit)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ArgumentError(f"{name}={value!r} must be a whole number")
         if not 0 <= offset < len(self):
             raise ArgumentError(f"offset={offset} must lie in [0, {len(self)}): {self.spec} has {len(self)} examples")
         if limit is not None and limit < 1:

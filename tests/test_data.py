@@ -88,7 +88,7 @@ def test_part_is_a_slice_with_a_hash_of_its_own():
     assert len(data.part(350, 100)) == 9
 
 
-@pytest.mark.parametrize("wrong", [{"offset": -1}, {"offset": 359}, {"limit": 0}])
+@pytest.mark.parametrize("wrong", [{"offset": -1}, {"offset": 359}, {"limit": 0}, {"limit": 1.5}, {"offset": True}])
 def test_part_refuses_what_holds_nothing(wrong):
     with pytest.raises(ArgumentError, match=f"{next(iter(wrong))}="):
         load("digits").part(**wrong)

@@ -138,6 +138,9 @@ def evaluate(model: Model | Mapping[str, Model], data: Any, *, threat: Threat | 
     """
     models = dict(model) if isinstance(model, Mapping) else {_name(Target.of(model)): model}
     targets = {name: one if isinstance(one, Target) else Target(one, batch_size=_BLOCK) for name, one in models.items()}
+    for name in targets:
+        if not isinstance(name, str):
+            raise ArgumentError(f'model: the name {name!r} must be a string: {{"plain": a, "robust": b}}')
     held = _data(data, limit)
     threats = [_meant("threat", one, Threat, specs.threat, specs.threat_words) for one in _several(threat)]
     meant = [_meant("attacks", one, Attack, specs.attack, repr) for one in _several(attacks)]

@@ -185,6 +185,9 @@ def test_normalising_inside_the_model_is_the_same_as_outside():
         ({"attacks": []}, "the plan holds no case"),
         ({"attacks": ["fgsm", "fgsm"]}, "twice; leave one out"),
         ({"limit": 0}, "limit=0 must be at least 1"),
+        ({"limit": 1.5}, "limit=1.5 must be a whole number"),
+        ({"model": {1: NET}}, "the name 1 must be a string"),
+        ({"model": {}}, "the plan holds no case"),
         ({"model": 3}, "fn=3 must be callable"),
     ],
 )
