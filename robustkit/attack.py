@@ -17,7 +17,7 @@ from robustkit._world import is_out_of_memory, seeded
 from robustkit.errors import ArgumentError, ShapeError
 from robustkit.goals import Goal, Misclassify
 from robustkit.keep import Keep, Kept, check_keep
-from robustkit.ledger import Remark
+from robustkit.ledger import Ledger, Remark
 from robustkit.problem import Problem
 from robustkit.result import Result
 from robustkit.target import Fn, Target
@@ -36,13 +36,35 @@ class Attack(ABC):
 
     Attributes:
         access: What the attack sees of the target: its gradients ("white"), its outputs ("score") or its decision ("label").
+        serves: The kinds of threat that it works with; empty where it works with any. Others are refused.
+        universal: True where one change serves all examples: it is learned before any batch is attacked, and put on
+            every example, also where the goal holds anyway.
     """
 
     access: ClassVar[Literal["white", "score", "label"]] = "white"
+    serves: ClassVar[tuple[type[Threat], ...]] = ()
+    universal: ClassVar[bool] = False
 
     @abstractmethod
     def run(self, problem: Problem) -> Tensor:
         """The last iterate, (N, *S); what was visited on the way is kept by the problem."""
+
+    def learned(self, problem: Problem) -> Attack:
+        """What a universal attack puts on every example, learned from all of them; nothing is judged on the way.
+
+        `problem` holds all examples, more than go through the model at once: `problem.batches(problem.most)` do.
+        """
+        return self
+
+    def check(self, threat: Threat) -> None:
+        """Refuse a threat that this attack does not serve.
+
+        Raises:
+            ArgumentError: With the threats that it serves.
+        """
+        if self.serves and not isinstance(threat, self.serves):
+            names = ", ".join(kind.__name__ for kind in self.serves)
+            raise ArgumentError(f"threat={threat!r} is not served by {self!r}; it serves {names}")
 
     @final
     def __call__(self, target: Target | nn.Module | Fn, x: Tensor, ref: Tensor, *, goal: Goal = Misclassify(),
@@ -68,6 +90,7 @@ class Attack(ABC):
             ShapeError: Tensors that do not fit each other, or an output that the goal cannot read.
         """
         check_keep(keep)
+        self.check(threat)
         target, ids = Target.of(target), _checked(x, ref, goal, threat, seed, ids)
         if not len(x):
             return Result.room(x.detach())
@@ -75,16 +98,20 @@ class Attack(ABC):
         with _gradients_on(), target.held():
             x, ref = _owned(x), _owned(ref)
             room = Result.room(x)
+            attack, spent, halved = self._ready(target, x, ref, goal, threat, Noise(int(seed), ids))
 
-            def solve(rows: slice) -> Result:
+            def solve(rows: slice, most: int) -> Result:
                 noise = Noise(int(seed), ids[rows])
                 with seeded(noise.at("model", int(noise.ids[0])).key):
-                    part = self._solve(target, threat.clamp(x[rows]), ref[rows], goal, threat[rows], noise, keep)
+                    part = attack._solve(
+                        target.fitting(most), threat.clamp(x[rows]), ref[rows], goal, threat[rows], noise, keep
+                    )
                 return room.fill(rows, part)
 
             parts, notes = _in_batches(solve, len(x), target.batch_size)
             told = Result.cat(parts)
-            whole = replace(room, flags=told.flags, notes=told.notes, stages=told.stages)
+            whole = replace(room, flags=told.flags, notes=(*halved, *told.notes), stages=told.stages)
+            whole = whole if spent is None else whole.after(spent)
             if x.element_size() < 4:
                 notes.append(told_in_float32(target, whole.x_adv, ref, goal, whole.success))
         return replace(whole, flags=(*flags, *whole.flags, *flat_flag(whole)), notes=(*notes, *whole.notes))
@@ -93,20 +120,37 @@ class Attack(ABC):
     def perturb(self, target: Target | nn.Module | Fn, x: Tensor, ref: Tensor, *, goal: Goal = Misclassify(),
                 threat: Threat, seed: int = 0, ids: Tensor | None = None) -> Tensor:  # fmt: skip
         """The last iterates alone, (N, *S), judged by nobody: what adversarial training needs. Arguments as above."""
+        self.check(threat)
         target, ids = Target.of(target), _checked(x, ref, goal, threat, seed, ids)
         if not len(x):
             return x.detach().clone()
         with _gradients_on(), target.held():
             x, ref = _owned(x), _owned(ref)
+            attack = self._ready(target, x, ref, goal, threat, Noise(int(seed), ids))[0]
 
-            def solve(rows: slice) -> Tensor:
+            def solve(rows: slice, most: int) -> Tensor:
                 part, noise = threat.clamp(x[rows]), Noise(int(seed), ids[rows])
                 kept = Kept("last", wide(part), target.stochastic)
-                problem = Problem(target, part, ref[rows], goal, threat[rows], noise, kept)
+                problem = Problem(target.fitting(most), part, ref[rows], goal, threat[rows], noise, kept)
                 with seeded(noise.at("model", int(noise.ids[0])).key):
-                    return _finished(problem, self.run(problem), part)
+                    return _finished(problem, attack.run(problem), part)
 
             return torch.cat(_in_batches(solve, len(x), target.batch_size)[0])
+
+    @final
+    def _ready(self, target: Target, x: Tensor, ref: Tensor, goal: Goal, threat: Threat,
+               noise: Noise) -> tuple[Attack, Ledger | None, list[Remark]]:  # fmt: skip
+        """What is run on each batch, what learning it has cost, and what is to be told of it."""
+        if not self.universal:
+            return self, None, []
+
+        def learn(most: int) -> tuple[Attack, Ledger]:
+            kept = Kept("last", wide(x), target.stochastic)
+            with seeded(noise.at("model", "learning").key):
+                return self.learned(Problem(target.fitting(most), x, ref, goal, threat, noise, kept)), kept.ledger
+
+        (attack, ledger), most = _halving(learn, target.batch_size, len(x))
+        return attack, ledger, _halved(target.batch_size, most)
 
     @final
     def _solve(self, target: Target, x: Tensor, ref: Tensor, goal: Goal, threat: Threat, noise: Noise,
@@ -115,7 +159,7 @@ class Attack(ABC):
         problem = Problem(target, x, ref, goal, threat, noise, kept)
         stage = kept.ledger.stage
         met = torch.zeros_like(kept.open)
-        if goal.met_before and keep in ("first", "smallest"):
+        if goal.met_before and keep in ("first", "smallest") and not self.universal:
             with stage("clean", kept.best.found):
                 met = problem.success(problem.x)
                 met &= not kept.stochastic  # known only now: a lucky answer is no success
@@ -142,19 +186,29 @@ def _finished(problem: Problem, x_adv: Tensor, like: Tensor) -> Tensor:
     return x_adv if x_adv.dtype == like.dtype else toward(x_adv, like)
 
 
-def _in_batches(solve: Callable[[slice], T], n: int, size: int) -> tuple[list[T], list[Remark]]:
+def _in_batches(solve: Callable[[slice, int], T], n: int, size: int) -> tuple[list[T], list[Remark]]:
     """`solve` for every slice of at most `size` rows; where memory runs out, half the size is tried from there on."""
-    parts, notes, start, size = [], [], 0, min(size, n)
+    parts, start, most = [], 0, size
     while start < n:
+        part, most = _halving(lambda rows, first=start: solve(slice(first, min(first + rows, n)), rows), most, n - start)  # type: ignore[misc]
+        parts.append(part)
+        start += most
+    return parts, _halved(size, most)
+
+
+def _halving(work: Callable[[int], T], size: int, n: int) -> tuple[T, int]:
+    """`work` on n images with the most at once, `size` or as many as memory allows; and how many these were."""
+    while True:
         try:
-            parts.append(solve(slice(start, min(start + size, n))))
-            start += size
+            return work(size), size
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if size == 1 or not is_out_of_memory(error):
                 raise
-            size = -(-size // 2)
-            notes = [Remark("batch-halved", f"memory ran out; the last batches held {size} images")]
-    return parts, notes
+            size = -(-min(size, n) // 2)
+
+
+def _halved(wanted: int, most: int) -> list[Remark]:
+    return [] if most == wanted else [Remark("batch-halved", f"memory ran out; the last batches held {most} images")]
 
 
 @contextmanager

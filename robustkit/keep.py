@@ -27,7 +27,7 @@ class _Slot:
     """One point for each of N examples, with a score: the lower, the better; infinite where there is none."""
 
     def __init__(self, x: Tensor) -> None:
-        self.x_adv = x.clone()
+        self.x_adv = x
         self.score = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
         self.found = torch.zeros(len(x), dtype=torch.bool, device=x.device)
 
@@ -67,7 +67,8 @@ class Kept:
         self.keep, self.ledger, self.checked = keep, Ledger(len(x), x.device), False
         self._declared, self.stochastic = stochastic, bool(stochastic)
         self.open = torch.ones(len(x), dtype=torch.bool, device=x.device)
-        self.best, self.lowest = _Slot(x), _Slot(x)
+        # Where nothing is kept, nothing is written: then the inputs themselves stand there, without a copy.
+        self.best, self.lowest = (_Slot(x if keep == "last" else x.clone()) for _ in range(2))
 
     def found_out(self, *, stochastic: bool) -> None:
         """Take note of whether the first call drew random numbers, unless the target had declared it."""
@@ -98,6 +99,8 @@ class Kept:
         loss = torch.where(loss[new].isnan(), torch.where(reached, -torch.inf, torch.inf), loss[new].double())
         if self.keep == "smallest" and not self.stochastic:
             loss = threat[new].size(x_adv, x[new])
+        elif self.leaving:  # of several points of an example in one question, the one that was named first
+            loss = torch.arange(len(new), device=rows.device, dtype=torch.float64)
         changed = self.best.put(rows, x_adv, loss, reached)
         if self.stochastic:
             self.lowest.put(rows, x_adv, loss, torch.zeros_like(reached))

@@ -73,6 +73,11 @@ class Problem:
             yield step
 
     @property
+    def most(self) -> int:
+        """The most images that may go through the model at once, for attacks that ask many questions about each example."""
+        return self._target.batch_size
+
+    @property
     def ids(self) -> Tensor:
         """The names of the examples, (N,) int64: their noise belongs to them."""
         return self._noise.ids

@@ -93,6 +93,12 @@ class Result:
         return replace(self, flags=part.flags, notes=part.notes, stages=part.stages,
                        **{name: getattr(self, name)[:0] for name in _TENSORS})  # fmt: skip
 
+    def after(self, spent: Ledger) -> Result:
+        """The same result with the cost of what went before it, one stage "learning"."""
+        counts = {name: getattr(self, name) + getattr(spent, name) for name in ("forwards", "backwards", "flat")}
+        stage = Stage("learning", int(spent.forwards.sum()), int(spent.backwards.sum()), 0)
+        return replace(self, **counts, stages=(stage, *self.stages))
+
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file."""
         told = {kind: [asdict(item) for item in getattr(self, kind)] for kind in ("flags", "notes", "stages")}

@@ -85,6 +85,10 @@ class Target:
             raise ArgumentError(f"view {name!r} does not exist; this target has {', '.join(self.views)}")
         return replace(self, views={name: self.views[name]})
 
+    def fitting(self, most: int) -> Target:
+        """The same target with at most so many images at once."""
+        return self if most >= self.batch_size else replace(self, batch_size=most)
+
     @property
     def in_training(self) -> bool:
         """Whether any part of the module is in training mode as it stands."""
