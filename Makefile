@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # More threads than idle cores make small models many times slower.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: bench test check laws kills requests overhead load docs clean
+.PHONY: bench test check laws kills requests overhead load universal pixels docs clean
 
 bench: $(VENV)/.core
 	$(ONE_THREAD) $(BIN)/robustkit bench
@@ -37,6 +37,16 @@ overhead: $(VENV)/.dev
 
 load: $(VENV)/.dev
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.load
+
+universal: $(VENV)/.dev
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.universal
+
+# Colour images are no part of this repository: COLOURS names the folder that holds them.
+PIXELS = --train $(COLOURS)/cifar10_train10k.npz --data $(COLOURS)/cifar10_val1k.npz
+pixels: $(VENV)/.dev
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.one_pixel $(PIXELS)
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.pixel_ceiling $(PIXELS)
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.evolution $(PIXELS)
 
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 from sklearn.datasets import load_digits
 
-from benchmarks.machine import processor
+from benchmarks.machine import peak, processor
 
 RESULT = Path(__file__).parent / "results" / "load.json"
 NUMBERS = (2_000, 20_000, 200_000)
@@ -58,7 +57,7 @@ def measured(file: Path, out: Path) -> dict[str, Any]:
     moments = {share: next((end - at, left) for at, left in told if at >= ready + share * (end - ready)) for share in MOMENTS}
     return {
         "images": len(loaded),
-        "peak_MiB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        "peak_MiB": round(peak(), 1),
         "seconds": round(end - begun, 1),
         "of_which_loading": round(ready - begun, 1),
         "time_left_told_over_true": {f"{share:.0%}": round(left / true, 3) for share, (true, left) in moments.items() if left},

@@ -12,7 +12,6 @@ import argparse
 import importlib
 import json
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.machine import processor
+from benchmarks.machine import peak, processor
 from robustkit import PGD, Linf, Result, Target, data, zoo
 
 RESULT = Path(__file__).parent / "results" / "overhead.json"
@@ -174,7 +173,7 @@ def child(n: int, attacked: bool) -> None:
         PGD(steps=2)(model, x, y, threat=Linf(0.1))
     else:
         torch.empty_like(x).copy_(x)  # room for the result alone
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(peak())
 
 
 def colours(path: str | None) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from robustkit.attack import Attack
-    from robustkit.attacks import FGSM, MIFGSM, PGD
+    from robustkit.attacks import FGSM, MIFGSM, PGD, OnePixel, PixelSearch, UniversalPGD
     from robustkit.bench.evaluate import Report, evaluate
+    from robustkit.defence import Defence
     from robustkit.goals import ClassifyAs, Goal, Misclassify
     from robustkit.normalize import Normalize
     from robustkit.problem import Problem
@@ -26,23 +27,28 @@ __all__ = [
     "PGD",
     "Attack",
     "ClassifyAs",
+    "Defence",
     "Goal",
     "Linf",
     "Misclassify",
     "Normalize",
+    "OnePixel",
+    "PixelSearch",
     "Pixels",
     "Problem",
     "Report",
     "Result",
     "Target",
     "Threat",
+    "UniversalPGD",
     "evaluate",
 ]
 
 _HOMES = {
     "attack": ("Attack",),
-    "attacks": ("FGSM", "MIFGSM", "PGD"),
+    "attacks": ("FGSM", "MIFGSM", "PGD", "OnePixel", "PixelSearch", "UniversalPGD"),
     "bench.evaluate": ("Report", "evaluate"),
+    "defence": ("Defence",),
     "goals": ("ClassifyAs", "Goal", "Misclassify"),
     "normalize": ("Normalize",),
     "problem": ("Problem",),

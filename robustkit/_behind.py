@@ -28,7 +28,11 @@ def module_of(*fns: Callable[..., Any]) -> nn.Module | None:
     modules = list(dict.fromkeys(thing for thing in _walk(fns, _DEPTH, set()) if isinstance(thing, nn.Module)))
     inner = {part for module in modules for part in module.modules() if part is not module}
     outer = [module for module in modules if module not in inner]
-    return nn.ModuleList(outer) if len(outer) > 1 else next(iter(outer), None)
+    if len(outer) < 2:
+        return next(iter(outer), None)
+    several = nn.ModuleList(outer)
+    several.training = False  # of its own it has no mode, and a fresh one would pass for a part in training
+    return several
 
 
 def generators_of(*fns: Callable[..., Any]) -> list[_Generator]:

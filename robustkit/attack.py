@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import ClassVar, Literal, SupportsIndex, TypeVar, final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
 
+from robustkit._call import checked, gradients_on, halved, halving, in_batches, owned
 from robustkit._random import Noise
 from robustkit._tensors import over, toward, wide
-from robustkit._world import is_out_of_memory, seeded
+from robustkit._world import seeded
 from robustkit.errors import ArgumentError, ShapeError
 from robustkit.goals import Goal, Misclassify
 from robustkit.keep import Keep, Kept, check_keep
@@ -27,8 +26,6 @@ from robustkit.verdict import told_in_float32, verdict
 __all__ = ["FLAT", "Attack", "flat_flag"]
 
 FLAT = "flat-gradients"
-
-T = TypeVar("T")
 
 
 class Attack(ABC):
@@ -91,12 +88,12 @@ class Attack(ABC):
         """
         check_keep(keep)
         self.check(threat)
-        target, ids = Target.of(target), _checked(x, ref, goal, threat, seed, ids)
+        target, ids = Target.of(target), checked(x, ref, goal, threat, seed, ids)
         if not len(x):
             return Result.room(x.detach())
         flags = _flags(target)
-        with _gradients_on(), target.held():
-            x, ref = _owned(x), _owned(ref)
+        with gradients_on(), target.held():
+            x, ref = owned(x), owned(ref)
             room = Result.room(x)
             attack, spent, halved = self._ready(target, x, ref, goal, threat, Noise(int(seed), ids))
 
@@ -108,7 +105,7 @@ class Attack(ABC):
                     )
                 return room.fill(rows, part)
 
-            parts, notes = _in_batches(solve, len(x), target.batch_size)
+            parts, notes = in_batches(solve, len(x), target.batch_size)
             told = Result.cat(parts)
             whole = replace(room, flags=told.flags, notes=(*halved, *told.notes), stages=told.stages)
             whole = whole if spent is None else whole.after(spent)
@@ -121,11 +118,11 @@ class Attack(ABC):
                 threat: Threat, seed: int = 0, ids: Tensor | None = None) -> Tensor:  # fmt: skip
         """The last iterates alone, (N, *S), judged by nobody: what adversarial training needs. Arguments as above."""
         self.check(threat)
-        target, ids = Target.of(target), _checked(x, ref, goal, threat, seed, ids)
+        target, ids = Target.of(target), checked(x, ref, goal, threat, seed, ids)
         if not len(x):
             return x.detach().clone()
-        with _gradients_on(), target.held():
-            x, ref = _owned(x), _owned(ref)
+        with gradients_on(), target.held():
+            x, ref = owned(x), owned(ref)
             attack = self._ready(target, x, ref, goal, threat, Noise(int(seed), ids))[0]
 
             def solve(rows: slice, most: int) -> Tensor:
@@ -135,7 +132,16 @@ class Attack(ABC):
                 with seeded(noise.at("model", int(noise.ids[0])).key):
                     return _finished(problem, attack.run(problem), part)
 
-            return torch.cat(_in_batches(solve, len(x), target.batch_size)[0])
+            return torch.cat(in_batches(solve, len(x), target.batch_size)[0])
+
+    @final
+    def _prepared(self, target: Target | nn.Module | Fn, x: Tensor, ref: Tensor, goal: Goal, threat: Threat, seed: int,
+                  ids: Tensor | None) -> tuple[Attack, Ledger | None]:  # fmt: skip
+        """What `_ready` gives, for a caller outside of a run."""
+        self.check(threat)
+        target, ids = Target.of(target), checked(x, ref, goal, threat, seed, ids)
+        with gradients_on(), target.held():
+            return self._ready(target, owned(x), owned(ref), goal, threat, Noise(int(seed), ids))[:2]
 
     @final
     def _ready(self, target: Target, x: Tensor, ref: Tensor, goal: Goal, threat: Threat,
@@ -149,8 +155,8 @@ class Attack(ABC):
             with seeded(noise.at("model", "learning").key):
                 return self.learned(Problem(target.fitting(most), x, ref, goal, threat, noise, kept)), kept.ledger
 
-        (attack, ledger), most = _halving(learn, target.batch_size, len(x))
-        return attack, ledger, _halved(target.batch_size, most)
+        (attack, ledger), most = halving(learn, target.batch_size, len(x))
+        return attack, ledger, halved(target.batch_size, most)
 
     @final
     def _solve(self, target: Target, x: Tensor, ref: Tensor, goal: Goal, threat: Threat, noise: Noise,
@@ -186,44 +192,6 @@ def _finished(problem: Problem, x_adv: Tensor, like: Tensor) -> Tensor:
     return x_adv if x_adv.dtype == like.dtype else toward(x_adv, like)
 
 
-def _in_batches(solve: Callable[[slice, int], T], n: int, size: int) -> tuple[list[T], list[Remark]]:
-    """`solve` for every slice of at most `size` rows; where memory runs out, half the size is tried from there on."""
-    parts, start, most = [], 0, size
-    while start < n:
-        part, most = _halving(lambda rows, first=start: solve(slice(first, min(first + rows, n)), rows), most, n - start)  # type: ignore[misc]
-        parts.append(part)
-        start += most
-    return parts, _halved(size, most)
-
-
-def _halving(work: Callable[[int], T], size: int, n: int) -> tuple[T, int]:
-    """`work` on n images with the most at once, `size` or as many as memory allows; and how many these were."""
-    while True:
-        try:
-            return work(size), size
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if size == 1 or not is_out_of_memory(error):
-                raise
-            size = -(-min(size, n) // 2)
-
-
-def _halved(wanted: int, most: int) -> list[Remark]:
-    return [] if most == wanted else [Remark("batch-halved", f"memory ran out; the last batches held {most} images")]
-
-
-@contextmanager
-def _gradients_on() -> Iterator[None]:
-    """Gradients are taken wherever the caller stands, inside torch.no_grad() and torch.inference_mode() too."""
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
-
-
-def _owned(x: Tensor) -> Tensor:
-    """`x` without its history, as an ordinary tensor."""
-    x = x.detach()
-    return x.clone() if x.is_inference() else x
-
-
 def _flags(target: Target) -> list[Remark]:
     if target.mode == "eval" and target.in_training:
         return [Remark("train-mode", "the model arrived in training mode; it was attacked in evaluation mode")]
@@ -238,47 +206,3 @@ def flat_flag(result: Result) -> list[Remark]:
         return []
     why = f"{flat} of {asked} gradients of the unbroken examples were zero, not finite or missing: not broken is not robust"
     return [Remark(FLAT, why)]
-
-
-def _checked(x: Tensor, ref: Tensor, goal: Goal, threat: Threat, seed: int, ids: Tensor | None) -> Tensor:
-    """The ids, after a look at everything that can be seen to be wrong before any work."""
-    for name, value, kind, example in (("goal", goal, Goal, "ClassifyAs()"), ("threat", threat, Threat, "Linf(8 / 255)")):
-        if not isinstance(value, kind):
-            raise ArgumentError(f"{name}={value!r} must be a {kind.__name__}, for example {example}")
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        found = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise ArgumentError(f"x is {found}; inputs must be a floating-point tensor (byte images: x.float() / 255)")
-    if x.dim() < 2 or (not x[:1].numel() and len(x)):
-        raise ShapeError(f"x has shape {tuple(x.shape)}; inputs must be (N, *S) with at least one value an example")
-    if not isinstance(ref, Tensor) or ref.shape[:1] != x.shape[:1]:
-        shape = tuple(ref.shape) if isinstance(ref, Tensor) else type(ref).__name__
-        raise ShapeError(f"ref is {shape}, x is {tuple(x.shape)}; both must be tensors with one row an example")
-    if not isinstance(seed, SupportsIndex):
-        raise ArgumentError(f"seed={seed!r} must be an integer")
-    _check_eps(threat, x)
-    _check_range(threat, x)
-    if ids is None:
-        return torch.arange(len(x), device=x.device)
-    if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.shape != x.shape[:1]:
-        given = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise ShapeError(f"ids are {given}; they must be an int64 tensor of shape ({len(x)},)")
-    return ids.to(x.device)
-
-
-def _check_eps(threat: Threat, x: Tensor) -> None:
-    if isinstance(threat.eps, Tensor) and threat.eps.dim() and threat.eps.shape != x.shape[:1]:
-        raise ShapeError(f"eps has shape {tuple(threat.eps.shape)}; it must be one number, or one an example: ({len(x)},)")
-
-
-def _check_range(threat: Threat, x: Tensor) -> None:
-    """Refuse values outside the bounds, but for one rounding in the type of x."""
-    if not len(x):
-        return
-    low, high = (float(v) for v in torch.aminmax(x.detach()))
-    lowest, highest = threat.bounds or (-torch.inf, torch.inf)
-    slack = torch.finfo(x.dtype).eps * max(abs(lowest), abs(highest)) if threat.bounds else 0.0
-    if not (lowest - slack <= low and high <= highest + slack and low > -torch.inf and high < torch.inf):
-        raise ArgumentError(
-            f"x has values from {low:g} to {high:g}, outside bounds={threat.bounds}; give images as the model's user "
-            "would, with the normalisation inside the model, or state the true bounds in the threat"
-        )

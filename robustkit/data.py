@@ -21,7 +21,7 @@ from robustkit._npz import Stored
 from robustkit._random import Noise
 from robustkit.errors import ArgumentError, MissingExtraError
 
-__all__ = ["FORMS", "Data", "load"]
+__all__ = ["FORMS", "Data", "load", "training_part"]
 
 FORMS = (
     "mnist-5k", "mnist-5k:train", "digits", "digits:train", "npz:FILE", "folder:DIR", "torchvision:NAME",
@@ -136,6 +136,11 @@ def load(spec: str) -> Data:
     if spec.rpartition(":")[0].endswith(".py"):
         return _from_factory(spec)
     raise ArgumentError(f"data={spec!r} is no data that is known here; give {', '.join(FORMS)}")
+
+
+def training_part(spec: str) -> Data | None:
+    """The images that go with the data `spec` and are meant for learning; None where there are none."""
+    return load(f"{spec}:train") if spec in ("mnist-5k", "digits") else None
 
 
 def _mnist() -> tuple[np.ndarray, np.ndarray]:

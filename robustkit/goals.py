@@ -13,7 +13,7 @@ from torch import Tensor
 from robustkit._behind import module_of
 from robustkit._world import held, seeded
 from robustkit.errors import ShapeError
-from robustkit.losses import Loss, cross_entropy, logits_of
+from robustkit.losses import Loss, cross_entropy, logits_of, margin
 
 __all__ = ["ClassifyAs", "Goal", "Misclassify", "Out", "least_likely"]
 
@@ -51,6 +51,20 @@ class Goal(ABC):
         """
         return [(self, ref)]
 
+    def own(self, out: Out, ref: Tensor) -> Tensor:
+        """The reference with the model's own answer `out` in the place of the truth; by default `ref`, which is no truth.
+
+        What is learned against it asks for a change of the answer, whether the answer was right or wrong.
+        """
+        return ref
+
+    def edge(self, out: Out, ref: Tensor) -> Tensor:
+        """How far the output is from the goal, (N,): above zero before it is reached, zero at the border; by default the loss.
+
+        For attacks that look for the border. Goals whose loss is not zero there have to say something else.
+        """
+        return self.loss(out, ref)
+
     def __repr__(self) -> str:
         """The recipe: functions by their names, so that it reads the same in every process."""
         values = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]  # type: ignore[arg-type]
@@ -87,6 +101,14 @@ class Misclassify(Goal):
         logits = logits_of(out, ref)
         return (logits.argmax(1) != ref) | logits.isnan().any(1)
 
+    def own(self, out: Out, ref: Tensor) -> Tensor:
+        """The classes that come first, (N,) int64."""
+        return logits_of(out, ref).argmax(1)
+
+    def edge(self, out: Out, ref: Tensor) -> Tensor:
+        """How far the right class is ahead of the strongest other."""
+        return -margin(out, ref)
+
     def parts(self, out: Out, ref: Tensor) -> list[tuple[Goal, Tensor]]:
         """One `ClassifyAs` for each rank among the wrong classes, that of the largest logit first."""
         others = logits_of(out, ref).scatter(1, ref.unsqueeze(1), -torch.inf).argsort(1, descending=True)[:, :-1]
@@ -116,6 +138,10 @@ class ClassifyAs(Goal):
         """Where the wanted class comes first."""
         logits = logits_of(out, ref)
         return (logits.argmax(1) == ref) & ~logits.isnan().any(1)
+
+    def edge(self, out: Out, ref: Tensor) -> Tensor:
+        """How far the wanted class is behind the strongest other."""
+        return margin(out, ref)
 
     def check(self, out: Out, ref: Tensor) -> None:
         """Refuse outputs that are no logits, and wanted classes that are no classes of theirs."""

@@ -33,8 +33,9 @@ class _Slot:
 
     def put(self, rows: Tensor, x_adv: Tensor, score: Tensor, reached: Tensor) -> Tensor:
         """Take what is better for the examples `rows` (M,), a success before a failure; returns the rows that changed."""
-        better = torch.where(reached == self.found[rows], score < self.score[rows], reached).nonzero().squeeze(1)
-        # One example may be named several times: of its points the best is taken, which sorting makes the last.
+        better = torch.where(reached == self.found[rows], score < self.score[rows], reached).nonzero().squeeze(1).flip(0)
+        # One example may be named several times: of its points the best is taken, of equal ones the first; sorting makes it
+        # the last.
         order = better[torch.argsort(score[better], descending=True, stable=True)]
         order = order[torch.argsort(reached[order].long(), stable=True)]
         place = torch.arange(len(order), device=rows.device)

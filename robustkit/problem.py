@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from robustkit._layers import joined, layers_of, up_to
 from robustkit._random import Noise
 from robustkit._tensors import amax, toward, wide
 from robustkit._world import random_state
+from robustkit.errors import ArgumentError
 from robustkit.goals import Goal
+from robustkit.jacobian import Jacobian
 from robustkit.keep import Kept
 from robustkit.target import Fn, Target
 from robustkit.threats import Threat
@@ -60,6 +63,11 @@ class Problem:
         for first in range(0, len(self), size):
             yield self[first : first + size]
 
+    def compared_with(self, ref: Tensor) -> Problem:
+        """The same questions about the same examples with another reference, (N, ...)."""
+        return Problem(self._target, self._raw, ref, self.goal, self.threat, self._noise, self._kept,
+                       None if isinstance(self._rows, slice) else self._rows)  # fmt: skip
+
     @property
     def open(self) -> Tensor:
         """Which examples are still to be solved, (N,) bool."""
@@ -85,6 +93,10 @@ class Problem:
     def noise(self, *path: str | int) -> Noise:
         """Random numbers for these examples; name what they are for and which draw it is, so that none repeats."""
         return self._noise.at(*path)
+
+    def common_noise(self, *path: str | int) -> Noise:
+        """Random numbers that all examples share, one row; whatever examples these are."""
+        return Noise(self._noise.seed, self.ids.new_zeros(1), ("common", *path))
 
     def start(self, draw: int = 0) -> Tensor:
         """A random point of the threat set for each example; restarts number their draws."""
@@ -131,6 +143,30 @@ class Problem:
         """What the deployed function says of `x_adv`, for every example, solved or not; kept if it solves one."""
         return self._judge(x_adv, slice(None))[0]
 
+    def gradients(self, x_adv: Tensor, values: Callable[[Any, Tensor], Iterable[Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Several functions of one answer: the value of each, (N,), and its gradient with respect to `x_adv`, (N, *S).
+
+        One pass through the model serves them all; each gradient counts, and one without signal counts as flat. Every
+        example is asked, solved or not; what solves one on the way is kept.
+
+        Args:
+            x_adv: Where, (N, *S).
+            values: From an output of the adversary's view and the reference to the functions' values, each (N,).
+        """
+        everyone = slice(None)
+        x_in = self._input(x_adv, everyone).requires_grad_()
+        with torch.enable_grad():
+            out = self._forward(self._target.view, x_in, everyone)
+        if self._kept.judging:
+            with torch.no_grad():
+                self._judge_on_the_way(x_adv, everyone, out, None)
+        with torch.enable_grad():
+            found = list(values(out, self.ref))
+        for value in found:
+            self._count(self._kept.ledger.backwards, everyone)
+            grad = _gradient(value, x_in, keep=True).to(self.x)
+            yield value.detach().to(self.x), self._with_signal(grad, x_adv, everyone)
+
     def answer_and_pull(self, x_adv: Tensor) -> tuple[Any, Callable[[Tensor], Tensor]]:
         """What the adversary's view says of `x_adv`, and the way back through it, for attacks with a loss of their own.
 
@@ -155,6 +191,32 @@ class Problem:
             return torch.zeros_like(self.x) if grad is None else grad.to(self.x)
 
         return out, pull
+
+    def layers(self) -> tuple[str, ...]:
+        """The innermost layers that the adversary's view runs, by name, in order; none for a function without a module."""
+        self._count(self._kept.ledger.forwards, slice(0, 1))
+        found = layers_of(self._target.module, self._target.view, self._input(self.x, slice(0, 1)))
+        return tuple(name for name, layer in found.items() if not any(layer.children()))
+
+    def jacobian(self, layer: str | None) -> Jacobian:
+        """How one layer, or the output where None is named, answers to small changes of the inputs; every product counts.
+
+        Raises:
+            ArgumentError: There is no layer of that name; the message lists them.
+        """
+        fn, ledger = joined(self._target.view), self._kept.ledger
+        if layer is not None:
+            self._count(ledger.forwards, slice(0, 1))
+            found = layers_of(self._target.module, self._target.view, self._input(self.x, slice(0, 1)))
+            if layer not in found:
+                raise ArgumentError(f"layer={layer!r} does not exist; this model has {', '.join(found) or 'no layers'}")
+            fn = up_to(found[layer], self._target.view)
+
+        def count(forwards: int, backwards: int) -> None:
+            self._count(ledger.forwards, slice(None), forwards)
+            self._count(ledger.backwards, slice(None), backwards)
+
+        return Jacobian(fn, self._input(self.x, slice(None)), count)
 
     def _asked(self) -> Tensor:
         """The examples that the model still has to see, as indices."""
@@ -240,9 +302,9 @@ def _mean(draws: list[Tensor]) -> Tensor:
     return torch.stack(draws).mean(0) if len(draws) > 1 else draws[0]
 
 
-def _gradient(loss: Tensor, x: Tensor) -> Tensor:
-    """d sum(loss) / dx; zero where there is no path from x to the loss."""
+def _gradient(loss: Tensor, x: Tensor, *, keep: bool = False) -> Tensor:
+    """d sum(loss) / dx; zero where there is no path from x to the loss. `keep`: others will ask for theirs."""
     if not loss.requires_grad:
         return torch.zeros_like(x)
-    (grad,) = torch.autograd.grad(loss.sum(), x, allow_unused=True)
+    (grad,) = torch.autograd.grad(loss.sum(), x, allow_unused=True, retain_graph=keep)
     return torch.zeros_like(x) if grad is None else grad.detach()

@@ -94,6 +94,16 @@ class Threat(ABC):
         return self.eps
 
     @final
+    @property
+    def free(self) -> Threat:
+        """The same ball, of its largest budget, around zero and without a box: where a change that serves all examples lives.
+
+        Raises:
+            ArgumentError: A threat that needs its box.
+        """
+        return replace(self, eps=float(torch.as_tensor(self.eps, dtype=torch.float64).max()), bounds=None)
+
+    @final
     def step(self, grad: Tensor, x_adv: Tensor, x: Tensor, fraction: float, length: float | None = None) -> Tensor:
         """A move of `fraction` of the budget, or of `length` in input units, that raises the linear function `grad`."""
         # One product of Python floats: other libraries form the step so, and float32 would round it twice.

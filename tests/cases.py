@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from hypothesis import strategies as st
 
 from robustkit import FGSM, L1, L2, MIFGSM, PGD, ClassifyAs, Linf, Misclassify, Pixels
+from robustkit.attacks import DeepFool, OnePixel, PixelSearch, SparseRS, UniversalDeepFool, UniversalPGD, UniversalSingular
 from robustkit.losses import cross_entropy, dlr, margin
 from robustkit.testing.strategies import labels, logits
 
@@ -28,6 +29,14 @@ ATTACKS = [
     AttackRow(PGD(steps=12, random_start=False), exact=(Linf, L2)),
     AttackRow(PGD(steps=5, step_size=0.02)),
     AttackRow(MIFGSM(), exact=(Linf, L2)),
+    AttackRow(DeepFool(), serves=(Linf, L2), exact=(Linf, L2), within=1.021),
+    AttackRow(UniversalPGD(epochs=2, batch=3, starts=2), serves=(Linf, L2)),
+    AttackRow(UniversalDeepFool(passes=2, batch=2), serves=(Linf, L2)),
+    AttackRow(UniversalSingular(images=3, iterations=3), serves=(Linf, L2)),
+    AttackRow(OnePixel(population=6, generations=2), serves=(Pixels,)),
+    AttackRow(OnePixel(population=6, generations=2, recipe="paper"), serves=(Pixels,)),
+    AttackRow(PixelSearch(queries=20, at_once=4), serves=(Pixels,)),
+    AttackRow(SparseRS(queries=12), serves=(Pixels,)),
 ]
 
 THREATS = [Linf, L2, L1, Pixels]

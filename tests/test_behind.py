@@ -110,3 +110,13 @@ def test_generators_are_found():
     noisy, python = Noisy(), random.Random(0)
     assert set(map(id, generators_of(noisy))) == {id(noisy.own), id(noisy.inner.rng)}
     assert generators_of(lambda x: python.random()) == [python]
+
+
+def test_two_models_in_evaluation_mode_are_not_taken_for_one_in_training():
+    one, two = net().eval(), net().eval()
+    result = PGD(steps=1)(lambda x: one(x) + two(x), X, Y, threat=Linf(0.1))
+    assert result.flags == ()
+    assert not one.training
+    two.train()
+    result = PGD(steps=1)(lambda x: one(x) + two(x), X, Y, threat=Linf(0.1))
+    assert [flag.name for flag in result.flags] == ["train-mode"]

@@ -80,6 +80,24 @@ def data_alone(): return torch.rand(3, 1, 8, 8)
 """
 
 
+ATTACKS = """
+from dataclasses import dataclass
+from typing import Literal
+from robustkit import Pixels
+from robustkit.attack import Attack
+
+
+@dataclass(frozen=True)
+class Choosy(Attack):
+    recipe: Literal["paper", "scipy"] = "paper"
+    inner: Attack | None = None
+    serves = (Pixels,)
+
+    def run(self, problem):
+        raise KeyError("never asked")
+"""
+
+
 class Trap:
     """What a pickle would do to whoever loads it."""
 
@@ -101,6 +119,7 @@ def folder(tmp_path_factory):
     (made / "nets.py").write_text(NETS)
     (made / "import.py").write_text("raise RuntimeError('at import')")
     (made / "file").write_text("mine")
+    attacks(made)
     weights(made)
     arrays(made)
     (made / "empty" / "class").mkdir(parents=True)
@@ -117,6 +136,21 @@ def folder(tmp_path_factory):
     (file,) = broken.rglob("*.safetensors")
     file.write_bytes(pickle.dumps(Trap(made / "executed")))
     return made
+
+
+def attacks(made):
+    """Packages that publish attacks, as an installer leaves them: sound ones and broken ones."""
+    (made / "site").mkdir()
+    (made / "site" / "some_attacks.py").write_text(ATTACKS)
+    published = {
+        "sound": "choosy = some_attacks:Choosy\nsame = some_attacks:Choosy", "other": "same = some_attacks:Choosy",
+        "broken": "broken = no_module_at_all:Attack\nfunction = some_attacks:dataclass",
+    }  # fmt: skip
+    for name, entries in published.items():
+        info = made / "site" / f"{name}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[robustkit.attacks]\n{entries}\n")
 
 
 def plans(made):
@@ -272,6 +306,14 @@ ROWS = {
     "perhaps": option("attack", "pgd:random_start=maybe", "'maybe'", "true or false"),
     "a field without value": option("attack", "pgd:steps", "'steps'", "field=value"),
     "a field twice": option("attack", "pgd:steps=1,steps=2", "steps is given twice", "leave one out"),
+    # attacks of other packages
+    "unknown anywhere": option("attack", "choosey", "'choosey' does not exist", "there are fgsm", "choosy"),
+    "a broken package": option("attack", "broken", "'broken'", "'broken' 1.0", "No module named", "install what it needs"),
+    "a function as attack": option("attack", "function", "'broken' 1.0", "is no class", "publish the class"),
+    "one name of two": option("attack", "same", "'other' 1.0 and 'sound' 1.0", "uninstall all but one"),
+    "a threat it does not serve": option("attack", "choosy", "'choosy' does not serve threat 'linf:0.1'", "serves pixels:K"),
+    "none of the choices": option("attack", "choosy:recipe=nope", "recipe='nope'", "must be paper or scipy"),
+    "an attack in an attack": option("attack", "choosy:inner=pgd", "inner='pgd' cannot be written", "give it in Python"),
     # goals
     "unknown goal": option("goal", "nope", "'nope'", "misclassify, least-likely, classify-as:K"),
     "negative class": option("goal", "classify-as:-1", "'classify-as:-1'", "classify-as:K"),
@@ -299,8 +341,9 @@ ROWS = {
 
 
 @pytest.fixture
-def refused(folder, capsys):
+def refused(folder, capsys, monkeypatch):
     """Run words that must be refused; what was said comes back, and nothing may have changed on the disk."""
+    monkeypatch.syspath_prepend(str(folder / "site"))
     before = listing(folder)
 
     def run(words):
@@ -467,7 +510,7 @@ def test_a_real_process_says_the_same(folder, number):
     before = listing(folder)
     words = [word.replace("{}", str(folder)) for word in EVERY[number]]
     done = subprocess.run([sys.executable, "-m", "robustkit", *words], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder / "site")})  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")
     assert " " in str(folder)
     check_told(done.stderr, TOLD[number])

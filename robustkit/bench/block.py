@@ -17,13 +17,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from robustkit.bench.picture import Picture
+from robustkit.bench.spread import Spread
 from robustkit.errors import ArgumentError
 from robustkit.ledger import Remark, Stage
 from robustkit.result import Result
 
 __all__ = ["Block", "Task"]
 
-_WORDS = tuple(field.name for field in fields(Picture) if field.name not in ("clean", "adversarial"))
+_WORDS = tuple(field.name for field in fields(Picture) if field.name not in ("clean", "adversarial", "perturbation"))
 _FACTS = ("success", "rate", "size", "forwards", "backwards", "flat")
 
 
@@ -64,6 +65,7 @@ class Block:
         robust: Which are right both before and after it, (n,).
         seconds: How long it took.
         pictures: Some of the images, to look at.
+        spread: What a universal perturbation did to the predictions; None for other attacks.
     """
 
     task: Task
@@ -74,6 +76,7 @@ class Block:
     robust: NDArray[np.bool_]
     seconds: float
     pictures: tuple[Picture, ...] = ()
+    spread: Spread | None = None
 
     def bytes(self) -> bytes:
         """Everything as one safetensors file, the row of each example under plain names."""
@@ -84,6 +87,8 @@ class Block:
             "clean": torch.from_numpy(self.clean),
             "robust": torch.from_numpy(self.robust),
         }
+        if self.spread is not None:
+            tensors |= self.spread.tensors()
         if self.result.x_adv.shape[1:].numel():
             tensors["x_adv"] = self.result.x_adv
         for name in ("clean", "adversarial") if self.pictures else ():
@@ -92,6 +97,7 @@ class Block:
             kind: [asdict(item) for item in getattr(self.result, kind)] for kind in ("flags", "notes", "stages")
         }
         words = [{name: getattr(picture, name) for name in _WORDS} for picture in self.pictures]
+        told["learned"] = None if self.spread is None else self.spread.learned
         held = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         told |= {"task": asdict(self.task), "seconds": self.seconds, "pictures": words, "sha256": _digest(held)}
         return save(held, {"robustkit": json.dumps(told)})
@@ -122,7 +128,8 @@ class Block:
         result = Result(x_adv, **facts, flags=remarks[0], notes=remarks[1], stages=stages)
         pictures = _pictures(held, told["pictures"])
         masks = held["clean"].numpy(), held["robust"].numpy()
-        return cls(Task(**told["task"]), result, held["index"], held["label"], *masks, told["seconds"], pictures)
+        spread = Spread.of(held, told.get("learned"))
+        return cls(Task(**told["task"]), result, held["index"], held["label"], *masks, told["seconds"], pictures, spread)
 
 
 def _digest(held: dict[str, Tensor]) -> str:
@@ -137,6 +144,8 @@ def _pictures(held: dict[str, Tensor], words: Sequence[dict[str, Any]]) -> tuple
     if not words:
         return ()
     clean, adversarial = (held[f"picture_{name}"].numpy() for name in ("clean", "adversarial"))
+    change = held["spread/delta"].numpy() if "spread/delta" in held else None
     return tuple(
-        Picture(**word, clean=before, adversarial=after) for word, before, after in zip(words, clean, adversarial, strict=True)
+        Picture(**word, clean=before, adversarial=after, perturbation=change)
+        for word, before, after in zip(words, clean, adversarial, strict=True)
     )

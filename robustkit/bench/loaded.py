@@ -8,22 +8,27 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any, final
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from robustkit import data as real_data
 from robustkit._random import Noise
 from robustkit._world import reseeded
 from robustkit.attack import Attack
-from robustkit.bench import specs
+from robustkit.attacks.universal import UniversalAttack
+from robustkit.bench import plugins, specs
 from robustkit.bench.block import Block, Task
 from robustkit.bench.environment import environment
 from robustkit.bench.picture import Picture
 from robustkit.bench.plan import Case, Plan
+from robustkit.bench.plugins import Plugin
 from robustkit.bench.request import command_of
 from robustkit.bench.specs import Aim
+from robustkit.bench.spread import Learned, Spread, learn
 from robustkit.bench.subject import Subject, is_pinned, load_subject
 from robustkit.data import Data
 from robustkit.errors import ArgumentError
@@ -34,17 +39,23 @@ from robustkit.threats import Threat
 __all__ = ["Loaded", "Loader", "Trial", "load"]
 
 PICTURES = 4  # per case, from its first block
+LEARN_FROM = 1000  # images of a training part at most, unless more are scored
 
 
 @final
 @dataclass(frozen=True)
 class Trial:
-    """A case, and what its words mean."""
+    """A case, and what its words mean.
+
+    Attributes:
+        plugin: The package of the attack, where errors in it are to be told in one line; None where they pass unchanged.
+    """
 
     case: Case
     attack: Attack
     threat: Threat
     aim: Aim
+    plugin: Plugin | None = None
 
 
 def load(plan: Plan) -> Loaded:
@@ -55,7 +66,10 @@ def load(plan: Plan) -> Loaded:
             made with, a model that fails on the data.
         MissingExtraError: An optional dependency is needed.
     """
-    trials = [Trial(case, specs.attack(case.attack), specs.threat(case.threat), specs.goal(case.goal)) for case in plan.cases]
+    trials = [
+        Trial(case, specs.attack(case.attack), specs.threat(case.threat), specs.goal(case.goal), specs.plugin(case.attack))
+        for case in plan.cases
+    ]
     with threads(plan.threads):
         data = real_data.load(plan.data).part(plan.offset, plan.limit)
         return Loaded(plan, data, {spec: load_subject(spec, data, plan) for spec in plan.models}, trials)
@@ -110,24 +124,39 @@ class Loaded:
                     "more, or not the same twice; bring the old one back, or take its line out of [hashes] and begin anew"
                 )
         for trial in trials:
+            with plugins.blamed(trial.plugin, trial.case.attack):
+                specs.check_served(trial.case.attack, trial.attack, trial.case.threat, trial.threat)
             white = trial.attack.access == "white"
             subjects[trial.case.model].check(trial.case, trial.threat, trial.aim.wanted, white)
         self.weights = {spec: subject.hash for spec, subject in subjects.items()}
         self.fingerprints = {spec: subject.fingerprint for spec, subject in subjects.items()}
         self.plan, self.trials = replace(plan, pins=hashes), tuple(trials)
-        self.environment = environment(plan.device, plan.threads)
+        self.environment = environment(plan.device, plan.threads) | specs.packages(case.attack for case in plan.cases)
         self.command = command_of(plan) if command is None else command
         self._data, self._subjects = data, subjects
+        self._changes: dict[int, Learned] = {}
+        if any(isinstance(trial.attack, UniversalAttack) for trial in self.trials):
+            self._learns_from  # noqa: B018 (too few images are refused now)
 
     def __len__(self) -> int:
-        """Images of each case."""
+        """Images of the data."""
         return len(self._data)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """A name for each class."""
+        return self._data.classes
+
+    def images(self, case: int) -> range:
+        """The images that a case is scored on; a universal attack leaves out those that it has to learn from."""
+        learns = isinstance(self.trials[case].attack, UniversalAttack) and self._pool is None
+        return range(len(self) // 2 if learns else 0, len(self))
 
     def tasks(self) -> list[Task]:
         """All blocks; the first of every case before the others, since then it is known what each costs."""
-        starts = range(0, len(self), self.plan.block)
-        cases = range(len(self.trials))
-        order = [(case, 0) for case in cases] + [(case, first) for case in cases for first in starts[1:]]
+        starts = [self.images(case)[:: self.plan.block] for case in range(len(self.trials))]
+        order = [(case, firsts[0]) for case, firsts in enumerate(starts)]
+        order += [(case, first) for case, firsts in enumerate(starts) for first in firsts[1:]]
         return [self._task(case, first, min(first + self.plan.block, len(self))) for case, first in order]
 
     def glance(self, model: str) -> float:
@@ -153,12 +182,15 @@ class Loaded:
             "batch_size": plan.batch_size, "device": plan.device, "normalize": plan.normalize,
             "save_adversarial": plan.save_adversarial, "environment": self.environment,
         }  # fmt: skip
+        if isinstance(trial.attack, UniversalAttack):
+            asked |= {"learned on": self._learns_from.hash, "models": self.fingerprints}
         name = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
         return Task(case, first, last, name)
 
     def _measured(self, task: Task) -> Block:
         trial, plan, rows = self.trials[task.case], self.plan, task.rows
-        subject = self._subjects[trial.case.model]
+        subject, attack = self._subjects[trial.case.model], trial.attack
+        learned = self._learned(task.case) if isinstance(attack, UniversalAttack) else None
         started = time.perf_counter()
         clean, labels = subject.clean(rows), self._data.y[rows]
         x, y = self._data.images(rows).to(plan.device), labels.to(plan.device)
@@ -166,21 +198,64 @@ class Loaded:
         ref = trial.aim.ref(subject.target.fn, x.clone(), y, subject.target.batch_size)  # a model may write to its input
         # A generator of the model's own would go on from where the last block left it, and in another worker elsewhere.
         key = Noise(plan.seed, ids).at("model", int(ids[0])).key
-        with reseeded(subject.target.generators, key):
-            result = trial.attack(subject.target, x, ref, goal=trial.aim.goal, threat=trial.threat, seed=plan.seed, ids=ids)
+        with reseeded(subject.target.generators, key), plugins.blamed(trial.plugin, trial.case.attack):
+            attack = attack if learned is None else learned.perturbation
+            result = attack(subject.target, x, ref, goal=trial.aim.goal, threat=trial.threat, seed=plan.seed, ids=ids)
         if trial.aim.goal == Misclassify():
             after = ~result.success.cpu()
         else:
             after = ~Misclassify().success(subject.logits(result.x_adv, labels, rows.start, "after"), labels)
+        spread = None if learned is None else self._spread(task, learned, x, result.x_adv, labels)
         seconds = time.perf_counter() - started
-        pictures = self._pictures(trial, subject, result, rows, clean) if task.first == 0 else ()
+        is_first = task.first == self.images(task.case).start
+        pictures = self._pictures(trial, subject, result, rows, clean, spread) if is_first else ()
         # Not a view, which would keep the images.
         kept = result if plan.save_adversarial else replace(result, x_adv=x.new_empty(len(x), 0))
-        return Block(task, kept, ids, labels, clean, clean & after.numpy(), seconds, pictures)
+        return Block(task, kept, ids, labels, clean, clean & after.numpy(), seconds, pictures, spread)
 
-    def _pictures(self, trial: Trial, subject: Subject, result: Result, rows: slice, clean: np.ndarray) -> tuple[Picture, ...]:
-        """The first images of the block that the model gets right without an attack."""
-        chosen, case = np.flatnonzero(clean)[:PICTURES], trial.case
+    @cached_property
+    def _pool(self) -> Data | None:
+        """Where universal attacks learn, if the data have a part for that; as many images as are scored, or a thousand."""
+        pool = real_data.training_part(self.plan.data)
+        return pool and pool.part(0, max(LEARN_FROM, len(self)))
+
+    @cached_property
+    def _learns_from(self) -> Data:
+        """What universal attacks learn from: a part for that, or the first half of the data."""
+        if len(self) < 2 and self._pool is None:
+            raise ArgumentError(
+                f"data={self.plan.data!r}: a universal attack learns from the first half and is scored on the rest; here is "
+                "one image, so take more"
+            )
+        return self._pool or self._data.part(0, len(self) // 2)
+
+    def _learned(self, case: int) -> Learned:
+        """The finished change of a universal attack; each process learns it once."""
+        if case not in self._changes:
+            trial = self.trials[case]
+            with plugins.blamed(trial.plugin, trial.case.attack):
+                assert isinstance(trial.attack, UniversalAttack)
+                subject = self._subjects[trial.case.model]
+                self._changes[case] = learn(trial.attack, subject, trial.aim, trial.threat, self._learns_from, self.plan)
+        return self._changes[case]
+
+    def _spread(self, task: Task, learned: Learned, x: Tensor, x_adv: Tensor, labels: Tensor) -> Spread:
+        """What the change does to the predictions; what it is, with the first block of its case."""
+        trial, plan = self.trials[task.case], self.plan
+        others = [subject for spec, subject in self._subjects.items() if spec != trial.case.model]
+        seen = Spread.seen(self._subjects[trial.case.model], others, x, x_adv, labels, first=task.first,
+                           threat=trial.threat, seed=plan.seed)  # fmt: skip
+        if task.first != self.images(task.case).start:
+            return seen
+        return replace(seen, delta=learned.perturbation.delta[0].cpu(), learned=learned.facts)
+
+    def _pictures(self, trial: Trial, subject: Subject, result: Result, rows: slice, clean: np.ndarray,
+                  spread: Spread | None) -> tuple[Picture, ...]:  # fmt: skip
+        """The first images of the block that the model gets right without an attack; those first that a universal one flips."""
+        order, case = np.flatnonzero(clean), trial.case
+        if spread is not None:
+            order = np.concatenate([order[result.success.cpu().numpy()[order] == flipped] for flipped in (True, False)])
+        chosen = order[:PICTURES]
         drawable = len(self._data.shape) == 4 and self._data.shape[1] in (1, 3) and trial.threat.bounds == (0.0, 1.0)
         if not len(chosen) or not drawable:
             return ()
@@ -188,12 +263,13 @@ class Loaded:
         after = result.x_adv[torch.from_numpy(chosen)].cpu()
         said = [subject.logits(x, labels, rows.start, "pictures").double().softmax(1).max(1) for x in (before, after)]
         names = self._data.classes
+        change = None if spread is None or spread.delta is None else spread.delta.numpy()
         return tuple(
             Picture(
                 case.model, case.attack, case.goal, case.threat, self.plan.offset + rows.start + int(i), before[k].numpy(),
                 after[k].numpy(), names[int(labels[k])], _name(names, int(said[0].indices[k])), float(said[0].values[k]),
                 _name(names, int(said[1].indices[k])), float(said[1].values[k]), float(result.size[i]),
-                bool(result.success[i]),
+                bool(result.success[i]), change,
             )
             for k, i in enumerate(chosen)
         )  # fmt: skip

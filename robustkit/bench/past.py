@@ -64,11 +64,12 @@ def read(path: Path) -> Run:
 
 def _examples(folder: Path, n: int) -> tuple[NDArray[np.bool_], list[Picture]]:
     """Which of the n images of a case stayed right, and its pictures."""
-    robust, done = np.zeros(n, np.bool_), 0
+    robust, done, first = np.zeros(n, np.bool_), 0, None
     pictures: list[Picture] = []
     for file in sorted(folder.glob("*.safetensors")):
         block = Block.load(file)
-        robust[block.task.rows] = block.robust
+        first = block.task.first if first is None else first  # a universal attack may have left out those it learned on
+        robust[block.task.first - first : block.task.last - first] = block.robust
         pictures += block.pictures
         done += block.task.last - block.task.first
     if done != n:

@@ -33,6 +33,7 @@ class Picture:
         adversarial_confidence: The probability that the model gives that, in [0, 1].
         size: How large the change is, in the units of the threat.
         success: Whether the attack reached its goal.
+        perturbation: Of a universal attack the one change behind all pictures, (C, H, W), float32; the box may have cut it.
     """
 
     model: str
@@ -49,6 +50,7 @@ class Picture:
     adversarial_confidence: float
     size: float
     success: bool
+    perturbation: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         for name, image in (("clean", self.clean), ("adversarial", self.adversarial)):

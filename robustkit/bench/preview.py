@@ -47,12 +47,16 @@ def preview(loaded: Loaded) -> list[Preview]:
 
 
 def _tried(loaded: Loaded, index: int) -> Preview:
-    n, case = len(loaded), loaded.trials[index].case
+    images, case = loaded.images(index), loaded.trials[index].case
+    n = len(images)
     count = min(n, loaded.plan.block, max(LEAST, math.floor(GLANCE / loaded.glance(case.model))))
-    block = loaded.measure(Task(index, 0, count, "preview"))
+    block = loaded.measure(Task(index, images.start, images.start + count, "preview"))
+    once = block.spread.learned if block.spread is not None else None  # what does not grow with the images
     low, high = wilson(n // 2, n)  # a share of one half has the widest interval
     share = n / count
     return Preview(
-        case, n, count, round(int(block.result.forwards.sum()) * share), round(int(block.result.backwards.sum()) * share),
-        block.seconds * share, high - low,
+        case, n, count,
+        round(int(block.result.forwards.sum()) * share) + (once["forwards"] if once else 0),
+        round(int(block.result.backwards.sum()) * share) + (once["backwards"] if once else 0),
+        block.seconds * share + (once["seconds"] if once else 0.0), high - low,
     )  # fmt: skip

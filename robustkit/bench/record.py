@@ -15,7 +15,7 @@ from robustkit.bench.plan import Case, Plan
 from robustkit.ledger import Remark
 from robustkit.result import Result
 
-__all__ = ["Record", "make_record", "together", "wilson"]
+__all__ = ["Record", "in_common", "make_record", "together", "wilson"]
 
 Record = dict[str, Any]  # Any: strings, numbers, and lists of {name, why}, ready for JSON
 
@@ -62,6 +62,16 @@ def make_record(case: Case, plan: Plan, *, attack: Attack, result: Result, clean
     }  # fmt: skip
 
 
+def in_common(masks: Sequence[NDArray[np.bool_]]) -> NDArray[np.bool_]:
+    """The images that survive all of several attacks, among those that all were scored on, (N,) bool.
+
+    A universal attack that has learned on the first images of the data is scored on the rest: the last ones are common.
+    """
+    n = min(len(mask) for mask in masks)
+    survived: NDArray[np.bool_] = np.logical_and.reduce([mask[len(mask) - n :] for mask in masks])
+    return survived
+
+
 def together(survivors: Sequence[tuple[Record, NDArray[np.bool_]]]) -> list[Record]:
     """For each model and threat, the images that survive every attack that was run: never more than under the best one.
 
@@ -78,11 +88,12 @@ def together(survivors: Sequence[tuple[Record, NDArray[np.bool_]]]) -> list[Reco
         groups.setdefault(tuple(record[key] for key in keys), []).append((record, robust))
     found = []
     for group, members in groups.items():
-        robust = np.logical_and.reduce([survived for _, survived in members])
+        robust = in_common([survived for _, survived in members])
+        fewest = min(members, key=lambda member: len(member[1]))[0]
         low, high = wilson(int(robust.sum()), len(robust))
         attacks = [f"{record['attack']} ({record['goal']})" for record, _ in members]
         found.append({**dict(zip(keys, group, strict=True)), "n": len(robust), "attacks": attacks,
-                      "clean_accuracy": members[0][0]["clean_accuracy"], "robust_accuracy": float(robust.mean()),
+                      "clean_accuracy": fewest["clean_accuracy"], "robust_accuracy": float(robust.mean()),
                       "low": low, "high": high})  # fmt: skip
     return found
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, final
 
+from robustkit.bench import specs
 from robustkit.bench.plan import Plan, default_plan, product
 from robustkit.bench.plan_file import read_plan
 from robustkit.errors import ArgumentError
@@ -72,6 +73,8 @@ def plan_of(request: Request) -> Plan:
             )
         return read_plan(request.plan)
     default = default_plan()
+    if any(name in given for name in (*_LISTS, "data")):
+        default = replace(default, limit=None)  # what somebody asks for is measured on all of their images
     settings = {name: given[name] for name in _SETTINGS if name in given}
     if request.model and (request.data is None or request.threat is None):
         missing = "--data" if request.data is None else "--threat"
@@ -82,11 +85,24 @@ def plan_of(request: Request) -> Plan:
     cases = default.cases
     if any(name in given for name in _LISTS):
         threats = request.threat or dict.fromkeys(case.threat for case in cases)
-        pairs = [(attack, goal) for attack in request.attack or ["pgd"] for goal in request.goal or ["misclassify"]]
-        if not (request.attack or request.goal or request.model):
-            pairs = [(case.attack, case.goal) for case in cases]
-        cases = product(request.model or default.models, threats, pairs)
+        every = (
+            product([model], [threat], _attacks_of(request, threat))
+            for model in request.model or default.models
+            for threat in threats
+        )
+        cases = tuple(dict.fromkeys(case for some in every for case in some))
     return replace(default, cases=cases, data=default.data if request.data is None else request.data, **settings)
+
+
+def _attacks_of(request: Request, threat: str) -> list[tuple[str, str]]:
+    """What is run in a threat, attacks with goals: those that are named, else those of the default plan, or the strongest."""
+    kind = threat.partition(":")[0]
+    if not (request.attack or request.goal or request.model):
+        kinds = {name: cls for name, cls, _ in specs.THREATS}
+        cases = dict.fromkeys((case.attack, case.goal) for case in default_plan().cases)
+        return [(attack, goal) for attack, goal in cases if kind not in kinds or specs.serves(attack, kinds[kind])]
+    attacks = request.attack or ["pixelsearch" if kind == "pixels" else "pgd"]
+    return [(attack, goal) for attack in attacks for goal in request.goal or ["misclassify"]]
 
 
 def command_of(plan: Plan, file: str = "plan.toml") -> str:
@@ -103,6 +119,7 @@ def _requests(plan: Plan) -> Iterator[Request]:
         name: getattr(plan, name) for name in _SETTINGS if getattr(plan, name) != getattr(default_plan(), name)
     }
     yield Request(data=None if plan.data == default_plan().data else plan.data, **settings)
+    settings |= {} if plan.limit is None else {"limit": plan.limit}
     lists: dict[str, Any] = {name: list(dict.fromkeys(getattr(case, name) for case in plan.cases)) for name in _LISTS}
     if lists["goal"] == ["misclassify"]:
         del lists["goal"]

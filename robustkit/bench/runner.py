@@ -15,6 +15,7 @@ from robustkit.bench.executors import Executor, Serial
 from robustkit.bench.loaded import Loaded, Loader
 from robustkit.bench.picture import Picture
 from robustkit.bench.record import Record, make_record
+from robustkit.bench.spread import Spread, spread_facts
 from robustkit.bench.store import Memory, Store
 from robustkit.errors import RobustkitError
 from robustkit.result import Result
@@ -77,21 +78,27 @@ def outcomes(loaded: Loaded, store: Store | None = None, executor: Executor | No
 
 def _outcome(loaded: Loaded, store: Store, tasks: Sequence[Task], case: int) -> Outcome:
     """What the blocks of a case, all its `tasks`, add up to, in the order of their images, whoever did them when."""
-    n, trial, seconds = len(loaded), loaded.trials[case], 0.0
+    images, trial, seconds = loaded.images(case), loaded.trials[case], 0.0
+    n = len(images)
     # Room made before: thousands of small parts kept until the end would leave the memory in pieces.
     room, clean, robust = Result.room(torch.empty(n, 0)), np.empty(n, np.bool_), np.empty(n, np.bool_)
     told = Result.room(torch.empty(0, 0))
     pictures: list[Picture] = []
+    spreads: list[Spread] = []
     for task in tasks:
         block = _there(store, task)
         facts = replace(block.result, x_adv=torch.empty(len(block.result), 0))
-        told = Result.cat([told, room.fill(task.rows, facts)])
-        clean[task.rows], robust[task.rows] = block.clean, block.robust
+        rows = slice(task.first - images.start, task.last - images.start)
+        told = Result.cat([told, room.fill(rows, facts)])
+        clean[rows], robust[rows] = block.clean, block.robust
         pictures += block.pictures
+        spreads += [block.spread] if block.spread is not None else []
         seconds += block.seconds
     result = replace(room, flags=told.flags, notes=told.notes, stages=told.stages)
     record = make_record(trial.case, loaded.plan, attack=trial.attack, result=result, clean=clean, robust=robust,
                          seconds=seconds, model_hash=loaded.weights[trial.case.model])  # fmt: skip
+    if spreads:
+        record |= spread_facts(record, spreads, loaded.classes)
     return Outcome(case, record, tuple(pictures), robust)
 
 

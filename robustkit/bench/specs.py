@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from fractions import Fraction
-from typing import Any, final, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, final, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 from robustkit.attack import Attack
-from robustkit.attacks import FGSM, MIFGSM, PGD
+from robustkit.attacks import (
+    FGSM,
+    MIFGSM,
+    PGD,
+    DeepFool,
+    OnePixel,
+    PixelSearch,
+    SparseRS,
+    UniversalDeepFool,
+    UniversalPGD,
+    UniversalSingular,
+)
+from robustkit.bench.plugins import Plugin, blamed, published
 from robustkit.errors import ArgumentError
 from robustkit.goals import ClassifyAs, Goal, Misclassify, least_likely
 from robustkit.target import Fn
 from robustkit.threats import L1, L2, Linf, Pixels, Threat
 
-__all__ = ["GOALS", "THREATS", "Aim", "attack", "attack_names", "goal", "number", "threat", "threat_words"]
+__all__ = [
+    "GOALS", "THREATS", "Aim", "attack", "attack_names", "check_served", "goal", "number", "packages", "plugin", "plugins",
+    "served", "serves", "settable", "threat", "threat_words", "written",
+]  # fmt: skip
 
 THREATS: tuple[tuple[str, type[Threat], str], ...] = (
     ("linf", Linf, "linf:8/255"),
@@ -79,55 +95,156 @@ def _short(value: float) -> str:
 
 
 def attack_names() -> dict[str, tuple[type[Attack], dict[str, Any]]]:
-    """The attacks of the command line: for each name its class, and the fields in which it differs from the class's own."""
+    """Our attacks by name: for each its class, and the fields in which it differs from the class's own."""
     return {
         "fgsm": (FGSM, {}),
         "ifgsm": (PGD, {"steps": 10, "reach": 2.0, "random_start": False}),
         "mifgsm": (MIFGSM, {}),
         "pgd": (PGD, {}),
+        "deepfool": (DeepFool, {}),
+        "onepixel": (OnePixel, {}),
+        "pixelsearch": (PixelSearch, {}),
+        "sparse-rs": (SparseRS, {}),
+        "uap-pgd": (UniversalPGD, {}),
+        "uap-deepfool": (UniversalDeepFool, {}),
+        "uap-singular": (UniversalSingular, {}),
     }
 
 
+def plugins() -> dict[str, Plugin]:
+    """The attacks of other installed packages, by name; none is loaded, and some may turn out to be broken."""
+    return published(attack_names())
+
+
+def plugin(spec: str) -> Plugin | None:
+    """The plugin whose attack `spec` names; None where it is ours, or nobody's."""
+    name = spec.partition(":")[0]
+    return None if name in attack_names() else plugins().get(name)
+
+
+def packages(attacks: Iterable[str]) -> dict[str, str]:
+    """What numbers depend on besides robustkit: the packages, with versions, of those attacks that are not ours."""
+    theirs = [plugin(spec) for spec in dict.fromkeys(attacks)]
+    told = sorted({" ".join(package) for one in theirs if one is not None for package in one.packages})
+    return {"plugins": ", ".join(told)} if told else {}
+
+
 def attack(spec: str) -> Attack:
-    """The attack that `spec` names: NAME or NAME:field=value,field=value."""
+    """The attack that `spec` names: NAME or NAME:field=value,field=value; a package that publishes it is imported."""
     name, _, given = spec.partition(":")
-    known = attack_names()
-    if name not in known:
-        raise ArgumentError(f"attack {name!r} does not exist; there are {', '.join(known)}")
-    cls, preset = known[name]
-    hints = get_type_hints(cls)
-    kinds = {field.name: _kind(hints[field.name]) for field in fields(cls)}  # type: ignore[arg-type]
+    theirs = plugin(name)
+    cls, preset = _attack_class(name, theirs)
+    hints, known = get_type_hints(cls), {field.name: field for field in _fields(cls)}
     chosen: dict[str, Any] = {}
     for item in given.split(",") if given else []:
         field, equals, value = item.partition("=")
-        if field not in kinds or not equals:
-            raise ArgumentError(
-                f"attack {spec!r}: {item!r} is no field=value of {name}; its fields: {', '.join(kinds) or 'none'}"
-            )
+        if field not in known or not equals:
+            there = ", ".join(settable(cls)) or "none"
+            raise ArgumentError(f"attack {spec!r}: {item!r} is no field=value of {name}; its fields: {there}")
         if field in chosen:
             raise ArgumentError(f"attack {spec!r}: {field} is given twice; leave one out")
-        chosen[field] = _value(kinds[field], value, f"attack {spec!r}: {field}")
-    with _named(f"attack {spec!r}"):
+        chosen[field] = _value(hints[field], value, f"attack {spec!r}: {field}")
+    missing = [field for field, held in known.items() if _default(held) is MISSING and field not in preset | chosen]
+    if missing:
+        raise ArgumentError(f"attack {spec!r}: {missing[0]} is missing; write {name}:{missing[0]}=VALUE")
+    with _named(f"attack {spec!r}"), blamed(theirs, spec):
         return cls(**(preset | chosen))
 
 
-def _kind(hint: Any) -> str:  # Any: a type, or a union of some
-    """The type of a field in a word; of `float | None`, the part that can be written."""
-    kinds = [kind for kind in get_args(hint) if kind is not type(None)] or [hint]
-    return str(getattr(kinds[0], "__name__", kinds[0]))
+def _attack_class(name: str, theirs: Plugin | None) -> tuple[type[Attack], dict[str, Any]]:
+    if theirs is not None:
+        with _named(f"attack {name!r}"):
+            return theirs.load(), {}
+    ours = attack_names()
+    if name not in ours:
+        there = [*ours, *(other for other, one in plugins().items() if not one.trouble)]
+        raise ArgumentError(f"attack {name!r} does not exist; there are {', '.join(there)}")
+    return ours[name]
 
 
-def _value(kind: str, text: str, name: str) -> Any:  # Any: the type is that of the field
-    if kind == "bool":
-        if text not in ("true", "false"):
-            raise ArgumentError(f"{name}={text!r} must be true or false")
-        return text == "true"
-    value = number(text, name)
-    if kind == "int":
-        if not value.is_integer():
-            raise ArgumentError(f"{name}={text!r} must be a whole number")
-        return int(value)
-    return value
+def settable(cls: type[Attack], preset: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """The fields that can be given on the command line, each as it stands when nothing is said, in words."""
+    hints, told = get_type_hints(cls), {field.name: _default(field) for field in _fields(cls)} | dict(preset or {})
+    return {name: "..." if value is MISSING else written(value) for name, value in told.items() if _words_for(hints[name])}
+
+
+def written(value: Any) -> str:  # Any: the value of a field
+    """A value in the words that are read back as it."""
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def served(cls: type[Attack]) -> str:
+    """The threats that an attack serves, in words: `linf:EPS, pixels:K`."""
+    if not cls.serves:
+        return "any threat"
+    known = {kind: f"{name}:{'K' if kind is Pixels else 'EPS'}" for name, kind, _ in THREATS if issubclass(kind, cls.serves)}
+    others = [kind.__name__ for kind in cls.serves if not any(issubclass(one, kind) for one in known)]
+    return ", ".join([*known.values(), *others])
+
+
+def serves(spec: str, kind: type[Threat]) -> bool:
+    """Whether the attack works with threats of a kind at all."""
+    served_kinds = attack(spec).serves
+    return not served_kinds or issubclass(kind, served_kinds)
+
+
+def check_served(attack_spec: str, attack: Attack, threat_spec: str, threat: Threat) -> None:
+    """Refuse a threat that an attack does not serve, in the words of the command line.
+
+    Raises:
+        ArgumentError: With the threats that it serves.
+    """
+    if attack.serves and not isinstance(threat, attack.serves):
+        raise ArgumentError(f"attack {attack_spec!r} does not serve threat {threat_spec!r}; it serves {served(type(attack))}")
+    with _named(f"attack {attack_spec!r} in threat {threat_spec!r}"):
+        attack.check(threat)
+
+
+def _fields(cls: type[Attack]) -> list[Field[Any]]:
+    return [field for field in fields(cls) if field.init]  # type: ignore[arg-type]
+
+
+def _default(field: Field[Any]) -> Any:  # Any: the type is that of the field
+    """What a field is when nothing is said, or MISSING."""
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:  # Any: a type, or a union of some
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _choices(hint: Any) -> dict[str, Any]:
+    """The values that a type lists, by the words for them."""
+    listed = [value for kind in _kinds(hint) if get_origin(kind) is Literal for value in get_args(kind)]
+    listed += [value for kind in _kinds(hint) for value in {bool: (True, False), NoneType: (None,)}.get(kind, ())]
+    return {written(value): value for value in listed}
+
+
+def _words_for(hint: Any) -> list[str]:
+    """What may be written for a type; nothing for one that has no words, such as another attack."""
+    kinds = {int: "a whole number", float: "a number or a fraction such as 8/255", str: "text"}
+    told = [kinds[kind] for kind in _kinds(hint) if kind in kinds]
+    words = [*(word for word, value in _choices(hint).items() if value is not None), *told]
+    return [*words, "none"] if words and None in _choices(hint).values() else words
+
+
+def _value(hint: Any, text: str, name: str) -> Any:  # Any: the type is that of the field
+    choices, kinds, words = _choices(hint), _kinds(hint), _words_for(hint)
+    if not words:
+        raise ArgumentError(f"{name}={text!r} cannot be written on the command line; give it in Python, to robustkit.evaluate")
+    if text in choices:
+        return choices[text]
+    if str in kinds:
+        return text
+    try:
+        value = number(text, name)
+    except ArgumentError as error:
+        raise (ArgumentError(f"{name}={text!r} must be {' or '.join(words)}") if choices else error) from error
+    if float in kinds:
+        return value
+    if int not in kinds or not value.is_integer():
+        raise ArgumentError(f"{name}={text!r} must be {' or '.join(words)}")
+    return int(value)
 
 
 @contextmanager

@@ -163,16 +163,17 @@ def _check_junit(path: Path) -> None:
 
 def _promised(loaded: Loaded) -> Run:
     """The run as it will be, with figures that mean nothing yet."""
-    plan, nobody = loaded.plan, np.zeros(len(loaded), np.bool_)
+    plan = loaded.plan
+    nobody = [np.zeros(len(loaded.images(case)), np.bool_) for case in range(len(loaded.trials))]
     records = [
         {
             **asdict(trial.case), "data": plan.data, "defence": None, "recipe": repr(trial.attack), "seed": plan.seed,
-            "n": len(loaded), "clean_accuracy": 0.0, "robust_accuracy": 0.0, "flags": [], "data_hash": plan.pins[plan.data],
+            "n": len(robust), "clean_accuracy": 0.0, "robust_accuracy": 0.0, "flags": [], "data_hash": plan.pins[plan.data],
         }
-        for trial in loaded.trials
+        for trial, robust in zip(loaded.trials, nobody, strict=True)
     ]  # fmt: skip
-    results = results_of(loaded, []) | {"records": records, "together": together([(record, nobody) for record in records])}
-    return Run(Path("the run that is asked for"), results, (nobody,) * len(records))
+    results = results_of(loaded, []) | {"records": records, "together": together(list(zip(records, nobody, strict=True)))}
+    return Run(Path("the run that is asked for"), results, tuple(nobody))
 
 
 def _judged(run: Run, baseline: Run | None, manner: Manner) -> tuple[Verdict, ...]:

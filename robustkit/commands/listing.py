@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import redirect_stdout
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from robustkit import data, zoo
+from robustkit.attack import Attack
 from robustkit.bench import models, specs
+from robustkit.errors import ArgumentError
 
 __all__ = ["list_command"]
 
 
 def list_command() -> None:
-    """Print models, data, threats, attacks with their fields and defaults, and goals."""
+    """Print models, data, threats, attacks with their fields and defaults, and goals.
+
+    Attacks of other packages are loaded for that; what is wrong with one goes to standard error, in one line.
+    """
     screen = Console()
-    for title, lines in _names().items():
+    with redirect_stdout(sys.stderr):  # what a package prints is not the answer
+        names = _names()
+    for title, lines in names.items():
         screen.print(Text(title, "bold"))
         for line in lines:
             screen.print(Text(f"  {line}"), soft_wrap=True)
@@ -27,13 +37,21 @@ def _names() -> dict[str, list[str]]:
         "models": [*(f"zoo:{name}" for name in zoo.names()), *models.FORMS[1:]],
         "data": list(data.FORMS),
         "threats": [example for *_, example in specs.THREATS],
-        "attacks": [_attack(name) for name in specs.attack_names()],
+        "attacks": [*(_attack(name, *told) for name, told in specs.attack_names().items()), *_theirs()],
         "goals": list(specs.GOALS),
     }
 
 
-def _attack(name: str) -> str:
-    """A name with its fields as they stand when nothing is said."""
-    attack = specs.attack(name)
-    told = ",".join(f"{field.name}={getattr(attack, field.name)}" for field in fields(attack))  # type: ignore[arg-type]
-    return f"{name}:{told}" if told else name
+def _theirs() -> Iterator[str]:
+    for name, plugin in specs.plugins().items():
+        try:
+            yield _attack(name, plugin.load(), {}, "of " + " ".join(plugin.packages[0]))
+        except ArgumentError as error:
+            print(f"robustkit: {error}", file=sys.stderr)
+
+
+def _attack(name: str, cls: type[Attack], preset: Mapping[str, Any], *more: str) -> str:
+    """A name with its fields as they stand when nothing is said, what it sees, and the threats that it serves."""
+    told = ",".join(f"{field}={value}" for field, value in specs.settable(cls, preset).items())
+    universal = ["one change for all images"] if cls.universal else []
+    return f"{name}:{told}".rstrip(":") + f"  ({'; '.join([cls.access, specs.served(cls), *universal, *more])})"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from robustkit.attack import Attack
 from robustkit.attacks import FGSM, MIFGSM, PGD
+from robustkit.interop._art_estimator import classifier_of
 from robustkit.interop._peers import load_art, load_foolbox, load_torchattacks
 from robustkit.threats import Linf, Threat
 
@@ -97,13 +98,10 @@ def _foolbox(case: Case, model: nn.Module, x: Tensor, ref: Tensor) -> Tensor | N
 
 
 def _art(case: Case, model: nn.Module, x: Tensor, ref: Tensor) -> Tensor | None:
-    evasion, classification = load_art()
+    evasion, _ = load_art()
     with torch.no_grad():
         classes = model(x[:1]).shape[1]
-    # The sum, not the mean: ART adds 1e-7 to the length of a gradient, which must not be made small by the batch.
-    classifier = classification.PyTorchClassifier(
-        model, loss=nn.CrossEntropyLoss(reduction="sum"), input_shape=tuple(x.shape[1:]), nb_classes=classes,
-        clip_values=(0.0, 1.0), device_type="gpu" if x.is_cuda else "cpu")  # fmt: skip
+    classifier = classifier_of(model, x, classes, (0.0, 1.0))
     common: dict[str, Any] = {"norm": np.inf if case.linf else 2, "eps": case.eps, "targeted": case.targeted}  # of any type
     common |= {"batch_size": len(x)}
     if case.steps == 1:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
 
-from robustkit._tensors import over
 from robustkit.attack import Attack
 from robustkit.errors import ArgumentError
 from robustkit.goals import ClassifyAs, Goal, Misclassify
 from robustkit.interop._as_foolbox import Recipe, adapted
-from robustkit.interop._door import Door
+from robustkit.interop._door import Door, by_budget, finite
 from robustkit.interop._peers import load_foolbox
 from robustkit.keep import Keep, check_keep
 from robustkit.problem import Problem
@@ -106,10 +104,9 @@ class FoolboxAttack(Attack):
         """foolbox's answer for the open examples, those of one budget together; x where it is not a number."""
         _check_threat(self.attack, problem.threat)
         x_adv = problem.x.clone()
-        for eps, rows in list(_groups(problem)):
+        for eps, rows in list(by_budget(problem)):
             x_adv[rows] = self._ask(problem[rows], eps).to(x_adv)
-        finite = x_adv.isfinite().flatten(1).all(1)
-        return torch.where(over(finite, x_adv), x_adv, problem.x)
+        return finite(x_adv, problem.x)
 
     def _ask(self, problem: Problem, eps: float) -> Tensor:
         fb = load_foolbox()
@@ -150,11 +147,3 @@ def _check_threat(attack: Any, threat: Threat) -> None:
         norm = None
     if None not in (served, norm) and served != norm:
         raise ArgumentError(f"threat={threat!r} is not what {attack!r} limits, which is the {attack.distance}")
-
-
-def _groups(problem: Problem) -> Iterator[tuple[float, Tensor]]:
-    """Each budget, and the open examples that have it: foolbox takes one epsilon a call."""
-    eps = torch.as_tensor(problem.threat.eps, dtype=torch.float64, device=problem.x.device).expand(len(problem))
-    open_before = problem.open.clone()
-    for value in sorted(set(eps[open_before].tolist())):
-        yield value, ((eps == value) & open_before).nonzero().squeeze(1)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from robustkit._world import random_state
 from robustkit.attack import Attack
+from robustkit.attacks.universal import UniversalAttack
 from robustkit.keep import Keep
 from robustkit.result import Result
 from robustkit.target import Target
@@ -132,18 +133,25 @@ def noise_belongs_to_the_example(attack: Attack, case: AttackCase) -> None:
     """An example named by its id gets the same answer alone, in any order, and in batches of any size.
 
     On a hyperplane bit for bit; on a smooth net in float64 but for rounding, so that gradients that are mixed between
-    examples show too.
+    examples show too. Of a universal attack the change is learned first: it comes from all examples, in whatever order.
     """
     n = len(case.plane.x)
     ids, backwards = torch.arange(n) + 1000, torch.arange(n).flip(0)
     smooth = replace(case, plane=replace(case.plane, x=case.plane.x.double()))
     curved = smooth_net(case.plane.x.shape[1:], case.seed)
     for view, net, tolerance in ((case, case.plane.net, 0.0), (smooth, curved, 1e-9)):
-        whole = view.run(attack, net, ids=ids)
-        turned = view.run(attack, Target(net, batch_size=max(1, n // 2)), backwards, ids[backwards])
+        used, other = (_learned(attack, view, net, rows, ids[rows]) for rows in (slice(None), backwards))
+        whole = view.run(used, net, ids=ids)
+        turned = view.run(other, Target(net, batch_size=max(1, n // 2)), backwards, ids[backwards])
         assert torch.allclose(turned.x_adv.flip(0), whole.x_adv, rtol=0, atol=tolerance)
-        alone = view.run(attack, net, slice(n - 1, n), ids[-1:])
+        alone = view.run(used, net, slice(n - 1, n), ids[-1:])
         assert torch.allclose(alone.x_adv, whole.x_adv[-1:], rtol=0, atol=tolerance)
+
+
+def _learned(attack: Attack, case: AttackCase, net: torch.nn.Module, rows: Tensor | slice, ids: Tensor) -> Attack:
+    if not isinstance(attack, UniversalAttack):
+        return attack
+    return attack.learn(net, case.plane.x[rows], case.plane.y[rows], threat=case.threat[rows], seed=case.seed, ids=ids)
 
 
 def never_beats_the_optimum(attack: Attack, case: AttackCase) -> None:

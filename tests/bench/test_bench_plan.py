@@ -17,15 +17,16 @@ MODELS = ("zoo:mnist-cnn", "zoo:mnist-cnn-robust")
 THREATS = ("linf:0.05", "linf:0.1", "linf:0.2", "linf:0.3")
 
 
-def test_the_default_plan_holds_every_attack_and_a_curve():
+def test_the_default_plan_holds_the_five_seed_attacks_and_a_curve():
     cases = []
     for model in MODELS:
         cases += [Case(model, threat, "pgd") for threat in THREATS[:3]]
-        for attack in ("fgsm", "fgsm -> least-likely", "ifgsm", "mifgsm", "pgd"):
+        for attack in ("fgsm", "fgsm -> least-likely", "ifgsm", "mifgsm", "pgd", "uap-pgd"):
             name, _, goal = attack.partition(" -> ")
             cases.append(Case(model, "linf:0.3", name, goal or "misclassify"))
-    assert plan_of(Request()) == default_plan() == Plan(tuple(cases), "mnist-5k")
-    assert {case.attack for case in cases} == set(attack_names())
+        cases += [Case(model, "pixels:1", attack) for attack in ("onepixel:population=40,generations=10", "pixelsearch")]
+    assert plan_of(Request()) == default_plan() == Plan(tuple(cases), "mnist-5k", limit=500)
+    assert {case.attack.partition(":")[0] for case in cases} <= set(attack_names())
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,32 @@ def test_the_default_plan_holds_every_attack_and_a_curve():
             Request(attack=["a"], data="d", threat=["t"]),
             Plan((Case("zoo:mnist-cnn", "t", "a"), Case("zoo:mnist-cnn-robust", "t", "a")), "d"),
         ),
-        (Request(goal=["g"]), Plan(tuple(Case(m, t, "pgd", "g") for m in MODELS for t in THREATS), "mnist-5k")),
+        (
+            Request(goal=["g"]),
+            Plan(
+                tuple(
+                    Case(m, t, "pixelsearch" if t == "pixels:1" else "pgd", "g") for m in MODELS for t in (*THREATS, "pixels:1")
+                ),
+                "mnist-5k",
+            ),
+        ),
+        (Request(data="d"), Plan(default_plan().cases, "d")),
+        (
+            Request(threat=["l1:5"]),
+            Plan(
+                tuple(
+                    Case(m, "l1:5", a, g)
+                    for m in MODELS
+                    for a, g in (("pgd", "misclassify"), ("fgsm", "misclassify"), ("fgsm", "least-likely"),
+                                 ("ifgsm", "misclassify"), ("mifgsm", "misclassify"))
+                ),
+                "mnist-5k",
+            ),
+        ),
+        (
+            Request(model=["m"], data="d", threat=["linf:0.1", "pixels:3"]),
+            Plan((Case("m", "linf:0.1", "pgd"), Case("m", "pixels:3", "pixelsearch")), "d"),
+        ),
         (Request(goal=["g"], model=["m"], data="d", threat=["t"]), Plan((Case("m", "t", "pgd", "g"),), "d")),
     ],
 )  # fmt: skip

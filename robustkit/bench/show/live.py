@@ -57,8 +57,9 @@ class Live:
         )
         self._bar = Progress(*columns, console=screen, transient=True, expand=True, disable=not screen.is_terminal)
         self._cases = [trial.case for trial in loaded.trials]
-        self._forecast = Forecast([len(loaded)] * len(self._cases), workers)
-        self._task = self._bar.add_task("preparing", total=len(loaded) * len(self._cases), end=None)
+        images = [len(loaded.images(case)) for case in range(len(self._cases))]
+        self._forecast = Forecast(images, workers)
+        self._task = self._bar.add_task("preparing", total=sum(images), end=None)
 
     def __enter__(self) -> Self:
         self._bar.start()

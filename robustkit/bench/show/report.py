@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,21 +12,19 @@ from typing import Any, final
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from numpy.typing import NDArray
-from PIL import Image
 
 from robustkit.bench.picture import Picture
 from robustkit.bench.show.curves import families
+from robustkit.bench.show.images import png, signed, to_bytes
+from robustkit.bench.show.universal import perturbations
 
 __all__ = ["render", "report", "summary"]
 
 Record = Mapping[str, Any]  # one record of results.json: strings, numbers, and lists of {name, why}
-Bytes = NDArray[np.uint8]
 
 _NONE = "–"
 _CONCERNED = ("model", "defence", "attack", "goal")  # by a flag
 _UNTARGETED = "misclassify"  # the one goal under which robust accuracy is the figure
-_GREY = 128  # no change, in a picture of a perturbation
 _MOST = 96  # pictures on a page, as long as each attack can have one
 _SIDE = 96  # CSS pixels of a picture's longer side, at most; three of them fit a phone
 
@@ -56,6 +52,7 @@ def report(results: Mapping[str, Any], pictures: Sequence[Picture], *, command: 
         "curves": families(results),
         "flag_numbers": {flag: number for number, flag in enumerate(shown["flags"], start=1)},
         "gallery": _gallery(results["records"], pictures),
+        "universal": perturbations(results["records"], pictures, _SIDE),
         "sources": _sources(results),
         "environment": results["environment"],
         "command": command,
@@ -228,49 +225,20 @@ def _gallery(records: Iterable[Record], pictures: Iterable[Picture]) -> list[dic
 
 def _panel(picture: Picture) -> dict[str, Any]:
     """What the template shows of one picture."""
-    change, scale = _change(picture.clean, picture.adversarial)
+    change, scale = signed(picture.adversarial.astype(np.float64) - picture.clean.astype(np.float64))
     height, width = picture.clean.shape[1:]
     longer = max(height, width)
     zoom = _SIDE // longer if longer <= _SIDE else _SIDE / longer  # whole pixels where the picture is enlarged
     return {
         "picture": picture,
-        "clean": _png(_to_bytes(picture.clean)),
-        "change": _png(change),
-        "adversarial": _png(_to_bytes(picture.adversarial)),
+        "clean": png(to_bytes(picture.clean)),
+        "change": png(change),
+        "adversarial": png(to_bytes(picture.adversarial)),
         "scale": f"{scale:g}" if scale else None,
         "width": max(1, round(width * zoom)),
         "height": max(1, round(height * zoom)),
         "enlarged": zoom >= 1,
     }
-
-
-def _to_bytes(image: NDArray[np.float32]) -> Bytes:
-    return np.rint(image.astype(np.float64) * 255).astype(np.uint8)
-
-
-def _change(clean: NDArray[np.float32], adversarial: NDArray[np.float32]) -> tuple[Bytes, float]:
-    """The signed change as a picture, grey + scale * change, and the scale; scale 0 where nothing changed.
-
-    The scale takes the largest change to (nearly) black or white and is rounded down to two digits, so that what the
-    page states is exactly what it draws.
-    """
-    delta = adversarial.astype(np.float64) - clean.astype(np.float64)
-    largest = float(np.abs(delta).max())
-    if largest == 0:
-        return np.full(delta.shape, _GREY, dtype=np.uint8), 0.0
-    widest = 0.5 / largest
-    digits = 1 - math.floor(math.log10(widest))
-    scale = round(math.floor(widest * 10.0**digits) / 10.0**digits, digits)
-    return np.clip(_GREY + np.rint(255 * scale * delta), 0, 255).astype(np.uint8), scale
-
-
-def _png(image: Bytes) -> str:
-    """The image, (C, H, W), as a data URI."""
-    # (C, H, W) -> (H, W) or (H, W, 3)
-    drawn = Image.fromarray(np.ascontiguousarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)))
-    file = io.BytesIO()
-    drawn.save(file, format="PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
 
 
 def _percent(share: float) -> str:

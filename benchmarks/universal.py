@@ -1,0 +1,240 @@
+"""Universal perturbations beside those of ART and of three papers: how many held-out digits each fools, and in what time.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.universal [--rounds 3] [--eps 0.2] [--without NAME ...]
+
+One process, one thread, the reference model mnist-cnn; 500 training and 1,000 held-out digits. In each round all contestants
+run once, with seeds of their own. Every change is brought into the ball, and scored here: the share of predictions of the
+model that change on held-out images, with the box cutting the image. The result goes to benchmarks/results/universal.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import platform
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks.machine import peak, processor
+from robustkit import L2, Linf, data, zoo
+from robustkit.attacks import UniversalDeepFool, UniversalPGD, UniversalSingular
+from robustkit.bench.spread import random_signs
+
+RESULT = Path(__file__).parent / "results" / "universal.json"
+TRAIN, HELD_OUT, EPOCHS = 500, 1000, 10
+Make = Callable[[nn.Module, Tensor, Tensor, float, int], Tensor]  # net, images, own answers, eps, seed -> (1, *S)
+
+
+def of_ours(attack: Any) -> Make:
+    """One of our attacks."""
+    return lambda net, x, own, eps, seed: attack.learn(net, x, own, threat=Linf(eps), seed=seed).delta
+
+
+def of_art(inner: str) -> Make:
+    """ART's `UniversalPerturbation` with one of its attacks inside, ten epochs, no early stop before the wanted 80 %."""
+
+    def make(net: nn.Module, x: Tensor, own: Tensor, eps: float, seed: int) -> Tensor:
+        evasion, classification = (
+            importlib.import_module(f"art.{name}") for name in ("attacks.evasion", "estimators.classification")
+        )
+        random.seed(seed)
+        np.random.seed(seed)
+        classifier = classification.PyTorchClassifier(
+            net, nn.CrossEntropyLoss(), tuple(x.shape[1:]), 10, clip_values=(0.0, 1.0), device_type="cpu"
+        )
+        params: dict[str, Any] = {} if inner == "fgsm" else {"verbose": False}
+        params |= {} if inner == "deepfool" else {"eps": eps, "eps_step": eps / 4 if inner == "pgd" else eps}
+        params |= {"max_iter": 10} if inner == "pgd" else {}
+        attack = evasion.UniversalPerturbation(
+            classifier, attacker=inner, attacker_params=params, delta=0.2, max_iter=EPOCHS, eps=eps,
+            norm=np.inf, batch_size=1, verbose=False,
+        )  # fmt: skip
+        attack.generate(x.numpy(), functional.one_hot(own, 10).numpy())
+        return torch.as_tensor(attack.noise, dtype=torch.float32).reshape(1, *x.shape[1:])
+
+    return make
+
+
+def sign_sgd(net: nn.Module, x: Tensor, own: Tensor, eps: float, seed: int) -> Tensor:
+    """Ten epochs of sign steps, as a first try would be written: from zero, batches of 50, steps of an eighth of eps."""
+    order, delta = torch.Generator().manual_seed(seed), torch.zeros(1, *x.shape[1:])
+    for _ in range(EPOCHS):
+        for rows in torch.randperm(len(x), generator=order).split(50):  # type: ignore[no-untyped-call]
+            delta.requires_grad_()
+            loss = functional.cross_entropy(net((x[rows] + delta).clamp(0, 1)), own[rows])
+            (grad,) = torch.autograd.grad(loss, delta)
+            delta = (delta.detach() + eps / 8 * grad.sign()).clamp(-eps, eps)
+    return delta
+
+
+def sga(net: nn.Module, x: Tensor, own: Tensor, eps: float, seed: int) -> Tensor:
+    """Stochastic gradient aggregation (Liu et al. 2023, algorithm 1): many small steps inside, their sum as one outside."""
+    order, delta, step = torch.Generator().manual_seed(seed), torch.zeros(1, *x.shape[1:]), eps / 10
+    for _ in range(EPOCHS):
+        for large in torch.randperm(len(x), generator=order).split(125):  # type: ignore[no-untyped-call]
+            inner, total = delta.clone(), torch.zeros_like(delta)
+            for _ in range(4 * len(large) // 10):
+                rows = large[torch.randint(len(large), (10,), generator=order)]
+                inner.requires_grad_()
+                loss = functional.cross_entropy(net(x[rows] + inner), own[rows], reduction="none").clamp(max=9.0).mean()
+                (grad,) = torch.autograd.grad(loss, inner)
+                total += grad
+                inner = (inner.detach() + step * grad.sign()).clamp(-eps, eps)
+            delta = (delta + step * total.sign()).clamp(-eps, eps)
+    return delta
+
+
+def cosine(net: nn.Module, x: Tensor, own: Tensor, eps: float, seed: int) -> Tensor:
+    """Cosine-UAP (Zhang et al. 2021): logits with and without the change are to point apart; Adam, a tenth of eps."""
+    generator = torch.Generator().manual_seed(seed)
+    delta = torch.zeros(1, *x.shape[1:]).uniform_(-eps / 10, eps / 10, generator=generator).requires_grad_()
+    steps = torch.optim.Adam([delta], lr=eps / 10)
+    for _ in range(EPOCHS):
+        for rows in torch.randperm(len(x), generator=generator).split(50):  # type: ignore[no-untyped-call]
+            with torch.no_grad():
+                clean = net(x[rows])
+            loss = functional.cosine_similarity(net(x[rows] + delta), clean).mean()
+            (delta.grad,) = torch.autograd.grad(loss, delta)
+            steps.step()
+            with torch.no_grad():
+                delta.clamp_(-eps, eps)
+    return delta.detach()
+
+
+def generalizable(net: nn.Module, x: Tensor, own: Tensor, eps: float, seed: int) -> Tensor:
+    """GD-UAP (Mopuri et al. 2018) with data: all rectified layers are to answer as loudly as they can; Adam."""
+    generator, heard = torch.Generator().manual_seed(seed), list[Tensor]()
+    hooks = [
+        part.register_forward_hook(lambda *said: heard.append(said[2])) for part in net.modules() if isinstance(part, nn.ReLU)
+    ]
+    delta = torch.zeros(1, *x.shape[1:]).uniform_(-eps, eps, generator=generator).requires_grad_()
+    steps = torch.optim.Adam([delta], lr=eps / 10)
+    for _ in range(EPOCHS):
+        for rows in torch.randperm(len(x), generator=generator).split(50):  # type: ignore[no-untyped-call]
+            heard.clear()
+            net(x[rows] + delta)
+            loss = -torch.stack([said.flatten(1).norm(dim=1).clamp(min=1e-9).log().mean() for said in heard]).sum()
+            (delta.grad,) = torch.autograd.grad(loss, delta)
+            steps.step()
+            with torch.no_grad():
+                delta.clamp_(-eps, eps)
+    for hook in hooks:
+        hook.remove()
+    return delta.detach()
+
+
+def contestants() -> dict[str, Make]:
+    """Everybody who takes part, by name."""
+    return {
+        "UniversalPGD": of_ours(UniversalPGD()),
+        "UniversalDeepFool": of_ours(UniversalDeepFool()),
+        "UniversalSingular, 64 images": of_ours(UniversalSingular(images=64)),
+        "random signs": lambda net, x, own, eps, seed: random_signs(Linf(eps), x[:1], seed, 0),
+        "plain sign-SGD": sign_sgd,
+        "SGA": sga,
+        "Cosine-UAP": cosine,
+        "GD-UAP": generalizable,
+        "ART fgsm": of_art("fgsm"),
+        "ART pgd": of_art("pgd"),
+        "ART deepfool": of_art("deepfool"),
+    }
+
+
+def fooled(net: nn.Module, x: Tensor, delta: Tensor, eps: float) -> float:
+    """The share of predictions that change."""
+    with torch.no_grad():
+        return float((net((x + delta.clamp(-eps, eps)).clamp(0, 1)).argmax(1) != net(x).argmax(1)).double().mean())
+
+
+def measure(eps: float, rounds: int, without: list[str]) -> dict[str, Any]:
+    """Medians over the rounds, and every round."""
+    net = zoo.load("mnist-cnn")
+    x = data.load("mnist-5k:train").images(slice(0, TRAIN))
+    held_out = data.load("mnist-5k").images(slice(0, HELD_OUT))
+    with torch.no_grad():
+        own = net(x).argmax(1)
+    entrants = {name: make for name, make in contestants().items() if name not in without}
+    rows: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "train": [], "held out": []} for name in entrants}
+    for number in range(rounds):
+        for name, make in entrants.items():
+            started = time.perf_counter()
+            delta = make(net, x, own, eps, number)
+            seconds = time.perf_counter() - started
+            for kind, value in (
+                ("seconds", seconds),
+                ("train", fooled(net, x, delta, eps)),
+                ("held out", fooled(net, held_out, delta, eps)),
+            ):
+                rows[name][kind].append(value)
+            print(f"round {number + 1}: {name}: {rows[name]['held out'][-1]:.1%} held out, {seconds:.2f} s", flush=True)
+    return {name: {kind: median(values) for kind, values in row.items()} | {"rounds": row} for name, row in rows.items()}
+
+
+def memory(kind: str, n: int) -> float:
+    """Peak memory in MiB of a process that learns from n images, beyond that of one that only holds them."""
+    command = [sys.executable, "-m", "benchmarks.universal", "--child", kind, str(n)]
+    peaks = [
+        float(subprocess.run([*command, do], capture_output=True, text=True, check=True).stdout) for do in ("hold", "learn")
+    ]
+    return round(peaks[1] - peaks[0], 1)
+
+
+def child(kind: str, n: int, do: str) -> None:
+    """The inside of `memory`."""
+    torch.manual_seed(0)
+    net, x = zoo.load("mnist-cnn"), torch.rand(n, 1, 28, 28)
+    y = torch.zeros(n, dtype=torch.int64)
+    attack = {
+        "pgd": UniversalPGD(epochs=1, starts=1),
+        "deepfool": UniversalDeepFool(passes=1),
+        "singular": UniversalSingular(),
+    }[kind]
+    attack.learn(net, x[:200], y[:200], threat=L2(0.5))
+    if do == "learn":
+        attack.learn(net, x, y, threat=L2(0.5))
+    print(peak())
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--eps", type=float, default=0.2)
+    parser.add_argument("--without", nargs="*", default=[])
+    parser.add_argument("--child", nargs=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.child:
+        child(options.child[0], int(options.child[1]), options.child[2])
+        return
+    rows = measure(options.eps, options.rounds, options.without)
+    result = {
+        "what": f"linf:{options.eps}, mnist-cnn, {TRAIN} training and {HELD_OUT} held-out digits, one thread, "
+        f"medians of {options.rounds}",
+        "machine": processor(), "python": platform.python_version(), "torch": torch.__version__,
+        "art": importlib.metadata.version("adversarial-robustness-toolbox"),
+        "contestants": rows,
+        "memory beyond the images, MiB": {f"{kind}, {n} images": memory(kind, n) for kind in ("pgd", "deepfool", "singular")
+                                           for n in (2_000, 20_000)},
+    }  # fmt: skip
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    for name, row in rows.items():
+        print(f"{name:30} {row['held out']:7.1%} held out {row['train']:7.1%} training {row['seconds']:9.2f} s")
+    print(result["memory beyond the images, MiB"])
+
+
+if __name__ == "__main__":
+    main()

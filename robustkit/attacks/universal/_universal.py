@@ -1,0 +1,84 @@
+"""What all universal attacks share: one change is learned from many examples, then put on every one."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from robustkit.attack import Attack
+from robustkit.attacks.universal.perturbation import Perturbation
+from robustkit.errors import ArgumentError
+from robustkit.goals import Goal, Misclassify
+from robustkit.problem import Problem
+from robustkit.target import Fn, Target
+from robustkit.threats import L2, Linf, Threat
+
+__all__ = ["UniversalAttack", "rate", "shuffled"]
+
+
+class UniversalAttack(Attack):
+    """Learns one change (1, *S) that brings the goal about on as many examples as it can.
+
+    Called like any attack, it learns from the very examples that it is judged on, which flatters it; `learn` gives the
+    finished change, to be judged on others.
+    """
+
+    serves: ClassVar[tuple[type[Threat], ...]] = (Linf, L2)
+    universal: ClassVar[bool] = True
+
+    @abstractmethod
+    def fit(self, problem: Problem) -> Tensor:
+        """The change, (1, *S), inside `problem.threat.free`.
+
+        `problem` holds all examples with the model's own answers as reference; nothing is judged or kept on the way.
+        """
+
+    @final
+    def learned(self, problem: Problem) -> Perturbation:
+        """The finished change: fitted against what the model itself says of the unchanged examples."""
+        ref = torch.cat([part.goal.own(part.answer(part.x), part.ref) for part in problem.batches(problem.most)])
+        return Perturbation(self.fit(problem.compared_with(ref)).detach(), repr(self))
+
+    @final
+    def run(self, problem: Problem) -> Tensor:
+        """Learned from these examples, and put on them."""
+        return self.learned(problem).run(problem)
+
+    @final
+    def learn(self, target: Target | nn.Module | Fn, x: Tensor, ref: Tensor, *, goal: Goal = Misclassify(),
+              threat: Threat, seed: int = 0, ids: Tensor | None = None) -> Perturbation:  # fmt: skip
+        """A change learned from some examples, to be put on these or any others: it is an attack of its own.
+
+        For goals that compare with a truth, such as `Misclassify`, the model's own clean answers take the place of
+        `ref`: an answer that was wrong before has to change too. Other arguments as when an attack is called. Where
+        budgets differ between the examples, the largest one counts.
+
+        Raises:
+            ArgumentError: No example, a threat that is not served, or as when an attack is called.
+            ShapeError: As when an attack is called.
+        """
+        if not len(x):
+            raise ArgumentError("x holds no example; a universal perturbation is learned from at least one")
+        made, spent = self._prepared(target, x, ref, goal, threat, seed, ids)
+        assert isinstance(made, Perturbation)
+        assert spent is not None
+        return replace(made, forwards=int(spent.forwards.sum()), backwards=int(spent.backwards.sum()))
+
+
+def shuffled(problem: Problem, size: int, *draw: str | int) -> Iterator[Problem]:
+    """All examples in groups of at most `size`, in a random order that belongs to the examples; no copy of them all."""
+    order = problem.noise("order", *draw).uniform().argsort()
+    for first in range(0, len(problem), size):
+        yield problem[order[first : first + size]]
+
+
+def rate(problem: Problem, delta: Tensor) -> float:
+    """The share of the examples on which the goal is reached with the change `delta` (1, *S), cut to the box."""
+    parts = problem.batches(problem.most)
+    reached = sum(int(part.success(part.threat.project(part.x + delta, part.x)).sum()) for part in parts)
+    return reached / len(problem)
