@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # More threads than idle cores make small models many times slower.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: bench test check laws kills requests overhead load universal pixels docs clean
+.PHONY: bench test check laws kills requests overhead load universal memory pixels docs clean
 
 bench: $(VENV)/.core
 	$(ONE_THREAD) $(BIN)/robustkit bench
@@ -40,6 +40,9 @@ load: $(VENV)/.dev
 
 universal: $(VENV)/.dev
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.universal
+
+memory: $(VENV)/.dev
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.memory
 
 # Colour images are no part of this repository: COLOURS names the folder that holds them.
 PIXELS = --train $(COLOURS)/cifar10_train10k.npz --data $(COLOURS)/cifar10_val1k.npz

@@ -301,6 +301,9 @@ ROWS = {
     "unknown attack": option("attack", "nope", "'nope'", "there are fgsm, ifgsm, mifgsm, pgd"),
     "unknown field": option("attack", "pgd:stpes=3", "'stpes=3'", "steps, reach, step_size, random_start"),
     "field of none": option("attack", "fgsm:steps=3", "'steps=3'", "its fields: none"),
+    "an unknown layer": option("attack", "uap-singular:layer=conv9", "layer='conv9'", "this model has"),
+    "no candidates": option("attack", "deepfool:candidates=0", "candidates=0", "at least 1"),
+    "more than all fooled": option("attack", "uap-deepfool:fooling=1.5", "fooling=1.5", "at most 1"),
     "no steps": option("attack", "pgd:steps=0", "steps=0", "at least 1"),
     "half a step": option("attack", "pgd:steps=2.5", "steps='2.5'", "whole number"),
     "perhaps": option("attack", "pgd:random_start=maybe", "'maybe'", "true or false"),
@@ -443,6 +446,10 @@ ELSEWHERE = [
     (["train", *train_words({"--out": "{}/cut.safetensors"})], ("cut.safetensors", "nothing is overwritten")),
     (["train", *train_words({"--epochs": "0"})], ("epochs=0", "at least 1")),
     (["train", *train_words({"--lr": "0"})], ("lr=0", "above 0")),
+    (
+        ["train", *train_words({"--loss": "madry", "--threat": "linf:0.1", "--attack": "onepixel"})],
+        ("'onepixel' does not serve", "it serves pixels:K"),
+    ),
     (["train", *train_words({"--model": "{}/nets.py:nothing"})], ("NoneType", "must return a torch nn.Module")),
 ]  # fmt: skip
 

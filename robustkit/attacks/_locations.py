@@ -9,7 +9,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from robustkit.errors import ArgumentError, ShapeError
+from robustkit.attacks._pixels import check_count
+from robustkit.errors import ShapeError
 from robustkit.problem import Problem
 from robustkit.threats import Threat
 
@@ -23,16 +24,15 @@ _LEAST = 0.02  # smallest change of colour that counts as one
 
 
 def check_room(x: Tensor, count: int) -> None:
-    """Refuse what is no batch of images, or images with fewer than `count` locations.
+    """Refuse what is no batch of images, or images with no more than `count` locations.
 
     Raises:
         ShapeError: Data that is not (N, C, H, W).
-        ArgumentError: More pixels than an image has.
+        ArgumentError: As many pixels as an image has, or more.
     """
     if x.dim() != 4:
         raise ShapeError(f"x has shape {tuple(x.shape)}; attacks on pixels need images (N, C, H, W): reshape the data")
-    if count > x.shape[2] * x.shape[3]:
-        raise ArgumentError(f"pixels={count} exceeds the {x.shape[2] * x.shape[3]} locations of the images; change fewer")
+    check_count(count, x)
 
 
 def corners(x: Tensor, threat: Threat) -> Tensor:

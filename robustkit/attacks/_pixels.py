@@ -12,7 +12,7 @@ from robustkit.errors import ArgumentError, ShapeError
 from robustkit.problem import Problem
 from robustkit.threats import Threat
 
-__all__ = ["Canvas", "bell", "by_budget", "check_pixels"]
+__all__ = ["Canvas", "bell", "by_budget", "check_count", "check_pixels"]
 
 
 def check_pixels(pixels: int | None, threat: Threat) -> None:
@@ -27,6 +27,17 @@ def check_pixels(pixels: int | None, threat: Threat) -> None:
             f"pixels={pixels} is more than threat={threat!r} allows, which is {allowed}; "
             "leave pixels out to use as many as the threat allows"
         )
+
+
+def check_count(count: int, x: Tensor) -> None:
+    """Refuse to change every location of images (N, C, H, W): nothing of them would be left.
+
+    Raises:
+        ArgumentError: With both numbers.
+    """
+    locations = x.shape[2] * x.shape[3]
+    if count >= locations:
+        raise ArgumentError(f"pixels={count} must be below {locations}, the number of locations of the images; change fewer")
 
 
 def by_budget(problem: Problem, pixels: int | None) -> Iterator[tuple[int, Tensor]]:
@@ -51,15 +62,12 @@ class Canvas:
 
         Raises:
             ShapeError: Data that is not (N, C, H, W).
-            ArgumentError: More pixels than an image has.
+            ArgumentError: As many pixels as an image has, or more.
         """
         if x.dim() != 4:
             raise ShapeError(f"x has shape {tuple(x.shape)}; attacks on pixels need images (N, C, H, W): reshape the data")
         self._channels, self._height, self._width = x.shape[1:]
-        if count > self._height * self._width:
-            raise ArgumentError(
-                f"pixels={count} exceeds the {self._height * self._width} locations of the images; change fewer"
-            )
+        check_count(count, x)
         self._threat, self._count = threat, count
         self.dimensions = count * (2 + self._channels)
         self.colours = (torch.arange(2 + self._channels, device=x.device) >= 2).repeat(count)

@@ -135,8 +135,9 @@ class Loaded:
         self.command = command_of(plan) if command is None else command
         self._data, self._subjects = data, subjects
         self._changes: dict[int, Learned] = {}
-        if any(isinstance(trial.attack, UniversalAttack) for trial in self.trials):
-            self._learns_from  # noqa: B018 (too few images are refused now)
+        for trial in self.trials:
+            if isinstance(trial.attack, UniversalAttack):  # tried on two images: a layer that is not there is told now
+                self._learn(trial, self._learns_from.part(0, 2))
 
     def __len__(self) -> int:
         """Images of the data."""
@@ -232,12 +233,14 @@ class Loaded:
     def _learned(self, case: int) -> Learned:
         """The finished change of a universal attack; each process learns it once."""
         if case not in self._changes:
-            trial = self.trials[case]
-            with plugins.blamed(trial.plugin, trial.case.attack):
-                assert isinstance(trial.attack, UniversalAttack)
-                subject = self._subjects[trial.case.model]
-                self._changes[case] = learn(trial.attack, subject, trial.aim, trial.threat, self._learns_from, self.plan)
+            self._changes[case] = self._learn(self.trials[case], self._learns_from)
         return self._changes[case]
+
+    def _learn(self, trial: Trial, pool: Data) -> Learned:
+        assert isinstance(trial.attack, UniversalAttack)
+        with threads(self.plan.threads), plugins.blamed(trial.plugin, trial.case.attack):
+            subject = self._subjects[trial.case.model]
+            return learn(trial.attack, subject, trial.aim, trial.threat, pool, self.plan)
 
     def _spread(self, task: Task, learned: Learned, x: Tensor, x_adv: Tensor, labels: Tensor) -> Spread:
         """What the change does to the predictions; what it is, with the first block of its case."""

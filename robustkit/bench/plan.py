@@ -8,7 +8,7 @@ from typing import final
 
 from robustkit.errors import ArgumentError
 
-__all__ = ["Case", "Plan", "default_plan", "product"]
+__all__ = ["Case", "Plan", "default_plan", "product", "strongest"]
 
 
 @final
@@ -79,6 +79,11 @@ def product(models: Iterable[str], threats: Iterable[str], attacks: Iterable[tup
     threats, attacks = tuple(threats), tuple(attacks)
     cases = (Case(model, threat, attack, goal) for model in models for threat in threats for attack, goal in attacks)
     return tuple(dict.fromkeys(cases))
+
+
+def strongest(threat: str) -> str:
+    """The attack that is run in a threat where none is named."""
+    return "pixelsearch" if threat.partition(":")[0] == "pixels" else "pgd"
 
 
 _MODELS = ("zoo:mnist-cnn", "zoo:mnist-cnn-robust")

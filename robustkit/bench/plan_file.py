@@ -10,7 +10,7 @@ from typing import Any
 
 import tomli_w
 
-from robustkit.bench.plan import Case, Plan, product
+from robustkit.bench.plan import Case, Plan, strongest
 from robustkit.errors import ArgumentError
 
 __all__ = ["plan_text", "read_plan"]
@@ -84,8 +84,13 @@ def _combined(table: Table) -> tuple[Case, ...]:
     for name in ("models", "threats"):
         if not lists[name]:
             raise ArgumentError(f'{name} is missing beside {next(n for n in _LISTS if lists[n])}; write {name} = ["..."]')
-    pairs = [(attack, goal) for attack in lists["attacks"] or ["pgd"] for goal in lists["goals"] or ["misclassify"]]
-    return product(lists["models"], lists["threats"], pairs)
+    return tuple(
+        Case(model, threat, attack, goal)
+        for model in lists["models"]
+        for threat in lists["threats"]
+        for attack in lists["attacks"] or [strongest(threat)]
+        for goal in lists["goals"] or ["misclassify"]
+    )
 
 
 def _single(table: Table) -> list[Case]:

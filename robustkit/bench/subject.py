@@ -118,8 +118,9 @@ class Subject:
         if wanted is not None and wanted >= self.classes:
             raise ArgumentError(f"goal {case.goal!r}: model {self.spec!r} has the classes 0 to {self.classes - 1}; name one")
         locations = self.data.shape[2:].numel()
-        if isinstance(threat, Pixels) and threat.eps > locations:
-            raise ArgumentError(f"threat {case.threat!r}: an image of {self.data.spec} has {locations} locations; take fewer")
+        if isinstance(threat, Pixels) and threat.eps >= locations:
+            told = f"an image of {self.data.spec} has {locations} locations, and one at least must stay as it is; take fewer"
+            raise ArgumentError(f"threat {case.threat!r}: {told}")
         if white:
             self._check_gradient()
 

@@ -102,10 +102,11 @@ def _loss(course: Course, share: float) -> Loss:
     """What is made small, at some share of eps."""
     if course.loss == "standard" or course.threat is None:
         return standard
-    threat = specs.threat(course.threat)
+    threat, attack = specs.threat(course.threat), specs.attack(course.attack)
+    specs.check_served(course.attack, attack, course.threat, threat)
     if not isinstance(threat, Pixels):
         threat = replace(threat, eps=threat.eps * share)
-    return partial(madry, attack=specs.attack(course.attack), threat=threat)
+    return partial(madry, attack=attack, threat=threat)
 
 
 def _write(model: nn.Module, out: Path) -> None:

@@ -58,7 +58,7 @@ def threats(
     kinds: Sequence[type[Threat]] = ALL_THREATS,
     *,
     bounded: bool = True,
-    locations: int = 4,
+    locations: int = 3,
     budgets: SearchStrategy[float] | None = None,
 ) -> SearchStrategy[Threat]:
     """Threats of some kinds, from budgets too small to matter up to the whole range.
@@ -66,7 +66,7 @@ def threats(
     Args:
         kinds: Which threats.
         bounded: Whether they have the bounds [0, 1] or none.
-        locations: The largest number of Pixels.
+        locations: The largest number of Pixels; the smallest images have four.
         budgets: Of eps, for kinds other than the four of this package.
 
     Raises:

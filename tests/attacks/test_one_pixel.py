@@ -9,6 +9,7 @@ from torch import nn
 
 from robustkit import ClassifyAs, Linf, OnePixel, Pixels, Target
 from robustkit._random import Noise
+from robustkit.attacks import PixelSearch, SparseRS
 from robustkit.attacks._evolution import Population, Strategy, latin_hypercube
 from robustkit.attacks._pixels import Canvas, bell
 from robustkit.errors import ArgumentError, ShapeError
@@ -319,7 +320,8 @@ def test_what_cannot_be_attacked_is_refused():
         OnePixel()(NET, X, Y, threat=Linf(0.1))
     with pytest.raises(ArgumentError, match=r"pixels=3 .* allows, which is 2; leave pixels out"):
         OnePixel(pixels=3)(NET, X, Y, threat=Pixels(torch.tensor([1.0, 2.0])[torch.arange(9) % 2]))
-    with pytest.raises(ArgumentError, match=r"49 .* 48 locations"):
-        OnePixel(population=4, generations=1)(NET, X, Y, threat=Pixels(49))
+    for attack in (OnePixel(population=4, generations=1), PixelSearch(), SparseRS()):
+        with pytest.raises(ArgumentError, match=r"pixels=48 must be below 48, the number of locations"):
+            attack(NET, X, Y, threat=Pixels(48))
     with pytest.raises(ShapeError, match="N, C, H, W"):
         OnePixel()(nn.Linear(3, 2), torch.rand(2, 3), torch.zeros(2, dtype=torch.int64), threat=Pixels(1))

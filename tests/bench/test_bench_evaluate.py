@@ -173,7 +173,7 @@ def test_normalising_inside_the_model_is_the_same_as_outside():
         ({"data": (X * 255, Y)}, "bounds"),
         ({"threat": "linf"}, "threat 'linf' does not exist"),
         ({"threat": Linf(torch.full((130,), 0.1))}, "eps holds a number for each example"),
-        ({"threat": Pixels(65)}, "64 locations; take fewer"),
+        ({"threat": Pixels(65)}, "64 locations, and one at least must stay as it is; take fewer"),
         ({"attacks": ["nope"]}, "attack 'nope' does not exist"),
         ({"attacks": "nope"}, "attack 'nope' does not exist"),
         ({"attacks": [PGD]}, r"attacks=<class .*PGD'> must be PGD\(steps=100\), or a name"),

@@ -1,0 +1,76 @@
+"""Does an attack on ten times as many images need more memory? The peak of a process beyond that of one that only holds them.
+
+    make memory            or            OMP_NUM_THREADS=1 python -m benchmarks.memory
+
+Each attack on 28 x 28 images in a small net, with settings that make it quick; inputs and results are there in both processes.
+The result goes to benchmarks/results/memory.json.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.machine import peak, processor
+from robustkit import Linf, Pixels, Result, zoo
+from robustkit.attack import Attack
+from robustkit.attacks import (
+    DeepFool,
+    OnePixel,
+    PixelSearch,
+    SparseRS,
+    UniversalDeepFool,
+    UniversalPGD,
+    UniversalSingular,
+)
+
+RESULT = Path(__file__).parent / "results" / "memory.json"
+FEW, MANY = 2_000, 20_000
+ATTACKS: tuple[Attack, ...] = (
+    DeepFool(steps=3), UniversalPGD(epochs=1, starts=1), UniversalDeepFool(passes=1),
+    UniversalSingular(layer="0", iterations=5), OnePixel(population=16, generations=1), PixelSearch(queries=16), SparseRS(queries=16),
+)  # fmt: skip
+
+
+def beyond(number: int, n: int) -> float:
+    """Peak memory in MiB that one of the attacks on n images takes beyond inputs and outputs."""
+    command = [sys.executable, "-m", "benchmarks.memory", str(number), str(n)]
+    held, run = (
+        float(subprocess.run([*command, do], capture_output=True, text=True, check=True).stdout) for do in ("hold", "run")
+    )
+    return round(run - held, 1)
+
+
+def child(number: int, n: int, do: str) -> None:
+    """The inside of `beyond`."""
+    torch.manual_seed(0)
+    net, x, attack = zoo.load("mnist-cnn"), torch.rand(n, 1, 28, 28), ATTACKS[number]
+    with torch.no_grad():
+        y = torch.cat([net(part).argmax(1) for part in x.split(128)])  # type: ignore[no-untyped-call]
+    threat = Pixels(1) if Pixels in attack.serves else Linf(0.02)
+    attack(net, x[:128], y[:128], threat=threat)  # what is taken once, whatever the number
+    result = attack(net, x, y, threat=threat) if do == "run" else Result.room(x)
+    result.x_adv.add_(0)  # touched, so that it is there in both
+    print(peak())
+
+
+def main() -> None:
+    """Measure, print, write."""
+    torch.set_num_threads(1)
+    if len(sys.argv) == 4:
+        child(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+        return
+    rows = {repr(attack): {f"{n} images": beyond(number, n) for n in (FEW, MANY)} for number, attack in enumerate(ATTACKS)}
+    told = {"what": "peak MiB beyond inputs and outputs", "machine": processor(), "python": platform.python_version(),
+            "torch": torch.__version__, "attacks": rows}  # fmt: skip
+    RESULT.write_text(json.dumps(told, indent=1) + "\n")
+    print(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
