@@ -33,7 +33,8 @@ RESULT = Path(__file__).parent / "results" / "memory.json"
 FEW, MANY = 2_000, 20_000
 ATTACKS: tuple[Attack, ...] = (
     DeepFool(steps=3), UniversalPGD(epochs=1, starts=1), UniversalDeepFool(passes=1),
-    UniversalSingular(layer="0", iterations=5), OnePixel(population=16, generations=1), PixelSearch(queries=16), SparseRS(queries=16),
+    UniversalSingular(layer="0", iterations=5), OnePixel(population=16, generations=1), PixelSearch(queries=16),
+    SparseRS(queries=16),
 )  # fmt: skip
 
 

@@ -9,30 +9,16 @@ from typing import final
 import torch
 from torch import Tensor
 
-from robustkit.attacks._pixels import check_count
-from robustkit.errors import ShapeError
 from robustkit.problem import Problem
 from robustkit.threats import Threat
 
-__all__ = ["Field", "answers", "check_room", "corners", "extremes", "painted", "parts", "told"]
+__all__ = ["Field", "answers", "corners", "extremes", "painted", "parts", "told"]
 
 _GRID = 8  # so many locations along the longer side are asked first
 _REACH = 1.0  # what a location tells of another falls by a factor e over so many locations, in steps of the first grid / 4
 _DOUBT = 0.25  # so many answers about full changes weigh as much as the expectation that a pixel does nothing
 _CURIOSITY = 0.5  # how many typical effects a location without answers may be better than expected
 _LEAST = 0.02  # smallest change of colour that counts as one
-
-
-def check_room(x: Tensor, count: int) -> None:
-    """Refuse what is no batch of images, or images with no more than `count` locations.
-
-    Raises:
-        ShapeError: Data that is not (N, C, H, W).
-        ArgumentError: As many pixels as an image has, or more.
-    """
-    if x.dim() != 4:
-        raise ShapeError(f"x has shape {tuple(x.shape)}; attacks on pixels need images (N, C, H, W): reshape the data")
-    check_count(count, x)
 
 
 def corners(x: Tensor, threat: Threat) -> Tensor:

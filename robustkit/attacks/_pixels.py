@@ -1,40 +1,81 @@
-"""What attacks on single pixels share: how many each image may change, and how these are painted."""
+"""What attacks on single pixels share: how many each image may change, batch by batch, and how pixels are painted."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
-from typing import final
+from dataclasses import dataclass
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
 
+from robustkit.attack import Attack
+from robustkit.attacks._checks import at_least
 from robustkit.errors import ArgumentError, ShapeError
 from robustkit.problem import Problem
-from robustkit.threats import Threat
+from robustkit.threats import Pixels, Threat
 
-__all__ = ["Canvas", "bell", "by_budget", "check_count", "check_pixels"]
+__all__ = ["Canvas", "PixelAttack", "bell", "by_budget", "check_count"]
 
 
-def check_pixels(pixels: int | None, threat: Threat) -> None:
-    """Refuse more pixels than the threat allows any example.
+@dataclass(frozen=True)
+class PixelAttack(Attack):
+    """Searches for a few pixels of each image and their colours, seeing scores only.
 
-    Raises:
-        ArgumentError: With both numbers.
+    Attributes:
+        pixels: How many pixels are changed at most; None for as many as the threat allows. An image whose own budget is
+            smaller keeps to that.
     """
-    allowed = int(torch.as_tensor(threat.eps).max())
-    if pixels is not None and pixels > allowed:
-        raise ArgumentError(
-            f"pixels={pixels} is more than threat={threat!r} allows, which is {allowed}; "
-            "leave pixels out to use as many as the threat allows"
-        )
+
+    access: ClassVar[Literal["white", "score", "label"]] = "score"
+    serves: ClassVar[tuple[type[Threat], ...]] = (Pixels,)
+
+    pixels: int | None = None
+
+    def __post_init__(self) -> None:
+        at_least(1, pixels=1 if self.pixels is None else self.pixels)
+
+    @abstractmethod
+    def search(self, problem: Problem, count: int) -> Tensor:
+        """The last images of a search that may change `count` pixels of each, (N, C, H, W); N is at most `problem.most`."""
+
+    @final
+    def check(self, threat: Threat) -> None:
+        """Refuse other threats, and more pixels than the threat allows any example.
+
+        Raises:
+            ArgumentError: With both numbers.
+        """
+        super().check(threat)
+        allowed = int(torch.as_tensor(threat.eps).max())
+        if self.pixels is not None and self.pixels > allowed:
+            raise ArgumentError(
+                f"pixels={self.pixels} is more than threat={threat!r} allows, which is {allowed}; "
+                "leave pixels out to use as many as the threat allows"
+            )
+
+    @final
+    def run(self, problem: Problem) -> Tensor:
+        """A search for the images of each budget."""
+        x_adv = problem.x.clone()
+        for count, rows in by_budget(problem, self.pixels):
+            check_count(count, problem.x)
+            for first in range(0, len(rows), problem.most):
+                part = rows[first : first + problem.most]
+                x_adv[part] = self.search(problem[part], count)
+        return x_adv
 
 
 def check_count(count: int, x: Tensor) -> None:
-    """Refuse to change every location of images (N, C, H, W): nothing of them would be left.
+    """Refuse what is no batch of images, or to change every location of them: nothing would be left.
 
     Raises:
-        ArgumentError: With both numbers.
+        ShapeError: Data that is not (N, C, H, W).
+        ArgumentError: As many pixels as an image has, or more.
     """
+    if x.dim() != 4:
+        raise ShapeError(f"x has shape {tuple(x.shape)}; attacks on pixels need images (N, C, H, W): reshape the data")
     locations = x.shape[2] * x.shape[3]
     if count >= locations:
         raise ArgumentError(f"pixels={count} must be below {locations}, the number of locations of the images; change fewer")
@@ -58,16 +99,8 @@ class Canvas:
     """
 
     def __init__(self, x: Tensor, threat: Threat, count: int) -> None:
-        """For images like `x` (N, C, H, W), whose values lie in the bounds of the threat.
-
-        Raises:
-            ShapeError: Data that is not (N, C, H, W).
-            ArgumentError: As many pixels as an image has, or more.
-        """
-        if x.dim() != 4:
-            raise ShapeError(f"x has shape {tuple(x.shape)}; attacks on pixels need images (N, C, H, W): reshape the data")
+        """For images like `x` (N, C, H, W), whose values lie in the bounds of the threat."""
         self._channels, self._height, self._width = x.shape[1:]
-        check_count(count, x)
         self._threat, self._count = threat, count
         self.dimensions = count * (2 + self._channels)
         self.colours = (torch.arange(2 + self._channels, device=x.device) >= 2).repeat(count)

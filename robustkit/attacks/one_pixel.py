@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
 
 from robustkit._random import Noise
-from robustkit.attack import Attack
 from robustkit.attacks._checks import at_least, not_negative
 from robustkit.attacks._evolution import LEAST, Population, Strategy, latin_hypercube
-from robustkit.attacks._pixels import Canvas, bell, by_budget, check_pixels
+from robustkit.attacks._pixels import Canvas, PixelAttack, bell
 from robustkit.errors import ArgumentError
 from robustkit.problem import Problem
-from robustkit.threats import Pixels, Threat
 
 __all__ = ["OnePixel"]
 
@@ -25,7 +23,7 @@ _STRATEGIES = {"scipy": Strategy("best", (0.5, 1.0)), "paper": Strategy("rand", 
 
 @final
 @dataclass(frozen=True)
-class OnePixel(Attack):
+class OnePixel(PixelAttack):
     """Differential evolution over the places and colours of one or a few pixels.
 
     Two recipes. "scipy" is scipy's, of which public implementations hold copies: best/1, a scale drawn from [0.5, 1) in each
@@ -55,36 +53,23 @@ class OnePixel(Attack):
     (https://arxiv.org/abs/1710.08864): 400 candidates, at most 100 generations.
     """
 
-    access: ClassVar[Literal["white", "score", "label"]] = "score"
-    serves: ClassVar[tuple[type[Threat], ...]] = (Pixels,)
-
-    pixels: int | None = None
     population: int = 400
     generations: int = 75
     recipe: Literal["scipy", "paper"] = "scipy"
     tolerance: float = 0.05
 
     def __post_init__(self) -> None:
-        at_least(1, generations=self.generations, pixels=1 if self.pixels is None else self.pixels)
+        super().__post_init__()
+        at_least(1, generations=self.generations)
         at_least(LEAST, population=self.population)
         not_negative(tolerance=self.tolerance)
         if self.recipe not in _STRATEGIES:
             raise ArgumentError(f"recipe={self.recipe!r} must be one of {', '.join(_STRATEGIES)}")
 
-    def check(self, threat: Threat) -> None:
-        """Refuse other threats, and more pixels than the threat allows."""
-        super().check(threat)
-        check_pixels(self.pixels, threat)
-
-    def run(self, problem: Problem) -> Tensor:
+    def search(self, problem: Problem, count: int) -> Tensor:
         """An evolution for each image, side by side; as many at once as there is room for."""
-        x_adv = problem.x.clone()
         at_once = max(1, min(problem.most, _ROOM * problem.most // self.population))
-        for count, rows in by_budget(problem, self.pixels):
-            for first in range(0, len(rows), at_once):
-                part = rows[first : first + at_once]
-                x_adv[part] = self._evolved(problem[part], count)
-        return x_adv
+        return torch.cat([self._evolved(part, count) for part in problem.batches(at_once)])
 
     def _evolved(self, problem: Problem, count: int) -> Tensor:
         """The best image of each evolution in the end, `count` pixels changed; who is solved or at rest leaves before."""

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import final
 
 import torch
 from torch import Tensor
 
-from robustkit.attack import Attack
 from robustkit.attacks._checks import at_least
-from robustkit.attacks._locations import Field, answers, check_room, extremes, painted, parts
-from robustkit.attacks._pixels import by_budget, check_pixels
+from robustkit.attacks._locations import Field, answers, extremes, painted
+from robustkit.attacks._pixels import PixelAttack
 from robustkit.problem import Problem
-from robustkit.threats import Pixels, Threat
 
 __all__ = ["PixelSearch"]
 
@@ -24,7 +22,7 @@ _SHELF = 32  # promising locations among which a search that is stuck draws a ne
 
 @final
 @dataclass(frozen=True)
-class PixelSearch(Attack):
+class PixelSearch(PixelAttack):
     """Black and white pixels where they promise most, learned from all answers so far; other extreme colours at the end.
 
     One pixel: black and white on a coarse grid; then, a few at a time, the candidates of the largest promise; with the last
@@ -52,30 +50,17 @@ class PixelSearch(Attack):
         pixels are drawn by the rank of the single ones. Replacing few pixels at a time: Sparse-RS (see `SparseRS`).
     """
 
-    access: ClassVar[Literal["white", "score", "label"]] = "score"
-    serves: ClassVar[tuple[type[Threat], ...]] = (Pixels,)
-
-    pixels: int | None = None
     queries: int = 600
     at_once: int = 32
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(3, queries=self.queries)
-        at_least(1, at_once=self.at_once, pixels=1 if self.pixels is None else self.pixels)
+        at_least(1, at_once=self.at_once)
 
-    def check(self, threat: Threat) -> None:
-        """Refuse other threats, and more pixels than the threat allows."""
-        super().check(threat)
-        check_pixels(self.pixels, threat)
-
-    def run(self, problem: Problem) -> Tensor:
-        """One search for the images of each budget."""
-        x_adv = problem.x.clone()
-        for count, rows in by_budget(problem, self.pixels):
-            check_room(problem.x, count)
-            for part in parts(rows, problem.most):
-                x_adv[part] = _Search(problem[part], count, count * self.queries, self.at_once).run()
-        return x_adv
+    def search(self, problem: Problem, count: int) -> Tensor:
+        """One search for all images, in step."""
+        return _Search(problem, count, count * self.queries, self.at_once).run()
 
 
 @final

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import final
 
 import torch
 from torch import Tensor
 
 from robustkit._random import Noise
-from robustkit.attack import Attack
 from robustkit.attacks._checks import at_least, positive
-from robustkit.attacks._locations import check_room, corners, painted, parts, told
-from robustkit.attacks._pixels import by_budget, check_pixels
+from robustkit.attacks._locations import corners, painted, told
+from robustkit.attacks._pixels import PixelAttack
 from robustkit.errors import ArgumentError
 from robustkit.problem import Problem
-from robustkit.threats import Pixels, Threat
 
 __all__ = ["SparseRS"]
 
@@ -25,7 +23,7 @@ _SCHEDULE = ((8000, 20), (6000, 15), (4000, 12), (2000, 10), (1000, 8), (500, 6)
 
 @final
 @dataclass(frozen=True)
-class SparseRS(Attack):
+class SparseRS(PixelAttack):
     """A set of random locations in random extreme colours; a few of them are replaced, and the change stays if it helps.
 
     Taken from the paper (L0 attack): the random start, one candidate a query, locations swapped against unused ones, each
@@ -49,34 +47,17 @@ class SparseRS(Attack):
         10,000 queries.
     """
 
-    access: ClassVar[Literal["white", "score", "label"]] = "score"
-    serves: ClassVar[tuple[type[Threat], ...]] = (Pixels,)
-
-    pixels: int | None = None
     queries: int = 1000
     alpha: float = 0.3
 
     def __post_init__(self) -> None:
-        at_least(1, queries=self.queries, pixels=1 if self.pixels is None else self.pixels)
+        super().__post_init__()
+        at_least(1, queries=self.queries)
         positive(alpha=self.alpha)
         if self.alpha > 2:
             raise ArgumentError(
                 f"alpha={self.alpha!r} must be at most 2: half of it is the share of the pixels that is replaced"
             )
-
-    def check(self, threat: Threat) -> None:
-        """Refuse other threats, and more pixels than the threat allows."""
-        super().check(threat)
-        check_pixels(self.pixels, threat)
-
-    def run(self, problem: Problem) -> Tensor:
-        """One search for the images of each budget."""
-        x_adv = problem.x.clone()
-        for count, rows in by_budget(problem, self.pixels):
-            check_room(problem.x, count)
-            for part in parts(rows, problem.most):
-                x_adv[part] = self._searched(problem[part], count)
-        return x_adv
 
     def swaps(self, query: int, count: int) -> int:
         """How many of `count` pixels the query of this number (from 1 on; the start is number 0) replaces, at least one."""
@@ -84,7 +65,7 @@ class SparseRS(Attack):
         divisor = next((divisor for begin, divisor in _SCHEDULE if at > begin), 1)
         return max(1, int(self.alpha / divisor * count))
 
-    def _searched(self, problem: Problem, count: int) -> Tensor:
+    def search(self, problem: Problem, count: int) -> Tensor:
         """The best set of each image after all queries; the solved ones leave before."""
         x_adv, rows = problem.x.clone(), problem.open.nonzero().squeeze(1)
         left = problem[rows]

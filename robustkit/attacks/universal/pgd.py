@@ -33,7 +33,8 @@ class UniversalPGD(UniversalAttack):
         clamp: Examples whose loss is that far below zero pull no more: the goal is reached well enough.
         starts: How many random changes compete.
 
-    Source: Shafahi et al. 2020, algorithm 2 and equation 3 (https://arxiv.org/abs/1811.11304); they clamp at 9.
+    Source: Shafahi et al. 2020, "Universal adversarial training", the stochastic gradient method with the clamped loss
+        (https://arxiv.org/abs/1811.11304); they clamp at 9.
     """
 
     epochs: int = 10

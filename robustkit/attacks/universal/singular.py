@@ -35,8 +35,9 @@ class UniversalSingular(UniversalAttack):
         images: How many examples the Jacobian is taken at: the first of a random order.
         iterations: The most steps of the power method, which ends where a step gains less than a thousandth.
 
-    Source: Khrulkov & Oseledets 2018, equations 7 to 11 and algorithm 1 (https://arxiv.org/abs/1709.03582): 64 images and
-    q = 10 there, 5 in their code; unlike there, layers are compared by the examples and not by hand.
+    Source: Khrulkov & Oseledets 2018, "Art of singular vectors and universal adversarial perturbations", the generalized
+        power method for (p, q)-singular vectors (https://arxiv.org/abs/1709.03582): 64 images and q = 10 there, 5 in their
+        code; unlike there, layers are compared on the examples and not by hand.
     """
 
     layer: str | None = None
