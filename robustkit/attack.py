@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import ClassVar, Literal, final
 
@@ -41,6 +43,11 @@ class Attack(ABC):
     access: ClassVar[Literal["white", "score", "label"]] = "white"
     serves: ClassVar[tuple[type[Threat], ...]] = ()
     universal: ClassVar[bool] = False
+
+    @property
+    def alarms(self) -> tuple[Remark, ...]:
+        """Reasons not to believe in the attack itself, which every result of it tells as flags."""
+        return ()
 
     @abstractmethod
     def run(self, problem: Problem) -> Tensor:
@@ -91,7 +98,7 @@ class Attack(ABC):
         target, ids = Target.of(target), checked(x, ref, goal, threat, seed, ids)
         if not len(x):
             return Result.room(x.detach())
-        flags = _flags(target)
+        flags = [*_flags(target), *self.alarms]
         with gradients_on(), target.held():
             x, ref = owned(x), owned(ref)
             room = Result.room(x)
@@ -129,7 +136,7 @@ class Attack(ABC):
                 part, noise = threat.clamp(x[rows]), Noise(int(seed), ids[rows])
                 kept = Kept("last", wide(part), target.stochastic)
                 problem = Problem(target.fitting(most), part, ref[rows], goal, threat[rows], noise, kept)
-                with seeded(noise.at("model", int(noise.ids[0])).key):
+                with seeded(noise.at("model", int(noise.ids[0])).key), attack._reading(problem):
                     return _finished(problem, attack.run(problem), part)
 
             return torch.cat(in_batches(solve, len(x), target.batch_size)[0])
@@ -144,6 +151,15 @@ class Attack(ABC):
             return self._ready(target, owned(x), owned(ref), goal, threat, Noise(int(seed), ids))[:2]
 
     @final
+    @contextmanager
+    def _reading(self, problem: Problem) -> Iterator[None]:
+        """Refuse an attack that writes to what it was only to read, and by which it is judged."""
+        before = problem.stamp
+        yield
+        if problem.stamp != before:
+            raise ArgumentError(f"{self!r} wrote to problem.x or problem.ref, by which it is judged; it must work on a clone")
+
+    @final
     def _ready(self, target: Target, x: Tensor, ref: Tensor, goal: Goal, threat: Threat,
                noise: Noise) -> tuple[Attack, Ledger | None, list[Remark]]:  # fmt: skip
         """What is run on each batch, what learning it has cost, and what is to be told of it."""
@@ -152,8 +168,9 @@ class Attack(ABC):
 
         def learn(most: int) -> tuple[Attack, Ledger]:
             kept = Kept("last", wide(x), target.stochastic)
-            with seeded(noise.at("model", "learning").key):
-                return self.learned(Problem(target.fitting(most), x, ref, goal, threat, noise, kept)), kept.ledger
+            problem = Problem(target.fitting(most), x, ref, goal, threat, noise, kept)
+            with seeded(noise.at("model", "learning").key), self._reading(problem):
+                return self.learned(problem), kept.ledger
 
         (attack, ledger), most = halving(learn, target.batch_size, len(x))
         return attack, ledger, halved(target.batch_size, most)
@@ -171,7 +188,8 @@ class Attack(ABC):
                 met &= not kept.stochastic  # known only now: a lucky answer is no success
                 kept.open &= ~met
         with stage("attack", kept.best.found):
-            x_last = self.run(problem) if kept.open.any() else problem.x
+            with self._reading(problem):
+                x_last = self.run(problem) if kept.open.any() else problem.x
             x_adv, success, rate, flags, notes = verdict(problem, kept, _finished(problem, x_last, problem.x), met)
             kept.best.found[:] = success  # so that the stage books what was solved in the end
         x_adv = _finished(problem, x_adv, x)

@@ -22,6 +22,8 @@ from robustkit.threats import Threat
 
 __all__ = ["Problem"]
 
+_DRAWS, _SURE = 9, 0.75  # of a random target, and the share of them that tells an attack that an example is done
+
 
 @final
 class Problem:
@@ -62,6 +64,11 @@ class Problem:
         """The examples in groups of at most `size`, in order."""
         for first in range(0, len(self), size):
             yield self[first : first + size]
+
+    @property
+    def stamp(self) -> tuple[int, ...]:
+        """Changes when anybody writes to the inputs or the reference: then nothing that is judged by them holds."""
+        return self.x._version, self._raw._version, self.ref._version
 
     def compared_with(self, ref: Tensor) -> Problem:
         """The same questions about the same examples with another reference, (N, ...)."""
@@ -149,23 +156,26 @@ class Problem:
         One pass through the model serves them all; each gradient counts, and one without signal counts as flat. Every
         example is asked, solved or not; what solves one on the way is kept.
 
+        Both are averaged over the target's `draws`.
+
         Args:
             x_adv: Where, (N, *S).
             values: From an output of the adversary's view and the reference to the functions' values, each (N,).
         """
-        everyone = slice(None)
-        x_in = self._input(x_adv, everyone).requires_grad_()
-        with torch.enable_grad():
-            out = self._forward(self._target.view, x_in, everyone)
-        if self._kept.judging:
-            with torch.no_grad():
-                self._judge_on_the_way(x_adv, everyone, out, None)
-        with torch.enable_grad():
-            found = list(values(out, self.ref))
-        for value in found:
-            self._count(self._kept.ledger.backwards, everyone)
-            grad = _gradient(value, x_in, keep=True).to(self.x)
-            yield value.detach().to(self.x), self._with_signal(grad, x_adv, everyone)
+        everyone, draws = slice(None), []
+        for _ in range(self._target.draws):
+            x_in = self._input(x_adv, everyone).requires_grad_()
+            with torch.enable_grad():
+                out = self._forward(self._target.view, x_in, everyone)
+                found = list(values(out, self.ref))
+            if self._kept.judging:
+                with torch.no_grad():
+                    self._judge_on_the_way(x_adv, everyone, out, None)
+            draws.append([(value.detach(), _gradient(value, x_in, keep=True)) for value in found])
+        for number in range(min(map(len, draws))):
+            value, grad = (_mean([draw[number][part] for draw in draws]).to(self.x) for part in (0, 1))
+            self._count(self._kept.ledger.backwards, everyone, len(draws))
+            yield value, self._with_signal(grad, x_adv, everyone)
 
     def answer_and_pull(self, x_adv: Tensor) -> tuple[Any, Callable[[Tensor], Tensor]]:
         """What the adversary's view says of `x_adv`, and the way back through it, for attacks with a loss of their own.
@@ -212,11 +222,17 @@ class Problem:
                 raise ArgumentError(f"layer={layer!r} does not exist; this model has {', '.join(found) or 'no layers'}")
             fn = up_to(found[layer], self._target.view)
 
-        def count(forwards: int, backwards: int) -> None:
-            self._count(ledger.forwards, slice(None), forwards)
-            self._count(ledger.backwards, slice(None), backwards)
+        def count(forwards: int, backwards: int, flat: Tensor | int = 0) -> None:
+            for counts, amount in ((ledger.forwards, forwards), (ledger.backwards, backwards), (ledger.flat, flat)):
+                self._count(counts, slice(None), amount)
 
         return Jacobian(fn, self._input(self.x, slice(None)), count)
+
+    def settled(self, x_adv: Tensor) -> Tensor:
+        """Whether each goal is reached at `x_adv` beyond luck, (N,) bool: on three of four draws where the target is random."""
+        if not self._kept.stochastic:
+            return self.success(x_adv)
+        return torch.stack([self.success(x_adv) for _ in range(_DRAWS)]).double().mean(0) > _SURE
 
     def _asked(self) -> Tensor:
         """The examples that the model still has to see, as indices."""

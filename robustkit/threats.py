@@ -104,6 +104,14 @@ class Threat(ABC):
         return replace(self, eps=float(torch.as_tensor(self.eps, dtype=torch.float64).max()), bounds=None)
 
     @final
+    def movable(self, grad: Tensor, x: Tensor) -> Tensor:
+        """`grad` without the coordinates in which `x`, at the edge of the box, could only leave it by following it."""
+        if self.bounds is None:
+            return grad
+        low, high = self.bounds
+        return torch.where(((x <= low) & (grad < 0)) | ((x >= high) & (grad > 0)), 0, grad)
+
+    @final
     def step(self, grad: Tensor, x_adv: Tensor, x: Tensor, fraction: float, length: float | None = None) -> Tensor:
         """A move of `fraction` of the budget, or of `length` in input units, that raises the linear function `grad`."""
         # One product of Python floats: other libraries form the step so, and float32 would round it twice.

@@ -20,7 +20,7 @@ def positive(**fields: float | None) -> None:
     """Refuse numbers that are not above zero and finite; None means "not set"."""
     for name, value in fields.items():
         if value is not None and not (isinstance(value, float | int) and 0 < value < math.inf):
-            raise ArgumentError(f"{name}={value!r} must be a number above zero")
+            raise ArgumentError(f"{name}={value!r} must be a finite number above zero")
 
 
 def not_negative(**fields: float) -> None:

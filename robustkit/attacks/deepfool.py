@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -17,6 +17,8 @@ from robustkit.problem import Problem
 from robustkit.threats import L2, Linf, Threat
 
 __all__ = ["DeepFool"]
+
+_FURTHER = 1.1  # by so much a change grows with which the deployed function is not content
 
 
 @final
@@ -48,25 +50,57 @@ class DeepFool(Attack):
         not_negative(overshoot=self.overshoot)
 
     def run(self, problem: Problem) -> Tensor:
-        """The loop of the paper."""
+        """The loop of the paper, each point inside the threat set."""
         x, threat = problem.x, problem.threat
-        change, x_adv = torch.zeros_like(x), x
-        left = torch.ones(len(x), dtype=torch.bool, device=x.device)
-        for _ in problem.steps(self.steps):
-            rows = (left & problem.open).nonzero().squeeze(1)
-            if not len(rows):
-                break
-            step, left[rows] = nearest_border(problem[rows], x_adv[rows], self.candidates)
-            change[rows] = change[rows] + step
-            x_adv = threat.project(x + (1 + self.overshoot) * change, x)
-        return x_adv
+
+        def place(rows: Tensor, change: Tensor) -> Tensor:
+            return threat[rows].project(x[rows] + change, x[rows])
+
+        change = to_the_border(problem, place, self.steps, self.candidates, self.overshoot)
+        return threat.project(x + change, x)
 
 
-def nearest_border(problem: Problem, x_adv: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
+def to_the_border(problem: Problem, place: Callable[[Tensor, Tensor], Tensor], steps: int, candidates: int,
+                  overshoot: float) -> Tensor:  # fmt: skip
+    """The changes that bring the examples over the nearest borders, and a little further, (N, *S).
+
+    Where the adversary's view says that the goal is reached and the deployed function does not, or not on most draws, the whole
+    change grows: such an example is not done.
+
+    Args:
+        problem: The examples.
+        place: Where changes lead, rows (M,) and changes (M, *S) -> points (M, *S).
+        steps: The most steps.
+        candidates: How many parts of the goal compete.
+        overshoot: By which share the changes go further.
+    """
+    change = torch.zeros_like(problem.x)
+    left = torch.arange(len(problem), device=problem.x.device)
+    for _ in problem.steps(steps):
+        left = left[problem.open[left]]
+        if not len(left):
+            break
+        some, points = problem[left], place(left, (1 + overshoot) * change[left])
+        step, seen, reached = nearest_border(some, points, candidates)
+        change[left] += step
+        early = reached.nonzero().squeeze(1)
+        early = early[~some[early].settled(points[early])]
+        change[left[early]] *= _FURTHER
+        going = seen & ~reached
+        going[early] = True
+        left = left[going]
+    return (1 + overshoot) * change
+
+
+def nearest_border(problem: Problem, x_adv: Tensor, candidates: int) -> tuple[Tensor, Tensor, Tensor]:
     """The shortest step from `x_adv` to a border of the goal, were the model linear, measured as the threat measures.
 
+    Coordinates that the box holds fast do not count: unlike in the paper, which knows no box, the border is sought with the
+    others. Otherwise most of a step would be cut off, and the border come nearer for ever.
+
     Returns:
-        The step, (N, *S), zero where the goal is reached or no border is in sight; and whether it is neither, (N,) bool.
+        The step, (N, *S), zero where the view says that the goal is reached, or where no border is in sight; whether one is,
+        (N,) bool; whether it says so, (N,) bool.
     """
 
     def edges(out: Out, ref: Tensor) -> Iterator[Tensor]:
@@ -76,12 +110,13 @@ def nearest_border(problem: Problem, x_adv: Tensor, candidates: int) -> tuple[Te
     shortest = torch.full((len(problem),), torch.inf, dtype=x_adv.dtype, device=x_adv.device)
     reached = torch.zeros_like(problem.open)
     for edge, grad in problem.gradients(x_adv, edges):
-        unit = problem.threat.move(-grad, zero, problem.x, 1.0)
+        down = problem.threat.movable(-grad, x_adv)
+        unit = problem.threat.move(down, zero, problem.x, 1.0)
         # A tie is a border that one has to leave; where there is no gradient the quotient is infinite or no number.
-        length = torch.where(edge == 0, torch.finfo(edge.dtype).resolution, edge / -dot(grad, unit))
+        length = torch.where(edge == 0, torch.finfo(edge.dtype).resolution, edge / dot(down, unit))
         reached |= edge < 0
         shorter = (length > 0) & (length < shortest)
         shortest = torch.where(shorter, length, shortest)
         step = torch.where(over(shorter, x_adv), as_rows(length, x_adv) * unit, step)
-    going = ~reached & (shortest < torch.inf)
-    return torch.where(over(going, x_adv), step, 0), going
+    seen = shortest < torch.inf
+    return torch.where(over(seen & ~reached, x_adv), step, 0), seen, reached

@@ -12,7 +12,7 @@ from typing import Any, final
 from scipy.stats import binomtest
 
 from robustkit.bench.past import Run
-from robustkit.bench.record import in_common
+from robustkit.bench.record import surviving
 from robustkit.errors import ArgumentError
 
 __all__ = ["Comparison", "Pair", "compare", "holm", "label", "mcnemar", "tango"]
@@ -214,8 +214,8 @@ def _upper(more: int, fewer: int, n: int) -> float:
 def _pair(a: Run, b: Run, rows: Sequence[tuple[int, int]], *, together: bool) -> Pair:
     """The records of A and B in `rows`; several are taken together as `together` of bench.record does."""
     of_a, of_b = ([run.results["records"][row[side]] for row in rows] for side, run in enumerate((a, b)))
-    right_a = in_common([a.robust[row] for row, _ in rows])
-    right_b = in_common([b.robust[row] for _, row in rows])
+    right_a = surviving([a.robust[row] for row, _ in rows])
+    right_b = surviving([b.robust[row] for _, row in rows])
     n, both = len(right_a), int((right_a & right_b).sum())
     only_a, only_b = int(right_a.sum()) - both, int(right_b.sum()) - both
     low, high = tango(only_a, only_b, n)

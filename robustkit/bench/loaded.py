@@ -148,6 +148,10 @@ class Loaded:
         """A name for each class."""
         return self._data.classes
 
+    def labels(self, case: int) -> Tensor:
+        """The true classes of these images, (n,) int64."""
+        return self._data.y[self.images(case).start :]
+
     def images(self, case: int) -> range:
         """The images that a case is scored on; a universal attack leaves out those that it has to learn from."""
         learns = isinstance(self.trials[case].attack, UniversalAttack) and self._pool is None

@@ -15,7 +15,7 @@ from robustkit.bench.plan import Case, Plan
 from robustkit.ledger import Remark
 from robustkit.result import Result
 
-__all__ = ["Record", "in_common", "make_record", "together", "wilson"]
+__all__ = ["Record", "make_record", "surviving", "together", "wilson"]
 
 Record = dict[str, Any]  # Any: strings, numbers, and lists of {name, why}, ready for JSON
 
@@ -62,13 +62,15 @@ def make_record(case: Case, plan: Plan, *, attack: Attack, result: Result, clean
     }  # fmt: skip
 
 
-def in_common(masks: Sequence[NDArray[np.bool_]]) -> NDArray[np.bool_]:
-    """The images that survive all of several attacks, among those that all were scored on, (N,) bool.
+def surviving(masks: Sequence[NDArray[np.bool_]]) -> NDArray[np.bool_]:
+    """The images that survive every attack of several that was tried on them, (N,) bool.
 
-    A universal attack that has learned on the first images of the data is scored on the rest: the last ones are common.
+    A universal attack that has learned on the first images of the data is scored on the rest alone. The first ones then
+    count by the other attacks, so that an attack more can never make the share of survivors larger.
     """
-    n = min(len(mask) for mask in masks)
-    survived: NDArray[np.bool_] = np.logical_and.reduce([mask[len(mask) - n :] for mask in masks])
+    survived = np.ones(max(len(mask) for mask in masks), np.bool_)
+    for mask in masks:
+        survived[len(survived) - len(mask) :] &= mask
     return survived
 
 
@@ -88,12 +90,12 @@ def together(survivors: Sequence[tuple[Record, NDArray[np.bool_]]]) -> list[Reco
         groups.setdefault(tuple(record[key] for key in keys), []).append((record, robust))
     found = []
     for group, members in groups.items():
-        robust = in_common([survived for _, survived in members])
-        fewest = min(members, key=lambda member: len(member[1]))[0]
+        robust = surviving([survived for _, survived in members])
+        most = max(members, key=lambda member: len(member[1]))[0]
         low, high = wilson(int(robust.sum()), len(robust))
         attacks = [f"{record['attack']} ({record['goal']})" for record, _ in members]
         found.append({**dict(zip(keys, group, strict=True)), "n": len(robust), "attacks": attacks,
-                      "clean_accuracy": fewest["clean_accuracy"], "robust_accuracy": float(robust.mean()),
+                      "clean_accuracy": most["clean_accuracy"], "robust_accuracy": float(robust.mean()),
                       "low": low, "high": high})  # fmt: skip
     return found
 

@@ -98,7 +98,7 @@ def _outcome(loaded: Loaded, store: Store, tasks: Sequence[Task], case: int) -> 
     record = make_record(trial.case, loaded.plan, attack=trial.attack, result=result, clean=clean, robust=robust,
                          seconds=seconds, model_hash=loaded.weights[trial.case.model])  # fmt: skip
     if spreads:
-        record |= spread_facts(record, spreads, loaded.classes)
+        record |= spread_facts(record, spreads, loaded.labels(case), loaded.classes)
     return Outcome(case, record, tuple(pictures), robust)
 
 

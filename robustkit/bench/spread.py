@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, final
 
 import numpy as np
@@ -37,6 +37,7 @@ class Learned:
         images: How many these were.
         source: Where they came from.
         seconds: How long it took.
+        classes: Which true classes these images have.
     """
 
     perturbation: Perturbation
@@ -44,6 +45,7 @@ class Learned:
     images: int
     source: str
     seconds: float
+    classes: tuple[int, ...]
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -51,7 +53,8 @@ class Learned:
         made = self.perturbation
         return {
             "fooling_train": self.fooling, "images": self.images, "source": self.source, "seconds": self.seconds,
-            "forwards": made.forwards, "backwards": made.backwards,
+            "forwards": made.forwards, "backwards": made.backwards, "classes": self.classes,
+            "alarms": [asdict(alarm) for alarm in made.alarms],
         }  # fmt: skip
 
 
@@ -134,10 +137,11 @@ def learn(attack: UniversalAttack, subject: Subject, aim: Aim, threat: Threat, p
     x_adv = threat.project(x + made.delta.to(x), x)
     before, after = (subject.logits(images, pool.y, 0, "learned").argmax(1) for images in (x, x_adv))
     seconds = time.perf_counter() - started
-    return Learned(made, float((before != after).double().mean()), len(pool), pool.spec, seconds)
+    return Learned(made, float((before != after).double().mean()), len(pool), pool.spec, seconds,
+                   tuple(np.unique(pool.y.numpy()).tolist()))  # fmt: skip
 
 
-def spread_facts(record: Record, spreads: Sequence[Spread], classes: Sequence[str]) -> dict[str, Any]:
+def spread_facts(record: Record, spreads: Sequence[Spread], labels: Tensor, classes: Sequence[str]) -> dict[str, Any]:
     """What a record tells of a universal attack besides: rates over all images of its blocks, in [0, 1], and the learning.
 
     `fooling_train` and `fooling_held_out` are the shares of predictions that change, right or wrong before, on the images
@@ -159,6 +163,7 @@ def spread_facts(record: Record, spreads: Sequence[Spread], classes: Sequence[st
         "seconds": record["seconds"] + learned["seconds"],
         "forwards": record["forwards"] + learned["forwards"],
         "backwards": record["backwards"] + learned["backwards"],
+        "flags": [*record["flags"], *learned["alarms"], *_other_classes(learned["classes"], labels)],
         "notes": [*record["notes"], {"name": "universal", "why": why}],
         "fooling_train": learned["fooling_train"],
         "fooling_held_out": held_out,
@@ -172,3 +177,13 @@ def spread_facts(record: Record, spreads: Sequence[Spread], classes: Sequence[st
             for model in spreads[0].elsewhere
         },
     }  # fmt: skip
+
+
+def _other_classes(learned: Sequence[int], labels: Tensor) -> list[dict[str, str]]:
+    """An alarm where images of some classes are scored that the change has never seen, as where data are sorted."""
+    scored = set(np.unique(labels.numpy()).tolist())
+    unseen = len(scored - set(learned))
+    if not unseen:
+        return []
+    why = f"{unseen} of the {len(scored)} classes that are scored were not among the images it learned on; shuffle the data"
+    return [{"name": "learned-on-other-classes", "why": why}]

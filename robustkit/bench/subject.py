@@ -46,7 +46,7 @@ class _Told(nn.Module):
 def load_subject(spec: str, data: Data, plan: Plan) -> Subject:
     """The model that `spec` names on `data`."""
     model = load_model(spec, plan.device, plan.normalize)
-    return Subject(spec, Target(_Told(spec, model), batch_size=plan.batch_size), data, plan, weights=model)
+    return Subject(spec, Target(_Told(spec, model), model, batch_size=plan.batch_size), data, plan, weights=model)
 
 
 @final

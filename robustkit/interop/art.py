@@ -205,6 +205,8 @@ def _set(attack: Any, problem: Problem, eps: float, make: Any) -> bool:
     """Bring an attack to the goal and the budget of the problem, or refuse it; whether it is to be told the classes."""
     if not isinstance(attack, import_module("art.attacks.attack").EvasionAttack):
         raise ArgumentError(f"make={make!r} gave {attack!r}; it must give an instance of an ART evasion attack")
+    if isinstance(getattr(attack, "attacks", None), list | tuple):
+        raise ArgumentError(f"{attack!r} holds attacks whose goal and budget nobody can set from outside; give them one by one")
     known, wanted = attack.attack_params, isinstance(problem.goal, ClassifyAs)
     params: dict[str, Any] = {"verbose": False, "targeted": wanted}
     if "targeted" not in known and bool(attack.targeted) != wanted:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from robustkit import L2, ClassifyAs, Linf, Pixels
+from robustkit import L2, ClassifyAs, Linf, Pixels, Target
 from robustkit.attacks import DeepFool
 from robustkit.errors import ArgumentError
 
@@ -99,3 +99,40 @@ def test_bad_values_are_refused():
         DeepFool(candidates=0)
     with pytest.raises(ArgumentError, match="overshoot=-1"):
         DeepFool(overshoot=-1)
+
+
+def test_where_the_box_holds_coordinates_fast_the_border_is_sought_with_the_others():
+    """Ten inputs, nine of them at the edge that the gradient points out of: the tenth alone has to go the whole way."""
+    net = nn.Linear(10, 2, bias=False).double()
+    weight = torch.ones(10, dtype=torch.float64)
+    net.load_state_dict({"weight": torch.stack([weight, -weight])})
+    x = torch.zeros(1, 10, dtype=torch.float64)
+    x[0, 9] = 0.4
+    shifted = lambda x: net(x) - torch.tensor([0.2, -0.2])  # noqa: E731 - class 0 where the sum exceeds 0.2
+    result = DeepFool(steps=1)(shifted, x, torch.tensor([0]), threat=Linf(0.5))
+    assert result.success.all()
+    assert float(result.size) == pytest.approx(0.204, rel=1e-6)
+
+
+@pytest.mark.parametrize("sign", [0.8, 1.0])
+def test_an_example_is_done_when_the_deployed_function_says_so(sign):
+    """The view crosses its border before the deployed function does: the change grows until that is content too."""
+    net = nn.Linear(2, 2, bias=False).double()
+    net.load_state_dict({"weight": torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)})
+    push = torch.tensor([0.3, -0.3], dtype=torch.float64)
+    target = Target(lambda x: net(x), views={"nearer": lambda x: net(sign * x) - push})
+    x = torch.tensor([[0.5, 0.1]], dtype=torch.float64)
+    result = DeepFool()(target, x, torch.tensor([0]), threat=Linf(2.0, bounds=None))
+    assert result.success.all()
+    assert float(result.size) < 0.6
+
+
+def test_on_a_random_model_one_lucky_draw_is_no_reason_to_stop():
+    torch.manual_seed(0)
+    net = nn.Linear(20, 2).double()
+    x = torch.randn(60, 20, dtype=torch.float64)
+    y = net(x).argmax(1)
+    noisy = Target(lambda x: net(x) + 0.5 * torch.randn(len(x), 2, dtype=x.dtype), draws=4)
+    result = DeepFool(steps=20)(noisy, x, y, threat=WIDE[L2])
+    assert int(result.success.sum()) >= 54
+    assert (result.backwards % 4 == 0).all()

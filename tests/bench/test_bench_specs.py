@@ -257,7 +257,8 @@ def test_a_run_is_refused_before_any_attack(local, order):
         ("pgd:steps", "'steps' is no field=value"), ("pgd:steps=3,", "'' is no field=value"), ("pgd:=3", "'=3' is no"),
         ("pgd:steps=", "steps='' must be a number"), ("pgd:steps=2.5", "steps='2.5' must be a whole number"),
         ("pgd:steps=0", "'pgd:steps=0': steps=0 must be a whole number, at least 1"), ("pgd:steps=x", "steps='x'"),
-        ("pgd:reach=0", "reach=0.0 must be a number above zero"), ("pgd:random_start=maybe", "='maybe' must be true or false"),
+        ("pgd:reach=0", "reach=0.0 must be a finite number above zero"),
+        ("pgd:random_start=maybe", "='maybe' must be true or false"),
         ("pgd:random_start=1", "='1' must be true or false"), ("pgd:steps=1,steps=2", "steps is given twice"),
     ],
 )  # fmt: skip

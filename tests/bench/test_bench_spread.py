@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from robustkit import L2, Linf, data, evaluate, zoo
+from robustkit import FGSM, L2, Linf, data, evaluate, zoo
 from robustkit.attacks import Perturbation, UniversalPGD
 from robustkit.bench.block import Block
 from robustkit.bench.evaluate import run
+from robustkit.bench.loaded import load
 from robustkit.bench.past import read
 from robustkit.bench.plan import Case, Plan
 from robustkit.bench.spread import random_signs
@@ -74,11 +75,13 @@ def test_data_without_a_training_part_are_split_and_the_first_half_is_not_scored
         changed = {key: float((classes(net, x[20:]) != classes(net, x_adv)).double().mean()) for key, net in models.items()}
         assert record["fooling_held_out"] == pytest.approx(changed[name])
         assert record["transfer"] == {other: pytest.approx(changed[other])}
-        # Together: the images that both were scored on, and no others.
+        # Together: every image counts, by the attacks that were tried on it.
         (joint,) = [r for r in report.together if r["model"] == name]
-        right = classes(models[name], x) == y
-        assert joint["n"] == 21
-        assert joint["clean_accuracy"] == pytest.approx(float(right[20:].double().mean()))
+        left = classes(models[name], FGSM().perturb(models[name], x, y, threat=Linf(0.1))) == y
+        left &= classes(models[name], x) == y
+        left[20:] &= classes(models[name], x_adv) == y[20:]
+        assert joint["n"] == 41
+        assert joint["robust_accuracy"] == pytest.approx(float(left.double().mean()))
 
 
 def test_one_image_is_too_few_to_learn_and_to_score():
@@ -136,3 +139,54 @@ def test_a_targeted_change_is_learned_for_its_class():
     (record,) = run(plan).records
     assert record["collapse"]["class"] == "3"
     assert record["success_rate"] > 0.5
+
+
+def test_a_change_that_was_learned_without_gradients_is_flagged_in_its_record():
+    net = zoo.load("digits-mlp")
+    held = data.load("digits").part(0, 60)
+    report = evaluate(lambda x: net((x * 7).round() / 7), held, threat=Linf(0.1), attacks=["uap-pgd:epochs=2,starts=1"])
+    assert [flag["name"] for flag in report.records[0]["flags"]] == ["flat-gradients"]
+
+
+def test_a_change_that_has_not_seen_all_classes_is_flagged():
+    x, y = torch.rand(40, 1, 6, 6), (torch.arange(40) % 4).sort().values
+    (record,) = evaluate(nets()["one"], (x, y), threat=Linf(0.1), attacks=["uap-pgd:epochs=2,starts=1"]).records
+    (flag,) = record["flags"]
+    assert flag["name"] == "learned-on-other-classes"
+    assert flag["why"].startswith("2 of the 2 classes")
+
+
+def test_one_attack_more_never_leaves_more():
+    """A model that is wrong on the first half and right on the second: the universal attack saw the second half alone."""
+
+    def halves(x):
+        return torch.stack([x[:, 0, 0, 0], 1 - x[:, 0, 0, 0]], 1)
+
+    x = torch.rand(20, 1, 2, 2)
+    x[:10, 0, 0, 0], x[10:, 0, 0, 0] = 0.0, 1.0
+    y = torch.zeros(20, dtype=torch.int64)
+    for attacks in (["fgsm"], ["fgsm", "uap-pgd:epochs=1,starts=1"]):
+        (joint,) = evaluate(halves, (x, y), threat=Linf(0.1), attacks=attacks).together
+        assert (joint["n"], joint["robust_accuracy"]) == (20, 0.5)
+
+
+def test_layers_are_named_as_in_the_model_itself():
+    plan = Plan((Case("zoo:digits-mlp", "linf:0.2", "uap-singular:layer=1"),), "digits", limit=20)
+    assert len(run(plan).records) == 1
+
+
+def test_blocks_are_named_by_what_was_learned_on_and_by_the_other_models(tmp_path):
+    case = Case("zoo:digits-mlp", "linf:0.2", SHORT)
+    names = set()
+    for cases, limit in (((case,), 60), ((case, Case("zoo:mnist-cnn", "linf:0.2", SHORT)), 60)):
+        try:
+            loaded = load(Plan(cases, "digits", limit=limit))
+        except ArgumentError:  # the other model does not take these images
+            continue
+        names.add(loaded.tasks()[0].name)
+    x, y = torch.rand(40, 1, 8, 8), torch.arange(40) % 4
+    np.savez(tmp_path / "d.npz", x=x.numpy(), y=y.numpy())
+    for limit in (40, 30):
+        plan = Plan((case,), f"npz:{tmp_path}/d.npz", limit=limit)
+        names.add(load(plan).tasks()[0].name)
+    assert len(names) == 3

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from robustkit import FGSM, Linf
+from robustkit.attacks import Perturbation
 from robustkit.errors import ArgumentError
 from robustkit.testing import Hyperplane, assert_robust
 from robustkit.testing.hyperplane import Halfspace
@@ -42,3 +43,13 @@ def test_the_closed_forms_of_the_hyperplane():
     torch.testing.assert_close(plane.best_gain(Pixels(1)), torch.tensor([0.6, 0.7], dtype=torch.float64))
     torch.testing.assert_close(plane.best_gain(Linf(0.65)), torch.tensor([1.2, 1.3], dtype=torch.float64))
     assert isinstance(plane.net, nn.Module)
+
+
+def test_a_universal_change_that_makes_wrong_ones_right_does_not_make_a_model_robust():
+    """Half of the images are wrong as they are; the change turns these right, and leaves the others."""
+    model = lambda x: torch.stack([x.flatten(1).sum(1), torch.ones(len(x))], 1)  # noqa: E731
+    x, y = torch.cat([torch.full((5, 1, 1, 1), 0.95), torch.full((5, 1, 1, 1), 0.5)]), torch.zeros(10, dtype=torch.int64)
+    change = Perturbation(torch.full((1, 1, 1, 1), 0.6), "hand")
+    assert not change(lambda x: 1.5 * model(x), x, y, threat=Linf(0.6)).success[:5].any()
+    with pytest.raises(AssertionError, match=r"robust accuracy is 0\.0%"):
+        assert_robust(model, x, y, threat=Linf(0.6), at_least=0.1, attack=change)

@@ -18,7 +18,7 @@ from robustkit.problem import Problem
 from robustkit.target import Fn, Target
 from robustkit.threats import L2, Linf, Threat
 
-__all__ = ["UniversalAttack", "rate", "shuffled"]
+__all__ = ["UniversalAttack", "random_order", "rate", "shuffled"]
 
 
 class UniversalAttack(Attack):
@@ -67,14 +67,22 @@ class UniversalAttack(Attack):
         made, spent = self._prepared(target, x, ref, goal, threat, seed, ids)
         assert isinstance(made, Perturbation)
         assert spent is not None
-        return replace(made, forwards=int(spent.forwards.sum()), backwards=int(spent.backwards.sum()))
+        forwards, backwards, flat = (int(count.sum()) for count in (spent.forwards, spent.backwards, spent.flat))
+        return replace(made, forwards=forwards, backwards=backwards, flat=flat)
 
 
 def shuffled(problem: Problem, size: int, *draw: str | int) -> Iterator[Problem]:
     """All examples in groups of at most `size`, in a random order that belongs to the examples; no copy of them all."""
-    order = problem.noise("order", *draw).uniform().argsort()
+    order = random_order(problem, "order", *draw)
     for first in range(0, len(problem), size):
         yield problem[order[first : first + size]]
+
+
+def random_order(problem: Problem, *draw: str | int) -> Tensor:
+    """The examples in a random order that belongs to their ids, (N,) int64; 62 bits, so that hardly ever two are equal."""
+    high, low = problem.noise(*draw).bits(2).unbind(1)
+    order: Tensor = (high * 2**30 + (low >> 2)).argsort(stable=True)
+    return order
 
 
 def rate(problem: Problem, delta: Tensor) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robustkit.attacks._checks import at_least, not_negative
-from robustkit.attacks.deepfool import nearest_border
+from robustkit.attacks.deepfool import to_the_border
 from robustkit.attacks.universal._universal import UniversalAttack, rate, shuffled
 from robustkit.errors import ArgumentError
 from robustkit.problem import Problem
@@ -61,21 +61,20 @@ class UniversalDeepFool(UniversalAttack):
             if reached >= self.fooling:
                 break
             for some in shuffled(problem, self.batch, number):
-                added = self._to_the_border(some, delta)
-                delta = ball.project(delta + added.sum(0, keepdim=True), zero)
+                delta = ball.project(delta + self._needed(some, delta), zero)
             now = rate(problem, delta)
             if now >= reached:
                 best, reached = delta, now
         return best
 
-    def _to_the_border(self, some: Problem, delta: Tensor) -> Tensor:
-        """What each example needs besides `delta`, (N, *S): nothing where the goal is reached."""
-        change, left = torch.zeros_like(some.x), torch.arange(len(some), device=some.x.device)
-        for _ in range(self.steps):
-            points = some.threat.clamp(some.x[left] + delta + (1 + self.overshoot) * change[left])
-            step, going = nearest_border(some[left], points, self.candidates)
-            change[left] += step
-            left = left[going]
-            if not len(left):
-                break
-        return (1 + self.overshoot) * change
+    def _needed(self, some: Problem, delta: Tensor) -> Tensor:
+        """What the examples need besides `delta`, summed up, (1, *S): nothing where the goal is reached."""
+        total = torch.zeros_like(delta)
+        for part in some.batches(some.most):
+
+            def place(rows: Tensor, change: Tensor, part: Problem = part) -> Tensor:
+                return part.threat.clamp(part.x[rows] + delta + change)
+
+            change = to_the_border(part, place, self.steps, self.candidates, self.overshoot)
+            total = total + change.sum(0, keepdim=True)
+        return total

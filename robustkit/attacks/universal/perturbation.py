@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from robustkit.attack import Attack
+from robustkit.attack import FLAT, Attack
 from robustkit.errors import ArgumentError, ShapeError
+from robustkit.ledger import Remark
 from robustkit.problem import Problem
 
 __all__ = ["Perturbation"]
@@ -33,6 +34,7 @@ class Perturbation(Attack):
         recipe: What it was made by.
         forwards: How many images went through the model while it was learned.
         backwards: How many gradients were taken.
+        flat: How many of them carried no signal; most of them, and the change may be worth nothing.
     """
 
     universal: ClassVar[bool] = True
@@ -41,13 +43,24 @@ class Perturbation(Attack):
     recipe: str
     forwards: int = 0
     backwards: int = 0
+    flat: int = 0
 
     def __post_init__(self) -> None:
         if self.delta.dim() < 2 or len(self.delta) != 1 or not self.delta.is_floating_point():
             raise ShapeError(f"delta is {self.delta.dtype} of shape {tuple(self.delta.shape)}; it must be floating, (1, *S)")
+        if not bool(self.delta.isfinite().all()):
+            raise ArgumentError("delta holds values that are not finite; a change is made of numbers")
 
     def __repr__(self) -> str:
         return f"Perturbation({'x'.join(map(str, self.delta.shape[1:]))} by {self.recipe})"
+
+    @property
+    def alarms(self) -> tuple[Remark, ...]:
+        """That most gradients carried no signal while it was learned, if so."""
+        if self.flat <= self.backwards / 2:
+            return ()
+        why = f"{self.flat} of {self.backwards} gradients were zero, not finite or missing while the change was learned: "
+        return (Remark(FLAT, why + "it may be worth nothing, and what it leaves is no robustness"),)
 
     def run(self, problem: Problem) -> Tensor:
         """Every input with the change added, inside its own threat set."""
@@ -70,7 +83,7 @@ class Perturbation(Attack):
 
     def save(self, path: str | Path) -> None:
         """Write it to one safetensors file."""
-        told = {"recipe": self.recipe, "forwards": self.forwards, "backwards": self.backwards}
+        told = {"recipe": self.recipe, "forwards": self.forwards, "backwards": self.backwards, "flat": self.flat}
         Path(path).write_bytes(save({"delta": self.delta.contiguous()}, {"robustkit": json.dumps(told)}))
 
     @classmethod
@@ -83,6 +96,6 @@ class Perturbation(Attack):
         try:
             with safe_open(str(path), framework="pt") as file:
                 told = json.loads((file.metadata() or {})["robustkit"])
-                return cls(file.get_tensor("delta"), told["recipe"], told["forwards"], told["backwards"])
+                return cls(file.get_tensor("delta"), told["recipe"], told["forwards"], told["backwards"], told["flat"])
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise ArgumentError(f"path={str(path)!r} is no perturbation written by Perturbation.save ({error})") from error

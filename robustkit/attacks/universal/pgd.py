@@ -68,8 +68,10 @@ class UniversalPGD(UniversalAttack):
         ball, zero = problem.threat.free, torch.zeros_like(delta)
         count = -(-len(problem) // self.batch)
         for number, some in enumerate(shuffled(problem, self.batch, start, epoch)):
-            loss, grad = some.loss_and_grad(some.threat.project(some.x + delta, some.x))
-            pull = (grad * as_rows((loss > -self.clamp).to(grad), grad)).mean(0, keepdim=True)
+            pull = torch.zeros_like(delta)
+            for part in some.batches(some.most):
+                loss, grad = part.loss_and_grad(part.threat.project(part.x + delta, part.x))
+                pull += (grad * as_rows((loss > -self.clamp).to(grad), grad)).sum(0, keepdim=True)
             left = 1 - (epoch + number / count) / self.epochs
-            delta = ball.project(ball.step(-pull, delta, zero, 2 * left * self.reach / count), zero)
+            delta = ball.project(ball.step(-pull / len(some), delta, zero, 2 * left * self.reach / count), zero)
         return delta

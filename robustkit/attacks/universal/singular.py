@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from robustkit.attacks._checks import at_least, positive
-from robustkit.attacks.universal._universal import UniversalAttack, rate
+from robustkit.attacks.universal._universal import UniversalAttack, random_order, rate
 from robustkit.errors import ArgumentError
 from robustkit.jacobian import Jacobian
 from robustkit.problem import Problem
@@ -53,7 +53,7 @@ class UniversalSingular(UniversalAttack):
 
     def fit(self, problem: Problem) -> Tensor:
         """The best sign of the best layer."""
-        some = problem[problem.noise("images").uniform().argsort()[: self.images]]
+        some = problem[random_order(problem, "images")[: self.images]]
         candidates = []
         for layer in self._layers(some):
             jacobians = [part.jacobian(layer) for part in some.batches(some.most)]
@@ -95,7 +95,11 @@ def power_method(jacobians: Sequence[Jacobian], ball: Threat, start: Tensor, q: 
         scale = max(float(part.abs().max()) for part in moved)
         units = [part / (scale or 1.0) for part in moved]
         reached.append(scale * sum(float(part.abs().pow(q).sum()) for part in units) ** (1 / q))
-        if scale == 0 or len(reached) > iterations or (len(reached) > 1 and reached[-1] < 1.001 * reached[-2]):
+        if scale == 0:  # asked for once, so that a layer without any gradient is counted as what it is
+            for jacobian, part in zip(jacobians, moved, strict=True):
+                jacobian.pull(torch.ones_like(part).to(start))
+            return change, reached
+        if len(reached) > iterations or (len(reached) > 1 and reached[-1] < 1.001 * reached[-2]):
             return change, reached
         weights = [(part.sign() * part.abs().pow(q - 1)).to(start) for part in units]
         pulled = [jacobian.pull(weight).sum(0) for jacobian, weight in zip(jacobians, weights, strict=True)]

@@ -128,3 +128,40 @@ def test_an_unknown_layer_is_refused_with_those_that_there_are():
         UniversalSingular(layer="conv9").learn(NET, X, OWN, threat=Linf(0.1))
     with pytest.raises(ArgumentError, match=r"q=0\.5 must be at least 1"):
         UniversalSingular(q=0.5)
+
+
+class Older(torch.autograd.Function):
+    """Rounds, straight through; of the form that torch.func refuses."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def test_a_straight_through_function_of_the_older_form_is_served():
+    plain = UniversalSingular(layer="2").learn(NET, X, OWN, threat=Linf(0.1), seed=1)
+
+    class Rounds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = NET
+
+        def forward(self, x):
+            return self.net(Older.apply(x * 1e4) / 1e4)
+
+    rounds = UniversalSingular(layer="net.2").learn(Rounds().eval(), X, OWN, threat=Linf(0.1), seed=1)
+    assert torch.equal(rounds.delta, plain.delta)
+
+
+def test_of_the_two_signs_the_one_comes_back_that_fools_more():
+    """Two linear classes beside each other: a change helps in one direction and does nothing in the other."""
+    net = nn.Sequential(nn.Linear(4, 2, bias=False)).eval()
+    net[0].load_state_dict({"weight": torch.tensor([[1.0, 1.0, 1.0, 1.0], [-1.0, -1.0, -1.0, -1.0]])})
+    for side in (1, -1):
+        x = side * 0.05 * torch.ones(20, 4)
+        made = UniversalSingular(layer="0").learn(net, x, net(x).argmax(1), threat=Linf(0.2, bounds=None))
+        assert torch.allclose(made.delta, -side * torch.full((1, 4), 0.2))

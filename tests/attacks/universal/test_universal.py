@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from robustkit import L1, L2, ClassifyAs, Linf, Misclassify, Target
+from robustkit import L1, L2, Attack, ClassifyAs, Linf, Misclassify, Target
 from robustkit.attacks import Perturbation, UniversalDeepFool, UniversalPGD, UniversalSingular
 from robustkit.attacks.universal import UniversalAttack
 from robustkit.errors import ArgumentError, ShapeError
@@ -142,3 +142,61 @@ def test_a_universal_attack_of_ones_own_needs_only_fit():
             return torch.full_like(problem.x[:1], 0.1)
 
     assert torch.allclose(Grey().perturb(NET, X, OWN, goal=Misclassify(), threat=Linf(0.1)), (X + 0.1).clamp(0, 1))
+
+
+@each
+def test_a_change_that_was_learned_without_gradients_says_so_wherever_it_is_used(attack, tmp_path):
+    """Rounding has a gradient of zero: what such a change leaves is no robustness, here and in any later run."""
+    rounded = lambda x: NET((x * 7).round() / 7)  # noqa: E731
+    assert "flat-gradients" in [flag.name for flag in attack(rounded, X, rounded(X).argmax(1), threat=Linf(0.05)).flags]
+    made = attack.learn(rounded, X, rounded(X).argmax(1), threat=Linf(0.05))
+    made.save(tmp_path / "delta")
+    for change in (made, Perturbation.load(tmp_path / "delta")):
+        assert [flag.name for flag in change(NET, X, OWN, threat=Linf(0.05)).flags] == ["flat-gradients"]
+    assert attack.learn(NET, X, OWN, threat=Linf(0.05))(NET, X, OWN, threat=Linf(0.05)).flags == ()
+
+
+@each
+def test_no_more_images_at_once_than_the_target_allows(attack):
+    seen = []
+
+    def watched(x):
+        seen.append(len(x))
+        return NET(x)
+
+    attack.learn(Target(watched, NET, batch_size=3), X, OWN, threat=Linf(0.15))
+    assert max(seen) == 3
+
+
+@each
+def test_one_infinite_derivative_does_not_disable_the_attack_in_silence(attack):
+    """sqrt(x)^2 is x, and has no finite derivative at 0: a black pixel in every image."""
+    x = X.clone()
+    x[:, :, 0, 0] = 0
+    odd = lambda x: NET(x.sqrt() ** 2)  # noqa: E731
+    results = [attack(net, x, NET(x).argmax(1), threat=Linf(0.2)) for net in (odd, NET)]
+    fooled = [result.success.float().mean() for result in results]
+    assert fooled[0] > 0.5 * fooled[1] > 0 or [flag.name for flag in results[0].flags] == ["flat-gradients"]
+
+
+def test_an_attack_that_writes_to_what_it_is_judged_by_is_refused():
+    class Learns(UniversalAttack):
+        def fit(self, problem):
+            problem.x.add_(0)
+            return torch.zeros_like(problem.x[:1])
+
+    class Runs(Attack):
+        def run(self, problem):
+            problem.ref.add_(0)
+            return problem.x
+
+    for attack in (Learns(), Runs()):
+        with pytest.raises(ArgumentError, match=r"wrote to problem.x or problem.ref"):
+            attack(NET, X.clone(), OWN.clone(), goal=ClassifyAs(), threat=Linf(0.1))
+        with pytest.raises(ArgumentError, match=r"wrote to problem.x or problem.ref"):
+            attack.perturb(NET, X.clone(), OWN.clone(), goal=ClassifyAs(), threat=Linf(0.1))
+
+
+def test_a_change_that_is_no_number_is_refused():
+    with pytest.raises(ArgumentError, match="not finite"):
+        Perturbation(torch.full((1, 1, 8, 8), torch.nan), "hand")

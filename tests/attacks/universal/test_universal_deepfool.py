@@ -28,6 +28,8 @@ def minimal(x, y, delta, linf, steps):
         ways = []
         for k in set(range(4)) - {y}:
             (w,) = torch.autograd.grad(logits[k] - logits[y], point, retain_graph=True)
+            at = point.detach()
+            w = torch.where(((at <= 0) & (w < 0)) | ((at >= 1) & (w > 0)), 0, w)  # what the box holds fast does not count
             length = float((logits[y] - logits[k]).detach() / w.norm(1 if linf else 2))
             ways.append((length, w.sign() if linf else w / w.norm()))
         length, direction = min(ways, key=lambda way: way[0])
