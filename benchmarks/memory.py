@@ -30,7 +30,7 @@ from robustkit.attacks import (
 )
 
 RESULT = Path(__file__).parent / "results" / "memory.json"
-FEW, MANY = 2_000, 20_000
+FEW, MANY = 500, 5_000
 ATTACKS: tuple[Attack, ...] = (
     DeepFool(steps=3), UniversalPGD(epochs=1, starts=1), UniversalDeepFool(passes=1),
     UniversalSingular(layer="0", iterations=5), OnePixel(population=16, generations=1), PixelSearch(queries=16),
