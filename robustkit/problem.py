@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustkit._layers import joined, layers_of, up_to
 from robustkit._random import Noise
@@ -204,9 +204,7 @@ class Problem:
 
     def layers(self) -> tuple[str, ...]:
         """The innermost layers that the adversary's view runs, by name, in order; none for a function without a module."""
-        self._count(self._kept.ledger.forwards, slice(0, 1))
-        found = layers_of(self._target.module, self._target.view, self._input(self.x, slice(0, 1)))
-        return tuple(name for name, layer in found.items() if not any(layer.children()))
+        return tuple(name for name, layer in self._layers().items() if not any(layer.children()))
 
     def jacobian(self, layer: str | None) -> Jacobian:
         """How one layer, or the output where None is named, answers to small changes of the inputs; every product counts.
@@ -216,8 +214,7 @@ class Problem:
         """
         fn, ledger = joined(self._target.view), self._kept.ledger
         if layer is not None:
-            self._count(ledger.forwards, slice(0, 1))
-            found = layers_of(self._target.module, self._target.view, self._input(self.x, slice(0, 1)))
+            found = self._layers()
             if layer not in found:
                 raise ArgumentError(f"layer={layer!r} does not exist; this model has {', '.join(found) or 'no layers'}")
             fn = up_to(found[layer], self._target.view)
@@ -227,6 +224,12 @@ class Problem:
                 self._count(counts, slice(None), amount)
 
         return Jacobian(fn, self._input(self.x, slice(None)), count)
+
+    def _layers(self) -> dict[str, nn.Module]:
+        """The layers that the adversary's view runs, found by one pass of the first example."""
+        first = slice(0, 1)
+        self._count(self._kept.ledger.forwards, first)
+        return layers_of(self._target.module, self._target.view, self._input(self.x, first))
 
     def settled(self, x_adv: Tensor) -> Tensor:
         """Whether each goal is reached at `x_adv` beyond luck, (N,) bool: on three of four draws where the target is random."""

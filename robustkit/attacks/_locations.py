@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import final
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from robustkit.problem import Problem
 from robustkit.threats import Threat
 
-__all__ = ["Field", "answers", "corners", "extremes", "painted", "parts", "told"]
+__all__ = ["Field", "answers", "corners", "extremes", "painted", "told"]
 
 _GRID = 8  # so many locations along the longer side are asked first
 _REACH = 1.0  # what a location tells of another falls by a factor e over so many locations, in steps of the first grid / 4
@@ -46,12 +46,6 @@ def painted(x: Tensor, places: Tensor, colours: Tensor) -> Tensor:
     return x.flatten(2).scatter(2, where, colours.transpose(1, 2)).reshape(x.shape)
 
 
-def parts(rows: Tensor, size: int) -> Iterator[Tensor]:
-    """The indices (N,) in groups of at most `size`, in order."""
-    for first in range(0, len(rows), size):
-        yield rows[first : first + size]
-
-
 def told(loss: Tensor) -> Tensor:
     """Losses in float64, what is not a number as the worst of all."""
     return torch.where(loss.isnan(), torch.inf, loss.double())
@@ -61,7 +55,7 @@ def answers(problem: Problem, count: int, points: Callable[[Tensor, slice], Tens
     """The losses of `count` points of each example in float64, (N, count); infinite where an example left before.
 
     Args:
-        problem: The examples.
+        problem: The examples, at most `problem.most`.
         count: How many points there are of each.
         points: Given examples (R,) and a slice of the points, those points one example after the other, (R * M, *S).
     """
@@ -73,9 +67,8 @@ def answers(problem: Problem, count: int, points: Callable[[Tensor, slice], Tens
             break
         ahead = slice(done, min(count, done + max(1, problem.most // len(rows))))
         many = ahead.stop - done
-        for part in parts(rows, problem.most):
-            loss = problem[part.repeat_interleave(many)].loss(points(part, ahead))
-            out[part, ahead] = told(loss).reshape(len(part), many)
+        loss = problem[rows.repeat_interleave(many)].loss(points(rows, ahead))
+        out[rows, ahead] = told(loss).reshape(len(rows), many)
         done = ahead.stop
     return out
 

@@ -8,7 +8,7 @@ from typing import final
 
 from robustkit.errors import ArgumentError
 
-__all__ = ["Case", "Plan", "default_plan", "product", "strongest"]
+__all__ = ["Case", "Plan", "default_plan", "pairs", "product"]
 
 
 @final
@@ -81,9 +81,10 @@ def product(models: Iterable[str], threats: Iterable[str], attacks: Iterable[tup
     return tuple(dict.fromkeys(cases))
 
 
-def strongest(threat: str) -> str:
-    """The attack that is run in a threat where none is named."""
-    return "pixelsearch" if threat.partition(":")[0] == "pixels" else "pgd"
+def pairs(threat: str, attacks: Iterable[str] | None, goals: Iterable[str] | None) -> list[tuple[str, str]]:
+    """What is run in a threat: every attack with every goal; where none is named, the strongest, and misclassify."""
+    strongest = "pixelsearch" if threat.partition(":")[0] == "pixels" else "pgd"
+    return [(attack, goal) for attack in attacks or [strongest] for goal in goals or ["misclassify"]]
 
 
 _MODELS = ("zoo:mnist-cnn", "zoo:mnist-cnn-robust")

@@ -10,7 +10,7 @@ from typing import Any
 
 import tomli_w
 
-from robustkit.bench.plan import Case, Plan, strongest
+from robustkit.bench.plan import Case, Plan, pairs, product
 from robustkit.errors import ArgumentError
 
 __all__ = ["plan_text", "read_plan"]
@@ -85,11 +85,10 @@ def _combined(table: Table) -> tuple[Case, ...]:
         if not lists[name]:
             raise ArgumentError(f'{name} is missing beside {next(n for n in _LISTS if lists[n])}; write {name} = ["..."]')
     return tuple(
-        Case(model, threat, attack, goal)
+        case
         for model in lists["models"]
         for threat in lists["threats"]
-        for attack in lists["attacks"] or [strongest(threat)]
-        for goal in lists["goals"] or ["misclassify"]
+        for case in product([model], [threat], pairs(threat, lists["attacks"], lists["goals"]))
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, final
 
 from robustkit.bench import specs
-from robustkit.bench.plan import Plan, default_plan, product, strongest
+from robustkit.bench.plan import Plan, default_plan, pairs, product
 from robustkit.bench.plan_file import read_plan
 from robustkit.errors import ArgumentError
 
@@ -101,7 +101,7 @@ def _attacks_of(request: Request, threat: str) -> list[tuple[str, str]]:
         kinds = {name: cls for name, cls, _ in specs.THREATS}
         cases = dict.fromkeys((case.attack, case.goal) for case in default_plan().cases)
         return [(attack, goal) for attack, goal in cases if kind not in kinds or specs.serves(attack, kinds[kind])]
-    return [(attack, goal) for attack in request.attack or [strongest(threat)] for goal in request.goal or ["misclassify"]]
+    return pairs(threat, request.attack, request.goal)
 
 
 def command_of(plan: Plan, file: str = "plan.toml") -> str:

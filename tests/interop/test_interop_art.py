@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from counting import Counting
 from torch import nn
 
 from robustkit import FGSM, L1, L2, PGD, ClassifyAs, Linf, Misclassify, Pixels, Target
@@ -418,24 +419,6 @@ WRAPPED = {
     "boundary": (lambda c: BoundaryAttack(c, max_iter=2, targeted=False), L2(3.0), Misclassify()),
     "pixel": (lambda c: PixelAttack(c, th=40, es=1, max_iter=1), Pixels(2), Misclassify()),
 }  # fmt: skip
-
-
-class Counting(nn.Module):
-    """A model that counts the images which it sees, and those for which somebody goes back through it."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net, self.forwards, self.backwards = net, 0, 0
-
-    def forward(self, x):
-        self.forwards += len(x)
-        if x.requires_grad:
-            x = x * 1
-            x.register_hook(self.count)
-        return self.net(x)
-
-    def count(self, grad):
-        self.backwards += len(grad)
 
 
 def ref_of(goal, y):

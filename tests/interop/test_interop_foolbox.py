@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from counting import Counting
 from torch import nn
 
 from robustkit import FGSM, L1, L2, PGD, ClassifyAs, Linf, Misclassify, Pixels, Target
@@ -23,24 +24,6 @@ EPSILONS = [1 / 255, 0.05, 0.2]
 
 def fmodel_of(net, bounds=(0, 1)):
     return fb.PyTorchModel(net, bounds=bounds, device="cpu")
-
-
-class Counting(nn.Module):
-    """A model that counts the images which it sees, and those for which somebody goes back through it."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net, self.forwards, self.backwards = net, 0, 0
-
-    def forward(self, x):
-        self.forwards += len(x)
-        if x.requires_grad:
-            x = x * 1
-            x.register_hook(self.count)
-        return self.net(x)
-
-    def count(self, grad):
-        self.backwards += len(grad)
 
 
 # ours under foolbox
