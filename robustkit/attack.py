@@ -18,7 +18,7 @@ from robustkit._world import seeded
 from robustkit.errors import ArgumentError, ShapeError
 from robustkit.goals import Goal, Misclassify
 from robustkit.keep import Keep, Kept, check_keep
-from robustkit.ledger import Ledger, Remark
+from robustkit.ledger import Ledger, Remark, summed
 from robustkit.problem import Problem
 from robustkit.result import Result
 from robustkit.target import Fn, Target
@@ -113,8 +113,8 @@ class Attack(ABC):
                 return room.fill(rows, part)
 
             parts, notes = in_batches(solve, len(x), target.batch_size)
-            told = Result.cat(parts)
-            whole = replace(room, flags=told.flags, notes=(*halved, *told.notes), stages=told.stages)
+            whole = room.told(Result.cat(parts))
+            notes += halved
             whole = whole if spent is None else whole.after(spent)
             if x.element_size() < 4:
                 notes.append(told_in_float32(target, whole.x_adv, ref, goal, whole.success))
@@ -195,7 +195,8 @@ class Attack(ABC):
         x_adv = _finished(problem, x_adv, x)
         ledger = kept.ledger
         return Result(x_adv, success, rate, threat.size(x_adv, x), ledger.forwards, ledger.backwards, ledger.flat,
-                      tuple(flags), tuple(notes), stages=tuple(ledger.stages))  # fmt: skip
+                      tuple(flags), (*notes, *ledger.notes), stages=tuple(ledger.stages),
+                      solver=torch.where(success, ledger.solver, -1), evidence=summed(ledger.evidence))  # fmt: skip
 
 
 def _finished(problem: Problem, x_adv: Tensor, like: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from robustkit._behind import module_of
 from robustkit._world import held, seeded
 from robustkit.errors import ShapeError
-from robustkit.losses import Loss, cross_entropy, logits_of, margin
+from robustkit.losses import Loss, cross_entropy, logits_of, margin, targeted
 
 __all__ = ["ClassifyAs", "Goal", "Misclassify", "Out", "least_likely"]
 
@@ -50,6 +50,10 @@ class Goal(ABC):
         Attacks that try one direction after another work through this, so that none needs to know what a label is.
         """
         return [(self, ref)]
+
+    def by(self, surrogate: Loss) -> Goal:
+        """The same goal with another loss to follow; by default itself, which knows but one."""
+        return self
 
     def own(self, out: Out, ref: Tensor) -> Tensor:
         """The reference with the model's own answer `out` in the place of the truth; by default `ref`, which is no truth.
@@ -101,6 +105,10 @@ class Misclassify(Goal):
         logits = logits_of(out, ref)
         return (logits.argmax(1) != ref) | logits.isnan().any(1)
 
+    def by(self, surrogate: Loss) -> Goal:
+        """Another surrogate."""
+        return Misclassify(surrogate)
+
     def own(self, out: Out, ref: Tensor) -> Tensor:
         """The classes that come first, (N,) int64."""
         return logits_of(out, ref).argmax(1)
@@ -112,7 +120,7 @@ class Misclassify(Goal):
     def parts(self, out: Out, ref: Tensor) -> list[tuple[Goal, Tensor]]:
         """One `ClassifyAs` for each rank among the wrong classes, that of the largest logit first."""
         others = logits_of(out, ref).scatter(1, ref.unsqueeze(1), -torch.inf).argsort(1, descending=True)[:, :-1]
-        return [(ClassifyAs(self.surrogate), column) for column in others.unbind(1)]
+        return [(ClassifyAs().by(self.surrogate), column) for column in others.unbind(1)]
 
     def check(self, out: Out, ref: Tensor) -> None:
         """Refuse outputs that are no logits, and labels that are no classes of theirs."""
@@ -138,6 +146,10 @@ class ClassifyAs(Goal):
         """Where the wanted class comes first."""
         logits = logits_of(out, ref)
         return (logits.argmax(1) == ref) & ~logits.isnan().any(1)
+
+    def by(self, surrogate: Loss) -> Goal:
+        """Another surrogate, in its form for one wanted class."""
+        return ClassifyAs(targeted(surrogate))
 
     def edge(self, out: Out, ref: Tensor) -> Tensor:
         """How far the wanted class is behind the strongest other."""

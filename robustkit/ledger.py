@@ -1,15 +1,15 @@
-"""What an attack has cost so far: every image that went through the model is counted here, whoever asked."""
+"""What an attack has cost and found so far: every image that went through the model is counted here, whoever asked."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Ledger", "Remark", "Stage"]
+__all__ = ["Evidence", "Ledger", "Remark", "Stage", "summed"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,24 @@ class Stage:
     solved: int
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """What one check saw: in how many of so many cases something was so. Evidence of several batches adds up."""
+
+    name: str
+    hits: int
+    of: int
+
+
+def summed(evidence: Iterable[Evidence]) -> tuple[Evidence, ...]:
+    """One row a name, in the order of the first ones."""
+    sums: dict[str, Evidence] = {}
+    for one in evidence:
+        old = sums.get(one.name, Evidence(one.name, 0, 0))
+        sums[one.name] = Evidence(one.name, old.hits + one.hits, old.of + one.of)
+    return tuple(sums.values())
+
+
 class Ledger:
     """Counts for each of N examples.
 
@@ -37,12 +55,18 @@ class Ledger:
         forwards: Images through the model, judging included, (N,) int64.
         backwards: Gradients taken, (N,) int64.
         flat: Gradients without signal: exactly zero, not finite, or without any graph, (N,) int64.
-        stages: What each finished stage cost.
+        stages: What each finished stage cost; a stage inside another is no part of that one.
+        solver: The number among the stages of the one that solved each example; -1 where none did, (N,) int64.
+        evidence: What checks have seen.
+        notes: Facts worth knowing.
     """
 
     def __init__(self, n: int, device: torch.device) -> None:
         self.forwards, self.backwards, self.flat = torch.zeros(3, n, dtype=torch.int64, device=device)
+        self.solver = torch.full((n,), -1, dtype=torch.int64, device=device)
         self.stages: list[Stage] = []
+        self.evidence: list[Evidence] = []
+        self.notes: list[Remark] = []
 
     def add(self, count: Tensor, rows: Tensor | slice, amount: int | Tensor = 1) -> None:
         """Add `amount` to `count` (one of the three above) for some of the examples, as often as they are named."""
@@ -54,7 +78,17 @@ class Ledger:
     @contextmanager
     def stage(self, name: str, solved: Tensor) -> Iterator[None]:
         """Book what happens inside under `name`; `solved` (N,) bool is read before and after."""
-        before = torch.stack([self.forwards.sum(), self.backwards.sum(), solved.sum()])
+        seen, before = solved.clone(), self._sums(solved)
+        inside = self._booked()
         yield
-        spent = torch.stack([self.forwards.sum(), self.backwards.sum(), solved.sum()]) - before
+        spent = self._sums(solved) - before - (self._booked() - inside)
+        self.solver[solved & ~seen & (self.solver < 0)] = len(self.stages)
         self.stages.append(Stage(name, *spent.tolist()))
+
+    def _sums(self, solved: Tensor) -> Tensor:
+        return torch.stack([self.forwards.sum(), self.backwards.sum(), solved.sum()])
+
+    def _booked(self) -> Tensor:
+        """What all finished stages hold."""
+        booked = [(stage.forwards, stage.backwards, stage.solved) for stage in self.stages]
+        return torch.tensor([(0, 0, 0), *booked], device=self.forwards.device).sum(0)

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from robustkit.errors import ShapeError
 
-__all__ = ["Loss", "cross_entropy", "dlr", "logits_of", "margin"]
+__all__ = ["Loss", "cross_entropy", "dlr", "logits_of", "margin", "probability_margin", "targeted", "targeted_dlr"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (N, C), (N,) -> (N,)
 
@@ -89,6 +89,57 @@ def dlr(out: Tensor, ref: Tensor) -> Tensor:
         return margin(out, ref)
     top = out.topk(3, 1).values
     return margin(out, ref) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+def targeted_dlr(out: Tensor, ref: Tensor) -> Tensor:
+    """How far one wanted class is ahead of all others, in units that are blind to the scale of the logits.
+
+    The unit is the distance of the first logit from the mean of the third and the fourth: with `dlr`'s own unit a wanted class
+    that comes third would have no gradient.
+
+    Args:
+        out: Logits, shape (N, C), any real values. With C = 3 the mean is that of the second and the third; with C = 2 the
+            plain margin is returned.
+        ref: Wanted class, shape (N,), int64 in [0, C), in the place where other losses have the right class.
+
+    Returns:
+        Shape (N,); negative where the wanted class comes first.
+
+    Raises:
+        ShapeError: `out` is not a matrix of logits or `ref` does not match it.
+
+    Source: Croce & Hein 2020, eq. 7 (https://arxiv.org/abs/2003.01690). There the numerator holds the right class, here the
+    strongest other one: the same until the attack has succeeded. The form for three classes is ours.
+    """
+    classes = logits_of(out, ref).shape[1]
+    if classes < 3:
+        return margin(out, ref)
+    top = out.topk(min(4, classes), 1).values
+    return margin(out, ref) / (top[:, 0] - top[:, -2:].mean(1) + 1e-12)
+
+
+def probability_margin(out: Tensor, ref: Tensor) -> Tensor:
+    """The margin of the probabilities that the logits stand for: it fades where an example is hopeless or done.
+
+    Args:
+        out: Logits, shape (N, C), any real values.
+        ref: Right class, shape (N,), int64 in [0, C).
+
+    Returns:
+        Shape (N,), in [-1, 1]; positive where the right class loses.
+
+    Raises:
+        ShapeError: `out` is not a matrix of logits or `ref` does not match it.
+
+    Source: Xie et al. 2024, "Towards million-scale adversarial robustness evaluation with stronger individual attacks"
+    (https://arxiv.org/abs/2411.15210).
+    """
+    return margin(logits_of(out, ref).softmax(1), ref)
+
+
+def targeted(loss: Loss) -> Loss:
+    """The form of a surrogate for one wanted class: of `dlr` it is `targeted_dlr`, all others are their own."""
+    return targeted_dlr if loss is dlr else loss
 
 
 def _split(out: Tensor, ref: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, final
 
 import torch
@@ -17,6 +18,7 @@ from robustkit.errors import ArgumentError
 from robustkit.goals import Goal
 from robustkit.jacobian import Jacobian
 from robustkit.keep import Kept
+from robustkit.ledger import Evidence, Remark
 from robustkit.target import Fn, Target
 from robustkit.threats import Threat
 
@@ -42,6 +44,7 @@ class Problem:
     def __init__(self, target: Target, x: Tensor, ref: Tensor, goal: Goal, threat: Threat, noise: Noise, kept: Kept,
                  rows: Tensor | None = None) -> None:  # fmt: skip
         self._target, self._raw, self.ref, self.goal, self.threat = target, x, ref, goal, threat
+        self._wish = goal, ref  # what success is judged by, whatever is followed
         self._noise, self._kept = noise, kept
         # Where these stand in the ledger; a slice of everything costs less to count with than as many indices.
         self._rows = slice(None) if rows is None else rows
@@ -57,8 +60,11 @@ class Problem:
         An example may be named several times, to try several points of it at once.
         """
         rows = self._everyone[rows]
-        return Problem(self._target, self._raw[rows], self.ref[rows], self.goal, self.threat[rows], self._noise[rows],
+        goal, ref = self._wish
+        some = Problem(self._target, self._raw[rows], ref[rows], goal, self.threat[rows], self._noise[rows],
                        self._kept, self._in_ledger(rows))  # fmt: skip
+        some.goal, some.ref = self.goal, some.ref if self.ref is ref else self.ref[rows]
+        return some
 
     def batches(self, size: int) -> Iterator[Problem]:
         """The examples in groups of at most `size`, in order."""
@@ -75,6 +81,16 @@ class Problem:
         return Problem(self._target, self._raw, ref, self.goal, self.threat, self._noise, self._kept,
                        None if isinstance(self._rows, slice) else self._rows)  # fmt: skip
 
+    def following(self, goal: Goal, ref: Tensor) -> Problem:
+        """The same examples with the loss of another goal, and its reference (N, ...), to make small.
+
+        What success is, and what is kept, stays as it was: a detour, such as one of the goal's parts, or its loss with
+        another surrogate.
+        """
+        other = self[:]
+        other.goal, other.ref = goal, ref
+        return other
+
     @property
     def open(self) -> Tensor:
         """Which examples are still to be solved, (N,) bool."""
@@ -86,6 +102,34 @@ class Problem:
             if self._kept.leaving and not self.open.any():
                 return
             yield step
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Book the cost of what happens inside, and what it solves, as a stage of its own."""
+        with self._kept.ledger.stage(name, self._kept.best.found):
+            yield
+
+    @property
+    def spent(self) -> Tensor:
+        """What each example has cost so far in forwards, a gradient counted as two, (N,) int64."""
+        ledger = self._kept.ledger
+        cost: Tensor = ledger.forwards + 2 * ledger.backwards
+        return cost[self._rows]
+
+    def tell(self, name: str, why: str) -> None:
+        """A fact that the reader of the result should know; told once."""
+        remark = Remark(name, why)
+        if remark not in self._kept.ledger.notes:
+            self._kept.ledger.notes.append(remark)
+
+    def testify(self, name: str, hits: Tensor | int, of: int) -> None:
+        """What a check has seen: in `hits` of `of` cases it was so."""
+        self._kept.ledger.evidence.append(Evidence(name, int(hits), of))
+
+    @property
+    def evidence(self) -> list[Evidence]:
+        """What all checks have seen so far, of the whole run."""
+        return self._kept.ledger.evidence
 
     @property
     def most(self) -> int:
@@ -117,34 +161,35 @@ class Problem:
             reached[at] = self._judge(x_adv, at)[1]
         return reached
 
-    def loss(self, x_adv: Tensor, goal: Goal | None = None) -> Tensor:
-        """What the attack is to make small, (N,), without a gradient; `goal` may stand in for the problem's own."""
+    def loss(self, x_adv: Tensor) -> Tensor:
+        """What the attack is to make small, (N,), without a gradient."""
         at = self._asked()
         out = self.x.new_zeros(len(self))
         if len(at):
             answer, loss = self._judge(x_adv, at)[::2]
-            out[at] = loss.to(out) if goal is None else goal.loss(answer, self.ref[at]).to(out)
+            out[at] = (loss if self._on_course else self.goal.loss(answer, self.ref[at])).to(out)
         return out
 
-    def loss_and_grad(self, x_adv: Tensor, goal: Goal | None = None) -> tuple[Tensor, Tensor]:
-        """The loss (N,) and its gradient with respect to `x_adv` (N, *S); `goal` may stand in for the problem's own.
+    def loss_and_grad(self, x_adv: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss (N,) and its gradient with respect to `x_adv` (N, *S).
 
         One pass through the model serves loss, gradient and judgement alike. Gradients are averaged over the target's
         `draws`; entries that are not finite come back as zero and are counted as flat.
         """
         at = self._asked()
         if len(at) == len(self):
-            return self._differentiate(x_adv, slice(None), goal or self.goal)
+            return self._differentiate(x_adv, slice(None))
         loss, grad = self.x.new_zeros(len(self)), torch.zeros_like(self.x)
         if len(at):
-            loss[at], grad[at] = self._differentiate(x_adv, at, goal or self.goal)
+            loss[at], grad[at] = self._differentiate(x_adv, at)
         return loss, grad
 
     @torch.no_grad()
     def recount(self, x_adv: Tensor, at: Tensor) -> Tensor:
         """Whether each goal is reached at `x_adv` for the examples `at` (M,), solved or not; nothing is kept. (M,) bool."""
         out = self._forward(self._target.fn, self._input(x_adv, at), at)
-        return self.goal.success(out, self.ref[at])
+        goal, ref = self._wish
+        return goal.success(out, ref[at])
 
     def answer(self, x_adv: Tensor) -> Any:
         """What the deployed function says of `x_adv`, for every example, solved or not; kept if it solves one."""
@@ -265,35 +310,42 @@ class Problem:
         before = random_state(own)
         out = fn(x.clone())
         self._kept.found_out(stochastic=before != random_state(own))
-        self.goal.check(out, self.ref[at])
+        goal, ref = self._wish
+        goal.check(out, ref[at])
         return out
 
     @torch.no_grad()
     def _judge(self, x_adv: Tensor, at: Tensor | slice) -> tuple[Any, Tensor, Tensor]:
         """The output, whether the goal is reached and the loss at `x_adv` for the examples `at`, by the deployed function."""
         out = self._forward(self._target.fn, self._input(x_adv, at), at)
-        reached, loss = self.goal.success(out, self.ref[at]), self.goal.loss(out, self.ref[at])
+        goal, ref = self._wish
+        reached, loss = goal.success(out, ref[at]), goal.loss(out, ref[at])
         self._offer(x_adv, at, reached, loss)
         return out, reached, loss
 
     def _offer(self, x_adv: Tensor, at: Tensor | slice, reached: Tensor, loss: Tensor) -> None:
         self._kept.offer(self._in_ledger(at), x_adv[at].detach(), self.x[at], self.threat[at], reached, loss)
 
-    def _differentiate(self, x_adv: Tensor, at: Tensor | slice, goal: Goal) -> tuple[Tensor, Tensor]:
+    @property
+    def _on_course(self) -> bool:
+        """Whether the loss to follow is that of the goal which is judged by."""
+        return self.goal is self._wish[0] and self.ref is self._wish[1]
+
+    def _differentiate(self, x_adv: Tensor, at: Tensor | slice) -> tuple[Tensor, Tensor]:
         ref, view = self.ref[at], self._target.view
         x_in = self._input(x_adv, at).requires_grad_()
         losses, grads = [], []
         for _ in range(self._target.draws):
             with torch.enable_grad():
                 out = self._forward(view, x_in, at)
-                loss = goal.loss(out, ref)
+                loss = self.goal.loss(out, ref)
             grads.append(_gradient(loss, x_in))
             losses.append(loss.detach())
         self._count(self._kept.ledger.backwards, at, self._target.draws)
         loss, grad = _mean(losses).to(self.x), _mean(grads).to(self.x)
         if self._kept.judging:
             with torch.no_grad():
-                self._judge_on_the_way(x_adv, at, out, loss if goal is self.goal else None)
+                self._judge_on_the_way(x_adv, at, out, loss if self._on_course else None)
         return loss, self._with_signal(grad, x_adv, at)
 
     def _judge_on_the_way(self, x_adv: Tensor, at: Tensor | slice, out: Any, loss: Tensor | None) -> None:
@@ -301,8 +353,9 @@ class Problem:
         if self._target.view is not self._target.fn:
             self._judge(x_adv, at)
             return
-        own_loss = self.goal.loss(out, self.ref[at]) if loss is None else loss
-        self._offer(x_adv, at, self.goal.success(out, self.ref[at]), own_loss)
+        goal, ref = self._wish
+        own_loss = goal.loss(out, ref[at]) if loss is None else loss
+        self._offer(x_adv, at, goal.success(out, ref[at]), own_loss)
 
     def _with_signal(self, grad: Tensor, x_adv: Tensor, at: Tensor | slice) -> Tensor:
         """The gradient made finite; rows without signal are counted."""

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,11 +14,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from robustkit.errors import ArgumentError
-from robustkit.ledger import Ledger, Remark, Stage
+from robustkit.ledger import Evidence, Ledger, Remark, Stage, summed
 
 __all__ = ["Result"]
 
 _TENSORS = ("x_adv", "success", "rate", "size", "forwards", "backwards", "flat")
+_TOLD = {"flags": Remark, "notes": Remark, "stages": Stage, "evidence": Evidence}
 
 
 @final
@@ -37,6 +38,8 @@ class Result:
         flags: Alarms: reasons not to believe the numbers.
         notes: Facts worth knowing that are no alarm.
         stages: What each part of the run cost and solved, over all examples.
+        solver: The number among the stages of the one that solved each example; -1 where none did, (N,) int64.
+        evidence: What checks have seen; flags and notes follow from its sum over all parts of a run.
     """
 
     x_adv: Tensor
@@ -49,6 +52,12 @@ class Result:
     flags: tuple[Remark, ...] = ()
     notes: tuple[Remark, ...] = ()
     stages: tuple[Stage, ...] = field(default=(), kw_only=True)
+    solver: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64), kw_only=True)
+    evidence: tuple[Evidence, ...] = field(default=(), kw_only=True)
+
+    def __post_init__(self) -> None:
+        if len(self.solver) != len(self.success) and not len(self.solver):
+            object.__setattr__(self, "solver", torch.full_like(self.success, -1, dtype=torch.int64))
 
     def __len__(self) -> int:
         return len(self.x_adv)
@@ -62,18 +71,26 @@ class Result:
 
     @classmethod
     def cat(cls, parts: Sequence[Result]) -> Result:
-        """Results of parts of a batch as one; remarks are told once, stages of one name are added up."""
+        """Results of parts of a batch as one; remarks are told once, stages and evidence of one name are added up."""
         stages: dict[str, Stage] = {}
         for stage in (stage for part in parts for stage in part.stages):
             old = stages.get(stage.name, Stage(stage.name, 0, 0, 0))
             stages[stage.name] = Stage(stage.name, old.forwards + stage.forwards, old.backwards + stage.backwards,
                                        old.solved + stage.solved)  # fmt: skip
+        number = {name: at for at, name in enumerate(stages)}
         return cls(
             **{name: torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS},
             flags=tuple(dict.fromkeys(flag for part in parts for flag in part.flags)),
             notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
             stages=tuple(stages.values()),
+            solver=torch.cat([part._solver_among(number) for part in parts]),
+            evidence=summed(one for part in parts for one in part.evidence),
         )
+
+    def _solver_among(self, number: dict[str, int]) -> Tensor:
+        """The solver by the numbers that the stages have in another list."""
+        known = torch.tensor([*(number[stage.name] for stage in self.stages), -1], device=self.solver.device)
+        return known[self.solver]
 
     @classmethod
     def room(cls, x: Tensor) -> Result:
@@ -86,24 +103,38 @@ class Result:
     def fill(self, rows: slice, part: Result) -> Result:
         """Copy the rows of `part` in; what it told comes back, without tensors of its own.
 
-        Parts that are kept until the end take the images twice, and leave the memory between them in pieces.
+        Parts that are kept until the end take the images twice, and leave the memory between them in pieces. Only who solved
+        which example stays with the part, since its stages may be others than those of the next.
         """
         for name in _TENSORS:
             getattr(self, name)[rows] = getattr(part, name)
-        return replace(self, flags=part.flags, notes=part.notes, stages=part.stages,
-                       **{name: getattr(self, name)[:0] for name in _TENSORS})  # fmt: skip
+        return replace(part, **{name: getattr(self, name)[:0] for name in _TENSORS})
+
+    def told(self, parts: Result) -> Result:
+        """The same rows with what was told of the parts, joined by `cat`."""
+        return replace(self, flags=parts.flags, notes=parts.notes, stages=parts.stages, solver=parts.solver,
+                       evidence=parts.evidence)  # fmt: skip
 
     def after(self, spent: Ledger) -> Result:
         """The same result with the cost of what went before it, one stage "learning"."""
         counts = {name: getattr(self, name) + getattr(spent, name) for name in ("forwards", "backwards", "flat")}
         stage = Stage("learning", int(spent.forwards.sum()), int(spent.backwards.sum()), 0)
-        return replace(self, **counts, stages=(stage, *self.stages))
+        solver = torch.where(self.solver < 0, self.solver, self.solver + 1)
+        return replace(self, **counts, stages=(stage, *self.stages), solver=solver)
 
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file."""
-        told = {kind: [asdict(item) for item in getattr(self, kind)] for kind in ("flags", "notes", "stages")}
-        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
-        Path(path).write_bytes(save(tensors, metadata={"robustkit": json.dumps(told)}))
+        tensors = {name: getattr(self, name).contiguous() for name in (*_TENSORS, "solver")}
+        Path(path).write_bytes(save(tensors, metadata={"robustkit": json.dumps(self.words())}))
+
+    def words(self) -> dict[str, list[dict[str, Any]]]:
+        """What was told, ready for JSON; `in_words` reads it back."""
+        return {kind: [asdict(item) for item in getattr(self, kind)] for kind in _TOLD}
+
+    @staticmethod
+    def in_words(words: dict[str, Any]) -> dict[str, Any]:
+        """What `words` gave, as fields of a result."""
+        return {kind: tuple(of(**item) for item in words[kind]) for kind, of in _TOLD.items()}
 
     @classmethod
     def load(cls, path: str | Path) -> Result:
@@ -114,9 +145,8 @@ class Result:
         """
         try:
             with safe_open(str(path), framework="pt") as file:
-                tensors = [file.get_tensor(name) for name in _TENSORS]
-                told = json.loads((file.metadata() or {})["robustkit"])
+                tensors = {name: file.get_tensor(name) for name in (*_TENSORS, "solver")}
+                told = cls.in_words(json.loads((file.metadata() or {})["robustkit"]))
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise ArgumentError(f"path={str(path)!r} is not a result written by Result.save ({error})") from error
-        remarks = [tuple(Remark(**item) for item in told[kind]) for kind in ("flags", "notes")]
-        return cls(*tensors, *remarks, stages=tuple(Stage(**item) for item in told["stages"]))
+        return cls(**tensors, **told)

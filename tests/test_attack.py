@@ -1,6 +1,7 @@
 import copy
 import math
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from robustkit import FGSM, L2, PGD, Linf, Target
 from robustkit.attack import Attack
 from robustkit.errors import ArgumentError, ShapeError
 from robustkit.goals import Misclassify
+from robustkit.ledger import Evidence, Remark
 from robustkit.testing.nets import Counter
 
 torch.manual_seed(0)
@@ -40,6 +42,35 @@ def test_fgsm_costs_a_look_a_step_and_a_verdict():
         ("clean", 6, 0, 0),
         ("attack", 12, 6, int(result.success.sum())),
     ]
+    assert result.solver.tolist() == [1 if success else -1 for success in result.success]
+
+
+@dataclass(frozen=True)
+class TwoStages(Attack):
+    """Half of the examples in one named stage, and then a random point of all, outside of any."""
+
+    def run(self, problem):
+        with problem.stage("jump"):
+            first = problem[: len(problem) // 2]
+            _, grad = first.loss_and_grad(first.x)
+            first.success(first.threat.steepest(-grad, first.x))
+        problem.testify("odd", len(problem) // 2, len(problem))
+        problem.tell("halves", "only half was tried")
+        assert problem.spent.tolist() == [5, 5, 5, 1, 1, 1]
+        return problem.start()
+
+
+def test_stages_of_an_attack_are_booked_apart_and_say_who_was_solved_where():
+    result = TwoStages()(NET, X, Y, threat=Linf(1.0))
+    assert result.success.tolist() == [True, True, True, False, True, True]
+    assert [(s.name, s.forwards, s.backwards, s.solved) for s in result.stages] == [
+        ("clean", 6, 0, 0),
+        ("jump", 6, 3, 3),
+        ("attack", 6, 0, 2),  # the verdict on all
+    ]
+    assert result.solver.tolist() == [1, 1, 1, -1, 2, 2]
+    assert result.evidence == (Evidence("odd", 3, 6),)
+    assert Remark("halves", "only half was tried") in result.notes
 
 
 @pytest.mark.parametrize("keep", ["first", "best", "smallest", "last"])

@@ -7,7 +7,7 @@ from torch import nn
 from robustkit import ClassifyAs, Misclassify
 from robustkit.errors import ShapeError
 from robustkit.goals import least_likely
-from robustkit.losses import cross_entropy
+from robustkit.losses import cross_entropy, dlr, margin, targeted_dlr
 from robustkit.testing.strategies import labels, logits
 
 CASES = st.tuples(st.integers(1, 4), st.integers(2, 6)).flatmap(lambda s: st.tuples(logits(*s), labels(*s)))
@@ -38,6 +38,14 @@ def test_parts_are_all_other_classes_likeliest_first(case):
         assert sorted([*row.tolist(), int(i)]) == list(range(len(z)))
         assert torch.equal(z[row], z[row].sort(descending=True).values)
     assert ClassifyAs().parts(out, y)[0][0] == ClassifyAs()
+
+
+@given(CASES)
+def test_a_goal_can_be_followed_by_another_loss_and_so_can_its_parts(case):
+    assert Misclassify().by(margin) == Misclassify(margin)
+    assert ClassifyAs().by(margin) == ClassifyAs(margin)
+    assert ClassifyAs().by(dlr) == ClassifyAs(targeted_dlr)
+    assert all(part == ClassifyAs(targeted_dlr) for part, _ in Misclassify().by(dlr).parts(*case))
 
 
 def test_what_is_not_a_number_is_never_right():

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from robustkit.errors import ShapeError
-from robustkit.losses import cross_entropy, dlr, margin
+from robustkit.losses import cross_entropy, dlr, margin, probability_margin, targeted, targeted_dlr
 from robustkit.testing.strategies import labels, logits
 
 CASES = st.tuples(st.integers(1, 4), st.integers(2, 6)).flatmap(lambda s: st.tuples(logits(*s), labels(*s)))
@@ -14,15 +14,24 @@ CASES = st.tuples(st.integers(1, 4), st.integers(2, 6)).flatmap(lambda s: st.tup
 
 def by_hand(name, z, y):
     """One example, in Python's own floats."""
+    if name == "probability_margin":
+        total = sum(math.exp(v - max(z)) for v in z)
+        z = [math.exp(v - max(z)) / total for v in z]
     others = [v for i, v in enumerate(z) if i != y]
     if name == "cross_entropy":
         return math.log(sum(math.exp(v - max(z)) for v in z)) + max(z) - z[y]
     top = sorted(z, reverse=True)
     difference = max(others) - z[y]
-    return difference if name == "margin" or len(z) < 3 else difference / (top[0] - top[2] + 1e-12)
+    if "dlr" not in name or len(z) < 3:
+        return difference
+    second = top[2] if name == "dlr" else (top[1] + top[2]) / 2 if len(z) == 3 else (top[2] + top[3]) / 2
+    return difference / (top[0] - second + 1e-12)
 
 
-@pytest.mark.parametrize("loss", [cross_entropy, margin, dlr], ids=lambda f: f.__name__)
+LOSSES = [cross_entropy, margin, dlr, targeted_dlr, probability_margin]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
 @given(case=CASES)
 def test_rows_equal_a_slow_recomputation(loss, case):
     out, y = case[0].double(), case[1]
@@ -44,6 +53,18 @@ def test_dlr_is_blind_to_scale_and_shift(case, scale, shift):
     torch.testing.assert_close(dlr(out * scale + shift, y)[clear], dlr(out, y)[clear], rtol=1e-4, atol=1e-6)
 
 
+@given(case=CASES.filter(lambda case: case[0].shape[1] > 2))
+def test_the_form_for_one_wanted_class_has_a_gradient_whatever_its_rank(case):
+    """Where `dlr` itself has none: towards the class that comes third it is constant."""
+    out = case[0].double().argsort(1).argsort(1).double()  # ranks, so that there are no ties
+    for loss, moves in ((targeted_dlr, True), (dlr, False)):
+        z = out.clone().requires_grad_()
+        third = out.topk(3, 1).indices[:, 2]
+        (grad,) = torch.autograd.grad(loss(z, third).sum(), z)
+        assert bool((grad.abs() > 1e-6).any(1).all()) is moves
+    assert [targeted(loss) for loss in LOSSES[:3]] == [cross_entropy, margin, targeted_dlr]
+
+
 @pytest.mark.parametrize(
     ("out", "y", "words"),
     [
@@ -57,6 +78,6 @@ def test_dlr_is_blind_to_scale_and_shift(case, scale, shift):
     ],
 )
 def test_what_is_no_logits_is_refused(out, y, words):
-    for loss in (cross_entropy, margin, dlr):
+    for loss in LOSSES:
         with pytest.raises(ShapeError, match=words):
             loss(out, y)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from robustkit import PGD, Attack, Linf, Target
-from robustkit.goals import Misclassify
+from robustkit.goals import ClassifyAs, Misclassify
 from robustkit.losses import margin
 from robustkit.testing.nets import Counter
 
@@ -52,9 +52,23 @@ def test_loss_and_gradient_are_those_of_autograd():
     assert torch.equal(ask(lambda p: p.loss(p.x))[0], loss.detach())
 
 
-def test_another_goal_may_stand_in_for_the_loss():
-    (loss, _), _ = ask(lambda p: p.loss_and_grad(p.x, goal=Misclassify(margin)))
-    assert torch.equal(loss, -margin(NET(X), Y).detach())
+@pytest.mark.parametrize("rows", [slice(None), torch.tensor([3, 1])])
+def test_the_loss_of_another_goal_can_be_followed_while_success_is_still_that_of_the_first(rows):
+    wanted = NET(X).argmin(1)
+
+    def question(problem):
+        part = problem.following(ClassifyAs(margin), wanted)[rows]
+        return part.loss(part.x), *part.loss_and_grad(part.x), part.success(part.x), part[:1].loss(part.x[:1])
+
+    (loss, again, grad, success, first), result = ask(question, keep="best")
+    x = X[rows].clone().requires_grad_()
+    expected = margin(NET(x), wanted[rows])
+    assert torch.equal(loss, expected.detach())
+    assert torch.equal(again, expected.detach())
+    torch.testing.assert_close(first, expected[:1].detach())  # one image alone: another kernel may round otherwise
+    assert torch.equal(grad, torch.autograd.grad(expected.sum(), x)[0])
+    assert torch.equal(success, NET(X[rows]).argmax(1) != Y[rows])
+    assert torch.equal(result.success, NET(X).argmax(1) != Y)
 
 
 def test_solved_examples_leave_and_come_back_as_zero():

@@ -5,6 +5,7 @@ import torch
 
 from robustkit import PGD, Linf, Result
 from robustkit.errors import ArgumentError
+from robustkit.ledger import Evidence, Ledger, Stage
 
 NET = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2), torch.nn.Dropout()).train()
 X = torch.rand(5, 1, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -16,7 +17,9 @@ def test_what_is_saved_is_loaded(tmp_path):
     loaded = Result.load(tmp_path / "a result.safetensors")
     for name in ("x_adv", "success", "rate", "size", "forwards", "backwards", "flat"):
         assert torch.equal(getattr(loaded, name), getattr(RESULT, name)), name
+    assert torch.equal(loaded.solver, RESULT.solver)
     assert (loaded.flags, loaded.notes, loaded.stages) == (RESULT.flags, RESULT.notes, RESULT.stages)
+    assert loaded.evidence == RESULT.evidence
     assert loaded.flags[0].name == "train-mode"
 
 
@@ -42,3 +45,28 @@ def test_parts_add_up():
     assert whole.stages[0].forwards == 2 * RESULT.stages[0].forwards
     assert "of 10 succeeded" in repr(whole)
     assert "train-mode" in repr(whole)
+
+
+def some(names, solver, **told):
+    n = len(solver)
+    return Result(torch.zeros(n, 1), torch.tensor(solver) >= 0, *torch.zeros(5, n),
+                  stages=tuple(Stage(name, 1, 2, solver.count(at)) for at, name in enumerate(names)),
+                  solver=torch.tensor(solver), **told)  # fmt: skip
+
+
+def test_who_solved_what_is_told_by_the_stages_of_the_whole():
+    whole = Result.cat([some(["clean", "search"], [0, 1, -1]), some(["search", "more"], [1, 0, -1])])
+    assert [stage.name for stage in whole.stages] == ["clean", "search", "more"]
+    assert whole.solver.tolist() == [0, 1, -1, 2, 1, -1]
+    assert [stage.solved for stage in whole.stages] == [1, 2, 1]
+    learned = whole.after(Ledger(6, torch.device("cpu")))
+    assert [stage.name for stage in learned.stages] == ["learning", "clean", "search", "more"]
+    assert learned.solver.tolist() == [1, 2, -1, 3, 2, -1]
+
+
+def test_evidence_adds_up_by_name():
+    parts = [
+        some(["a"], [0], evidence=(Evidence("gaps", 1, 4),)),
+        some(["a"], [0], evidence=(Evidence("ties", 0, 1), Evidence("gaps", 2, 4))),
+    ]
+    assert Result.cat(parts).evidence == (Evidence("gaps", 3, 8), Evidence("ties", 0, 1))

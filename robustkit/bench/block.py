@@ -19,13 +19,12 @@ from torch import Tensor
 from robustkit.bench.picture import Picture
 from robustkit.bench.spread import Spread
 from robustkit.errors import ArgumentError
-from robustkit.ledger import Remark, Stage
 from robustkit.result import Result
 
 __all__ = ["Block", "Task"]
 
 _WORDS = tuple(field.name for field in fields(Picture) if field.name not in ("clean", "adversarial", "perturbation"))
-_FACTS = ("success", "rate", "size", "forwards", "backwards", "flat")
+_FACTS = ("success", "rate", "size", "forwards", "backwards", "flat", "solver")
 
 
 @final
@@ -93,9 +92,7 @@ class Block:
             tensors["x_adv"] = self.result.x_adv
         for name in ("clean", "adversarial") if self.pictures else ():
             tensors[f"picture_{name}"] = torch.from_numpy(np.stack([getattr(picture, name) for picture in self.pictures]))
-        told: dict[str, Any] = {
-            kind: [asdict(item) for item in getattr(self.result, kind)] for kind in ("flags", "notes", "stages")
-        }
+        told: dict[str, Any] = self.result.words()
         words = [{name: getattr(picture, name) for name in _WORDS} for picture in self.pictures]
         told["learned"] = None if self.spread is None else self.spread.learned
         held = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -121,11 +118,9 @@ class Block:
 
     @classmethod
     def _of(cls, held: dict[str, Tensor], told: dict[str, Any]) -> Block:
-        remarks = [tuple(Remark(**item) for item in told[kind]) for kind in ("flags", "notes")]
         x_adv = held.get("x_adv", torch.empty(len(held["success"]), 0))
-        facts = {name: held[name] for name in _FACTS}
-        stages = tuple(Stage(**item) for item in told["stages"])
-        result = Result(x_adv, **facts, flags=remarks[0], notes=remarks[1], stages=stages)
+        facts: dict[str, Any] = {name: held[name] for name in _FACTS}
+        result = Result(x_adv, **facts, **Result.in_words(told))
         pictures = _pictures(held, told["pictures"])
         masks = held["clean"].numpy(), held["robust"].numpy()
         spread = Spread.of(held, told.get("learned"))

@@ -94,7 +94,7 @@ def _outcome(loaded: Loaded, store: Store, tasks: Sequence[Task], case: int) -> 
         pictures += block.pictures
         spreads += [block.spread] if block.spread is not None else []
         seconds += block.seconds
-    result = replace(room, flags=told.flags, notes=told.notes, stages=told.stages)
+    result = room.told(told)
     record = make_record(trial.case, loaded.plan, attack=trial.attack, result=result, clean=clean, robust=robust,
                          seconds=seconds, model_hash=loaded.weights[trial.case.model])  # fmt: skip
     if spreads:
