@@ -15,6 +15,7 @@ from robustkit._call import checked, gradients_on, halved, halving, in_batches, 
 from robustkit._random import Noise
 from robustkit._tensors import over, toward, wide
 from robustkit._world import seeded
+from robustkit.audit import judged
 from robustkit.errors import ArgumentError, ShapeError
 from robustkit.goals import Goal, Misclassify
 from robustkit.keep import Keep, Kept, check_keep
@@ -118,7 +119,8 @@ class Attack(ABC):
             whole = whole if spent is None else whole.after(spent)
             if x.element_size() < 4:
                 notes.append(told_in_float32(target, whole.x_adv, ref, goal, whole.success))
-        return replace(whole, flags=(*flags, *whole.flags, *flat_flag(whole)), notes=(*notes, *whole.notes))
+        alarms, facts = judged(whole.evidence)
+        return replace(whole, flags=(*flags, *whole.flags, *flat_flag(whole), *alarms), notes=(*notes, *whole.notes, *facts))
 
     @final
     def perturb(self, target: Target | nn.Module | Fn, x: Tensor, ref: Tensor, *, goal: Goal = Misclassify(),

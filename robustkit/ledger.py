@@ -32,19 +32,27 @@ class Stage:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What one check saw: in how many of so many cases something was so. Evidence of several batches adds up."""
+    """What one check saw, in how many of so many cases; evidence of several batches adds up.
+
+    Attributes:
+        name: Of the check.
+        hits: The cases in which it was so.
+        of: All cases.
+        limit: The largest share of hits that a sound model would show.
+    """
 
     name: str
     hits: int
     of: int
+    limit: float = 0.5
 
 
 def summed(evidence: Iterable[Evidence]) -> tuple[Evidence, ...]:
     """One row a name, in the order of the first ones."""
     sums: dict[str, Evidence] = {}
     for one in evidence:
-        old = sums.get(one.name, Evidence(one.name, 0, 0))
-        sums[one.name] = Evidence(one.name, old.hits + one.hits, old.of + one.of)
+        old = sums.get(one.name, Evidence(one.name, 0, 0, one.limit))
+        sums[one.name] = Evidence(one.name, old.hits + one.hits, old.of + one.of, max(old.limit, one.limit))
     return tuple(sums.values())
 
 

@@ -122,9 +122,9 @@ class Problem:
         if remark not in self._kept.ledger.notes:
             self._kept.ledger.notes.append(remark)
 
-    def testify(self, name: str, hits: Tensor | int, of: int) -> None:
-        """What a check has seen: in `hits` of `of` cases it was so."""
-        self._kept.ledger.evidence.append(Evidence(name, int(hits), of))
+    def testify(self, name: str, hits: Tensor | int, of: int, limit: float = 0.5) -> None:
+        """What a check has seen: in `hits` of `of` cases it was so; a sound model shows a share of at most `limit`."""
+        self._kept.ledger.evidence.append(Evidence(name, int(hits), of, limit))
 
     @property
     def evidence(self) -> list[Evidence]:

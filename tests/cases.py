@@ -5,7 +5,20 @@ from dataclasses import dataclass
 from hypothesis import strategies as st
 
 from robustkit import FGSM, L1, L2, MIFGSM, PGD, ClassifyAs, Linf, Misclassify, Pixels
-from robustkit.attacks import DeepFool, OnePixel, PixelSearch, SparseRS, UniversalDeepFool, UniversalPGD, UniversalSingular
+from robustkit.attacks import (
+    APGD,
+    FMN,
+    L1APGD,
+    DeepFool,
+    OnePixel,
+    PixelSearch,
+    RayS,
+    SparseRS,
+    Square,
+    UniversalDeepFool,
+    UniversalPGD,
+    UniversalSingular,
+)
 from robustkit.losses import cross_entropy, dlr, margin
 from robustkit.testing.strategies import labels, logits
 
@@ -30,6 +43,13 @@ ATTACKS = [
     AttackRow(PGD(steps=5, step_size=0.02)),
     AttackRow(MIFGSM(), exact=(Linf, L2)),
     AttackRow(DeepFool(), serves=(Linf, L2), exact=(Linf, L2), within=1.021),
+    AttackRow(APGD(steps=12), serves=(Linf, L2), exact=(Linf, L2)),
+    AttackRow(APGD(steps=8, loss="dlr", restarts=2), serves=(Linf, L2)),
+    AttackRow(APGD(steps=6, loss="targeted-dlr", targets=2), serves=(Linf, L2)),
+    AttackRow(L1APGD(steps=25), serves=(L1,)),
+    AttackRow(FMN(steps=30), exact=(Linf, L2), within=1.02),
+    AttackRow(Square(queries=12), serves=(Linf, L2)),
+    AttackRow(RayS(queries=20), serves=(Linf, L2)),
     AttackRow(UniversalPGD(epochs=2, batch=3, starts=2), serves=(Linf, L2)),
     AttackRow(UniversalDeepFool(passes=2, batch=2), serves=(Linf, L2)),
     AttackRow(UniversalSingular(images=3, iterations=3), serves=(Linf, L2)),

@@ -11,7 +11,7 @@ LAYERS = [
     ["losses"],
     ["threats", "goals", "normalize"],
     ["ledger", "target"],
-    ["keep"],
+    ["keep", "audit"],
     ["_layers", "jacobian"],
     ["problem", "result", "adaptive"],
     ["verdict", "_call"],
@@ -86,7 +86,7 @@ def test_no_cycle_inside_a_folder():
 
 def test_third_parties_are_imported_where_they_are_used():
     """What is not a core dependency is imported inside functions; the command line imports torch only when it runs."""
-    extras = {"foolbox", "eagerpy", "art", "torchattacks", "torchvision", "timm"}
+    extras = {"foolbox", "eagerpy", "art", "torchattacks", "pyautoattack", "torchvision", "timm"}
     for path in modules():
         top = {
             name.split(".")[0]

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 from robustkit.attack import FLAT, Attack, flat_flag
+from robustkit.audit import FLAGS, NOTES, judged
 from robustkit.bench.plan import Case, Plan
 from robustkit.ledger import Remark
 from robustkit.result import Result
@@ -47,9 +48,10 @@ def make_record(case: Case, plan: Plan, *, attack: Attack, result: Result, clean
     low, high = wilson(int(robust.sum()), n)
     sizes = result.size[result.success]
     # Told of the whole case: the blocks have said it of a hundred images each.
-    flat = flat_flag(result)
-    flags = _once((*(flag for flag in result.flags if flag.name != FLAT), *flat))
-    notes = _once((*result.notes, *([] if flat else _flat_note(result))))
+    flat, (alarms, facts) = flat_flag(result), judged(result.evidence)
+    again = {FLAT, *(sign.name for sign in (*FLAGS, *NOTES))}
+    flags = _once((*(flag for flag in result.flags if flag.name not in again), *flat, *alarms))
+    notes = _once((*(note for note in result.notes if note.name not in again), *([] if flat else _flat_note(result)), *facts))
     return {
         "model": case.model, "data": plan.data, "defence": None, "goal": case.goal, "threat": case.threat,
         "attack": case.attack, "recipe": repr(attack), "seed": plan.seed, "n": n,

@@ -1,0 +1,133 @@
+"""Is our APGD its authors'? The same images, models and budgets: the paired difference of the success rates.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.apgd [--images 500] [--rounds 3]        (pip install pyautoattack)
+
+Both attack what the model gets right, with 100 steps. Rounds have seeds of their own; the convolutional nets have one round,
+and for "targeted-dlr" (three targets) 200 images, since they are slow. Equivalent are the two where the whole 90 % interval of
+the difference lies within 2 points (two one-sided tests at 5 %). The result goes to benchmarks/results/apgd.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import platform
+import time
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.machine import processor
+from robustkit import L1, L2, Linf, data, zoo
+from robustkit.attacks import APGD, L1APGD
+from robustkit.threats import Threat
+
+RESULT = Path(__file__).parent / "results" / "apgd.json"
+WITHIN, LEVEL, STEPS, TARGETS = 0.02, 1.645, 100, 3
+SLOW_IMAGES, SLOW_ROUNDS = 200, 1
+MODELS: tuple[tuple[str, tuple[Threat, ...], bool], ...] = (
+    ("digits-mlp", (Linf(0.1), L2(0.5), L1(1.5)), False),
+    ("mnist-cnn", (Linf(0.1), L2(1.1), L1(6.0)), True),
+    ("mnist-cnn-robust", (Linf(0.3), L2(2.0), L1(10.0)), True),
+)
+LOSSES = {"cross-entropy": "ce", "dlr": "dlr", "targeted-dlr": "dlr-targeted"}
+
+
+def ours(net: nn.Module, x: Tensor, y: Tensor, threat: Threat, loss: str, seed: int) -> Tensor:
+    """Success of each image, (N,) bool."""
+    kind: Any = L1APGD if isinstance(threat, L1) else APGD  # Any: the word for the loss comes from a table
+    success: Tensor = kind(steps=STEPS, loss=loss, targets=TARGETS)(net, x, y, threat=threat, seed=seed).success
+    return success
+
+
+def theirs(net: nn.Module, x: Tensor, y: Tensor, threat: Threat, loss: str, seed: int) -> Tensor:
+    """The same by the authors' code, as packaged in pyautoattack."""
+    try:
+        library: Any = importlib.import_module("pyautoattack.autopgd_base")
+    except ImportError as error:
+        raise SystemExit("pyautoattack is missing, with which ours is compared: pip install pyautoattack") from error
+    setting: dict[str, Any] = {"n_iter": STEPS, "norm": type(threat).__name__, "eps": threat.eps, "seed": seed, "device": "cpu"}
+    if loss == "targeted-dlr":
+        attack = library.APGDAttack_targeted(net, n_target_classes=TARGETS, **setting)
+    else:
+        attack = library.APGDAttack(net, loss=LOSSES[loss], **setting)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of zero gradients
+        x_adv = attack.perturb(x.clone(), y.clone())
+    with torch.no_grad():
+        success: Tensor = net(x_adv).argmax(1) != y
+    return success
+
+
+def compared(of_theirs: np.ndarray, own: np.ndarray) -> dict[str, Any]:
+    """What (rounds, N) successes say of the difference ours - theirs; an image counts once, as the mean of its rounds."""
+    each = own.mean(0) - of_theirs.mean(0)
+    # One image of disagreement is put in, without which full agreement would claim to know everything.
+    half = LEVEL * max(each.std(ddof=1), 1 / math.sqrt(len(each))) / math.sqrt(len(each))
+    low, high = each.mean() - half, each.mean() + half
+    return {
+        "images": len(each), "rounds": len(own),
+        "success": {"authors": round(float(of_theirs.mean()), 4), "robustkit": round(float(own.mean()), 4)},
+        "difference": round(float(each.mean()), 4), "low": round(float(low), 4), "high": round(float(high), 4),
+        "equivalent": bool(low > -WITHIN and high < WITHIN), "not_weaker": bool(low > -WITHIN),
+        "only_authors": [_where(a & ~b) for a, b in zip(of_theirs, own, strict=True)],
+        "only_robustkit": [_where(b & ~a) for a, b in zip(of_theirs, own, strict=True)],
+    }  # fmt: skip
+
+
+def _where(images: np.ndarray) -> str:
+    """The numbers of the images, in one line of the file."""
+    return " ".join(map(str, np.flatnonzero(images)))
+
+
+def measured(name: str, threat: Threat, loss: str, images: int, rounds: int) -> dict[str, Any]:
+    """One model, threat and loss. Images are numbered as in the part of the data that the model gets right."""
+    net, part = zoo.load(name), data.load(str(zoo.card(name).recipe["data"])).part(limit=images)
+    with torch.no_grad():
+        right = net(part.x).argmax(1) == part.y
+    x, y, seeds = part.x[right], part.y[right], range(rounds)
+    of_theirs = torch.stack([theirs(net, x, y, threat, loss, seed) for seed in seeds]).numpy()
+    own = torch.stack([ours(net, x, y, threat, loss, seed) for seed in seeds]).numpy()
+    row = {"model": name, "threat": repr(threat), "loss": loss, **compared(of_theirs, own)}
+    print(row["model"], row["threat"], loss, row["success"], row["low"], row["high"], row["equivalent"], flush=True)
+    return row
+
+
+def main() -> None:
+    """Run both on all models and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    begun, rows = time.monotonic(), []
+    for name, threats, slow in MODELS:
+        rounds = min(SLOW_ROUNDS, options.rounds) if slow else options.rounds
+        for loss in LOSSES:
+            images = min(SLOW_IMAGES, options.images) if slow and loss == "targeted-dlr" else options.images
+            rows += [measured(name, threat, loss, images, rounds) for threat in threats]
+    result = {
+        "command": f"python -m benchmarks.apgd --images {options.images} --rounds {options.rounds}",
+        "machine": {"processor": processor(), "threads": 1, "python": platform.python_version(), "torch": torch.__version__,
+                    "pyautoattack": version("pyautoattack")},
+        "setting": {"steps": STEPS, "targets": TARGETS, "interval": "90 %", "within": WITHIN},
+        "equivalent": sum(row["equivalent"] for row in rows),
+        "not_weaker": sum(row["not_weaker"] for row in rows),
+        "of": len(rows),
+        "seconds": round(time.monotonic() - begun),
+        "rows": rows,
+    }  # fmt: skip
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    print(RESULT.read_text())
+
+
+if __name__ == "__main__":
+    main()
