@@ -4,8 +4,8 @@
 
 AutoAttack is that of the package pyautoattack, version "standard". Forwards and gradients are counted by the model itself,
 alike for both; a forward-equivalent is a forward, and a gradient two more. Seconds are those of the processor, so that other
-work on the machine counts for nobody. What AutoAttack found on a model is kept in a folder for temporary files, by a hash of the
-weights and the images, since it takes most of the time and does not depend on robustkit; the file says when it was measured.
+work on the machine counts for nobody. What AutoAttack found on a model is kept in a folder for temporary files, by a hash of
+the weights and images, since it takes most of the time and does not depend on robustkit; the file says when it was measured.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,10 @@ from torch import Tensor, nn
 
 from benchmarks.classifiers import CLASSIFIERS, Classifier, made
 from benchmarks.machine import processor
-from robustkit import L2, PGD
+from robustkit import L2, PGD, Target
 from robustkit.attack import Attack
 from robustkit.attacks import Standard
+from robustkit.attacks.standard import STAGES
 
 RESULT = Path(__file__).parent / "results" / "standard.json"
 
@@ -84,7 +84,8 @@ def ours(net: nn.Module, x: Tensor, y: Tensor, one: Classifier, seed: int, attac
     results = []
 
     def attacked(model: nn.Module) -> Tensor:
-        results.append(attack(model, x, y, threat=one.threat, seed=seed))
+        # All images at once, as AutoAttack is given them.
+        results.append(attack(Target(model, batch_size=len(x)), x, y, threat=one.threat, seed=seed))
         x_adv: Tensor = results[0].x_adv
         return x_adv
 
@@ -99,7 +100,7 @@ def ours(net: nn.Module, x: Tensor, y: Tensor, one: Classifier, seed: int, attac
 
 def measured(net: nn.Module, attacked: Callable[[nn.Module], Tensor], y: Tensor) -> dict[str, Any]:
     """Run it on one thread; the robust images by their numbers."""
-    model = Counting(net)
+    model = Counting(net).eval()
     start = time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -139,20 +140,18 @@ def _say(name: str, row: dict[str, Any], n: int) -> None:
     )
 
 
-ABLATIONS: tuple[tuple[str, dict[str, Any]], ...] = ()
-
-
 def ablated(names: Sequence[Classifier], files: tuple[str | None, str | None], images: int) -> list[dict[str, Any]]:
-    """The same with each stage left out, one round a model."""
+    """The cascade without its audit, whole and with each stage left out: what is robust and what it costs, model by model."""
     rows = []
-    for what, fields in ABLATIONS:
-        attack, robust, cost = replace(Standard(), **fields), 0, 0
+    for skip in ("", *STAGES):
+        row: dict[str, Any] = {"without": skip or "nothing", "models": {}}
         for one in names:
             net, x, y = made(one, *files, images)
-            found = ours(net, x, y, one, 0, attack)
-            robust, cost = robust + len(found["robust"]), cost + found["cost"]
-        rows.append({"without": what, "fields": fields, "robust": robust, "cost": cost})
-        print(rows[-1], flush=True)
+            found = ours(net, x, y, one, 0, Standard(skip=skip, audit=False))
+            row["models"][one.name] = {"robust": len(found["robust"]), "cost": found["cost"]}
+        row["robust"], row["cost"] = (sum(model[key] for model in row["models"].values()) for key in ("robust", "cost"))
+        print(f"without {row['without']}: {row['robust']} robust, {row['cost']} forward-equivalents", flush=True)
+        rows.append(row)
     return rows
 
 
@@ -178,14 +177,21 @@ def main() -> None:
                 found = autoattack(net, x, y, one, seed)
                 print(one.name, seed, len(found["robust"]), round(found["seconds"]), flush=True)
         return
-    models = [compared(one, files, options.images, options.rounds) for one in names]
-    told = {
+    told: dict[str, Any] = {
         "command": f"python -m benchmarks.standard --images {options.images} --rounds {options.rounds}",
         "machine": {"processor": processor(), "threads": 1, "python": platform.python_version(), "torch": torch.__version__,
                     "pyautoattack": importlib.metadata.version("pyautoattack")},
-        "models": models, "ablations": ablated(names, files, options.images),
+        "models": [], "ablations": [],
     }  # fmt: skip
-    if not options.only:
+    for one in names:  # written after each, so that a run which ends early leaves what it has
+        told["models"].append(compared(one, files, options.images, options.rounds))
+        _write(told, whole=not options.only)
+    told["ablations"] = ablated(names, files, options.images)
+    _write(told, whole=not options.only)
+
+
+def _write(told: dict[str, Any], *, whole: bool) -> None:
+    if whole:
         RESULT.write_text(json.dumps(told, indent=1) + "\n")
 
 

@@ -39,11 +39,13 @@ class Attack(ABC):
         serves: The kinds of threat that it works with; empty where it works with any. Others are refused.
         universal: True where one change serves all examples: it is learned before any batch is attacked, and put on
             every example, also where the goal holds anyway.
+        smallest: True where it looks for the smallest change: one run then tells robust accuracy for every eps up to its own.
     """
 
     access: ClassVar[Literal["white", "score", "label"]] = "white"
     serves: ClassVar[tuple[type[Threat], ...]] = ()
     universal: ClassVar[bool] = False
+    smallest: ClassVar[bool] = False
 
     @property
     def alarms(self) -> tuple[Remark, ...]:
@@ -61,19 +63,24 @@ class Attack(ABC):
         """
         return self
 
+    def fits(self, threat: Threat) -> bool:
+        """Whether this attack serves a threat."""
+        return not self.serves or isinstance(threat, self.serves)
+
     def check(self, threat: Threat) -> None:
         """Refuse a threat that this attack does not serve.
 
         Raises:
             ArgumentError: With the threats that it serves.
         """
-        if self.serves and not isinstance(threat, self.serves):
+        if not self.fits(threat):
             names = ", ".join(kind.__name__ for kind in self.serves)
             raise ArgumentError(f"threat={threat!r} is not served by {self!r}; it serves {names}")
 
     @final
     def __call__(self, target: Target | nn.Module | Fn, x: Tensor, ref: Tensor, *, goal: Goal = Misclassify(),
-                 threat: Threat, seed: int = 0, ids: Tensor | None = None, keep: Keep = "first") -> Result:  # fmt: skip
+                 threat: Threat, seed: int = 0, ids: Tensor | None = None, keep: Keep = "first",
+                 starts: Tensor | None = None) -> Result:  # fmt: skip
         """Attack every example and judge the outcome.
 
         Args:
@@ -86,6 +93,9 @@ class Attack(ABC):
             ids: Names of the examples, (N,) int64; noise belongs to them. Default 0, 1, ... N - 1.
             keep: Which iterate comes back: "first" that succeeds (solved examples leave at once), "best" by the goal's
                 loss, "smallest" success, or "last".
+            starts: Points that are worth a look, (N, *S): adversarial examples of an earlier run, of a smaller budget, of
+                another library. They are brought into the threat and asked before the attack begins, in a stage "starts",
+                one forward an open example; a row with a NaN stands for none. Not for universal attacks, nor with "last".
 
         Returns:
             A `Result`, a row an example, judged on the target's own function.
@@ -97,11 +107,12 @@ class Attack(ABC):
         check_keep(keep)
         self.check(threat)
         target, ids = Target.of(target), checked(x, ref, goal, threat, seed, ids)
+        self._check_starts(starts, x, keep)
         if not len(x):
             return Result.room(x.detach())
         flags = [*_flags(target), *self.alarms]
         with gradients_on(), target.held():
-            x, ref = owned(x), owned(ref)
+            x, ref, starts = owned(x), owned(ref), None if starts is None else owned(starts)
             room = Result.room(x)
             attack, spent, halved = self._ready(target, x, ref, goal, threat, Noise(int(seed), ids))
 
@@ -109,8 +120,9 @@ class Attack(ABC):
                 noise = Noise(int(seed), ids[rows])
                 with seeded(noise.at("model", int(noise.ids[0])).key):
                     part = attack._solve(
-                        target.fitting(most), threat.clamp(x[rows]), ref[rows], goal, threat[rows], noise, keep
-                    )
+                        target.fitting(most), threat.clamp(x[rows]), ref[rows], goal, threat[rows], noise, keep,
+                        None if starts is None else starts[rows].to(x.device),
+                    )  # fmt: skip
                 return room.fill(rows, part)
 
             parts, notes = in_batches(solve, len(x), target.batch_size)
@@ -153,6 +165,21 @@ class Attack(ABC):
             return self._ready(target, owned(x), owned(ref), goal, threat, Noise(int(seed), ids))[:2]
 
     @final
+    def _check_starts(self, starts: Tensor | None, x: Tensor, keep: Keep) -> None:
+        """Refuse starts that do not fit, and those that could not count."""
+        if starts is None:
+            return
+        if not isinstance(starts, Tensor) or starts.shape != x.shape or not starts.is_floating_point():
+            given = f"{starts.dtype} of shape {tuple(starts.shape)}" if isinstance(starts, Tensor) else type(starts).__name__
+            raise ShapeError(
+                f"starts are {given}; they must be a floating-point tensor of the shape of x, {tuple(x.shape)}, with NaN in "
+                "the rows of examples that have none"
+            )
+        if self.universal or keep == "last":
+            why = "puts one change on every example" if self.universal else 'returns its last iterates alone with keep="last"'
+            raise ArgumentError(f"starts are of no use: {self!r} {why}; leave them out")
+
+    @final
     @contextmanager
     def _reading(self, problem: Problem) -> Iterator[None]:
         """Refuse an attack that writes to what it was only to read, and by which it is judged."""
@@ -179,7 +206,7 @@ class Attack(ABC):
 
     @final
     def _solve(self, target: Target, x: Tensor, ref: Tensor, goal: Goal, threat: Threat, noise: Noise,
-               keep: Keep) -> Result:  # fmt: skip
+               keep: Keep, starts: Tensor | None) -> Result:  # fmt: skip
         kept = Kept(keep, wide(x), target.stochastic)
         problem = Problem(target, x, ref, goal, threat, noise, kept)
         stage = kept.ledger.stage
@@ -189,6 +216,9 @@ class Attack(ABC):
                 met = problem.success(problem.x)
                 met &= not kept.stochastic  # known only now: a lucky answer is no success
                 kept.open &= ~met
+        if starts is not None:
+            with stage("starts", kept.best.found):
+                _look(problem, starts)
         with stage("attack", kept.best.found):
             with self._reading(problem):
                 x_last = self.run(problem) if kept.open.any() else problem.x
@@ -199,6 +229,14 @@ class Attack(ABC):
         return Result(x_adv, success, rate, threat.size(x_adv, x), ledger.forwards, ledger.backwards, ledger.flat,
                       tuple(flags), (*notes, *ledger.notes), stages=tuple(ledger.stages),
                       solver=torch.where(success, ledger.solver, -1), evidence=summed(ledger.evidence))  # fmt: skip
+
+
+def _look(problem: Problem, starts: Tensor) -> None:
+    """Ask about the starts of the examples that are open; what succeeds is kept like any other point."""
+    rows = (starts.isfinite().flatten(1).all(1) & problem.open).nonzero().squeeze(1)
+    if len(rows):
+        some = problem[rows]
+        some.success(_finished(some, starts[rows], some.x))
 
 
 def _finished(problem: Problem, x_adv: Tensor, like: Tensor) -> Tensor:

@@ -81,7 +81,12 @@ def bench(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="A new folder; default one with the date under runs/.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    save_adversarial: Annotated[bool, typer.Option("--save-adversarial", help="Write the attacked images too.")] = False,
+    save_adversarial: Annotated[
+        bool, typer.Option("--save-adversarial", help="Write all attacked images, not only those that are solved.")
+    ] = False,
+    start_from: Annotated[
+        list[str] | None, typer.Option(help="An earlier run on the same images, from whose finds to start; may be repeated.")
+    ] = None,
     fail_under: Annotated[float | None, _part("Exit 1 where less than this share is robust.")] = None,
     baseline: Annotated[Path | None, typer.Option(help="A run to be compared with.")] = None,
     fail_if_worse: Annotated[
@@ -106,7 +111,7 @@ def bench(
     from robustkit.bench.request import Request
 
     request = Request(plan, model, data, limit, offset, threat, attack, goal, seed, block, batch_size, device, threads,
-                      normalize, save_adversarial or None)  # fmt: skip
+                      normalize, save_adversarial or None, start_from)  # fmt: skip
     manner = Manner(out, resume, workers, fail_under, baseline, fail_if_worse, junit, format, dry_run)
     code = bench_command(request, manner)
     if code:

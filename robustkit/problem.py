@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
 from typing import Any, final
 
 import torch
@@ -13,12 +15,12 @@ from torch import Tensor, nn
 from robustkit._layers import joined, layers_of, up_to
 from robustkit._random import Noise
 from robustkit._tensors import amax, toward, wide
-from robustkit._world import random_state
+from robustkit._world import is_out_of_memory, random_state
 from robustkit.errors import ArgumentError
 from robustkit.goals import Goal
 from robustkit.jacobian import Jacobian
-from robustkit.keep import Kept
-from robustkit.ledger import Evidence, Remark
+from robustkit.keep import Keep, Kept
+from robustkit.ledger import Evidence, Ledger, Remark
 from robustkit.target import Fn, Target
 from robustkit.threats import Threat
 
@@ -80,6 +82,67 @@ class Problem:
         """The same questions about the same examples with another reference, (N, ...)."""
         return Problem(self._target, self._raw, ref, self.goal, self.threat, self._noise, self._kept,
                        None if isinstance(self._rows, slice) else self._rows)  # fmt: skip
+
+    def afresh(self, keep: Keep, threat: Threat | None = None, draw: int = 0) -> Problem:
+        """The same examples with nobody solved and nothing kept, perhaps within another threat; what it costs is still counted.
+
+        What it finds does not count for this run unless this problem is asked there too. Its noise is that of its `draw`.
+        """
+        kept = Kept(keep, self._kept.best.x_adv, self._kept.stochastic)
+        kept.ledger, kept.checked = self._kept.ledger, self._kept.checked
+        goal, ref = self._wish
+        rows = None if isinstance(self._rows, slice) else self._rows
+        return Problem(self._target, self._raw, ref, goal, threat or self.threat, self._noise.at("afresh", draw), kept, rows)
+
+    @property
+    def best(self) -> Tensor:
+        """The point of each example that would come back now, (N, *S)."""
+        return self._kept.best.x_adv[self._rows]
+
+    def in_double(self) -> Problem | None:
+        """The same questions to a copy of the model in float64, nothing kept; None where the target is no plain module.
+
+        What the copy is asked is not asked of the model under attack, and is not counted.
+        """
+        if not isinstance(self._target.fn, nn.Module) or self._target.view is not self._target.fn:
+            return None
+        model = deepcopy(self._target.fn).double()
+        other = self.afresh("last")
+        other._kept.ledger = Ledger(len(other._kept.open), self.x.device)
+        other._target, other._raw, other.x = (
+            replace(self._target, fn=model, module=model, views={}),
+            self._raw.double(),
+            self.x.double(),
+        )
+        return other
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The names of the views that an adversary may differentiate; the first is followed."""
+        return tuple(self._target.views)
+
+    def seen(self, view: str) -> Problem:
+        """The same questions through another view."""
+        other = self[:]
+        other._target = self._target.seen(view)
+        return other
+
+    def drawn(self, draws: int) -> Problem:
+        """The same questions with gradients averaged over at least so many draws."""
+        other = self[:]
+        other._target = replace(self._target, draws=max(draws, self._target.draws))
+        return other
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether the target draws random numbers."""
+        return self._kept.stochastic
+
+    @property
+    def flat(self) -> Tensor:
+        """How many of the gradients of each example carried no signal, (N,) int64."""
+        flat: Tensor = self._kept.ledger.flat[self._rows]
+        return flat
 
     def following(self, goal: Goal, ref: Tensor) -> Problem:
         """The same examples with the loss of another goal, and its reference (N, ...), to make small.
@@ -216,7 +279,7 @@ class Problem:
             if self._kept.judging:
                 with torch.no_grad():
                     self._judge_on_the_way(x_adv, everyone, out, None)
-            draws.append([(value.detach(), _gradient(value, x_in, keep=True)) for value in found])
+            draws.append([(value.detach(), self._gradient(value, x_in, keep=True)) for value in found])
         for number in range(min(map(len, draws))):
             value, grad = (_mean([draw[number][part] for draw in draws]).to(self.x) for part in (0, 1))
             self._count(self._kept.ledger.backwards, everyone, len(draws))
@@ -305,14 +368,28 @@ class Problem:
         """One counted pass; a copy goes in, so that a model that writes to its input harms nobody."""
         self._count(self._kept.ledger.forwards, at)
         if self._kept.checked:
-            return fn(x.clone())
+            return fn(x.clone()) if len(x) > 1 else self._alone(fn, x)
         own = self._target.generators
         before = random_state(own)
-        out = fn(x.clone())
+        out = fn(x.clone()) if len(x) > 1 else self._alone(fn, x)
         self._kept.found_out(stochastic=before != random_state(own))
         goal, ref = self._wish
         goal.check(out, ref[at])
         return out
+
+    def _alone(self, fn: Fn, x: Tensor) -> Any:
+        """One image; a model that fails on a batch of one (batch norm in training mode) is asked about it twice at once."""
+        try:
+            return fn(x.clone())
+        except (ValueError, RuntimeError, IndexError) as error:
+            try:
+                out = fn(x.repeat(2, *[1] * (x.dim() - 1)))
+            except (ValueError, RuntimeError, IndexError):
+                raise error from None
+            self.tell(
+                "fails-alone", f"the model fails on a batch of one ({str(error).splitlines()[0]}); it was asked about two"
+            )
+            return tuple(part[:1] for part in out) if isinstance(out, tuple | list) else out[:1]
 
     @torch.no_grad()
     def _judge(self, x_adv: Tensor, at: Tensor | slice) -> tuple[Any, Tensor, Tensor]:
@@ -339,7 +416,7 @@ class Problem:
             with torch.enable_grad():
                 out = self._forward(view, x_in, at)
                 loss = self.goal.loss(out, ref)
-            grads.append(_gradient(loss, x_in))
+            grads.append(self._gradient(loss, x_in))
             losses.append(loss.detach())
         self._count(self._kept.ledger.backwards, at, self._target.draws)
         loss, grad = _mean(losses).to(self.x), _mean(grads).to(self.x)
@@ -347,6 +424,19 @@ class Problem:
             with torch.no_grad():
                 self._judge_on_the_way(x_adv, at, out, loss if self._on_course else None)
         return loss, self._with_signal(grad, x_adv, at)
+
+    def _gradient(self, loss: Tensor, x: Tensor, *, keep: bool = False) -> Tensor:
+        """d sum(loss) / dx; zero where no path leads from x to the loss, or where autograd fails. `keep`: others will ask."""
+        if not loss.requires_grad:
+            return torch.zeros_like(x)
+        try:
+            (grad,) = torch.autograd.grad(loss.sum(), x, allow_unused=True, retain_graph=keep)
+        except RuntimeError as error:  # a finding about the model, not a reason to stop
+            if is_out_of_memory(error):
+                raise
+            self.testify("broken-autograd", len(x), len(x), 0.0)
+            return torch.zeros_like(x)
+        return torch.zeros_like(x) if grad is None else grad.detach()
 
     def _judge_on_the_way(self, x_adv: Tensor, at: Tensor | slice, out: Any, loss: Tensor | None) -> None:
         """Judge the iterate by the output at hand where it is the deployed function's, by another pass where not."""
@@ -372,11 +462,3 @@ class Problem:
 
 def _mean(draws: list[Tensor]) -> Tensor:
     return torch.stack(draws).mean(0) if len(draws) > 1 else draws[0]
-
-
-def _gradient(loss: Tensor, x: Tensor, *, keep: bool = False) -> Tensor:
-    """d sum(loss) / dx; zero where there is no path from x to the loss. `keep`: others will ask for theirs."""
-    if not loss.requires_grad:
-        return torch.zeros_like(x)
-    (grad,) = torch.autograd.grad(loss.sum(), x, allow_unused=True, retain_graph=keep)
-    return torch.zeros_like(x) if grad is None else grad.detach()

@@ -207,7 +207,7 @@ class L2(Threat):
 
     def slack(self, x: Tensor) -> Tensor:
         """One rounding a coordinate: sqrt(D) of them."""
-        return self._rounding(x) * math.sqrt(x[0:1].numel())
+        return self._rounding(x) * math.sqrt(math.prod(x.shape[1:]))
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Shrunk to the ball, then cut to the box: inside both, though not always the nearest point of both."""
@@ -238,7 +238,7 @@ class L2(Threat):
     def sample(self, x: Tensor, noise: Noise) -> Tensor:
         """Uniform in the ball (a random direction, a radius of density r^(D-1)), cut to the box."""
         direction = noise.at("direction").normal(*x.shape[1:]).to(x)
-        radius = self._eps_column(x)[:, 0] * noise.at("radius").uniform().double() ** (1 / x[0:1].numel())
+        radius = self._eps_column(x)[:, 0] * noise.at("radius").uniform().double() ** (1 / math.prod(x.shape[1:]))
         return self.project(x + direction * as_rows(radius / norm(direction, 2).clamp(min=1e-12), x), x)
 
 
@@ -253,7 +253,7 @@ class L1(Threat):
 
     def slack(self, x: Tensor) -> Tensor:
         """One rounding a coordinate: D of them."""
-        return self._rounding(x) * x[0:1].numel()
+        return self._rounding(x) * math.prod(x.shape[1:])
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """The nearest point of ball and box together (projecting on one after the other is not)."""
@@ -346,8 +346,8 @@ class Pixels(Threat):
     def _keep(self, value: Tensor, x_adv: Tensor, x: Tensor) -> Tensor:
         """`x_adv` at the eps locations of largest positive value (N, H, W), x elsewhere."""
         most = int(torch.as_tensor(self.eps).max())
-        if most > value[0:1].numel() > 0:
-            raise ArgumentError(f"eps={most} of Pixels exceeds the {value[0:1].numel()} locations of the images")
+        if most > math.prod(value.shape[1:]) > 0:
+            raise ArgumentError(f"eps={most} of Pixels exceeds the {math.prod(value.shape[1:])} locations of the images")
         top = flat(value).topk(most, 1)
         within = torch.arange(most, device=x.device) < self._eps_column(x)
         chosen = torch.zeros_like(flat(value)).scatter(1, top.indices, ((top.values > 0) & within).double())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from robustkit import FGSM, L2, PGD, Linf, Target
+from robustkit import FGSM, L2, PGD, Linf, Target, UniversalPGD
 from robustkit.attack import Attack
 from robustkit.errors import ArgumentError, ShapeError
 from robustkit.goals import Misclassify
@@ -307,4 +307,123 @@ def test_an_undefined_loss_loses_no_success():
 )
 def test_things_of_the_wrong_kind_are_refused(change, words):
     with pytest.raises((ArgumentError, ShapeError), match=words):
+        attack(**change)
+
+
+# --- starts --------------------------------------------------------------------------------------------------------------
+
+AXIS = nn.Linear(2, 2, bias=False)  # class 1 where the first coordinate is above the second
+AXIS.weight.data = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+POINTS = torch.tensor([[0.5, 0.4], [0.5, 0.4], [0.5, 0.4], [0.5, 0.4], [0.3, 0.4]])
+ONES = torch.ones(5, dtype=torch.int64)
+NAN = math.nan
+
+
+@dataclass(frozen=True)
+class Lazy(Attack):
+    """Asks `asks` times about x, and stays there."""
+
+    asks: int = 2
+
+    def run(self, problem):
+        for _ in problem.steps(self.asks):
+            problem.loss(problem.x)
+        return problem.x
+
+
+def test_starts_are_asked_first_and_who_is_broken_by_them_leaves():
+    """By hand: a start that breaks, one outside that breaks once it is inside, one that does not break, none, wrong anyway."""
+    starts = torch.tensor([[0.45, 0.47], [0.0, 1.0], [0.5, 0.45], [NAN, NAN], [0.3, 0.4]])
+    counter = Counter(AXIS)
+    result = Lazy()(counter, POINTS, ONES, threat=Linf(0.1), starts=starts)
+    assert result.success.tolist() == [True, True, False, False, True]
+    torch.testing.assert_close(result.x_adv, torch.tensor([[0.45, 0.47], [0.4, 0.5], [0.5, 0.4], [0.5, 0.4], [0.3, 0.4]]))
+    assert torch.equal(result.x_adv[0], starts[0])  # to the bit, since it was inside
+    assert result.forwards.tolist() == [3, 3, 5, 4, 1]  # a look at x, the start, two questions, the verdict
+    assert counter.seen == 16
+    assert [(s.name, s.forwards, s.solved) for s in result.stages] == [("clean", 5, 1), ("starts", 3, 2), ("attack", 8, 0)]
+    assert result.solver.tolist() == [1, 1, -1, -1, 0]
+
+
+def test_a_start_that_is_inside_is_asked_as_it_is_to_the_bit():
+    """Projected, it would be moved by a rounding: x + (start - x) is another number."""
+    x, starts = (
+        torch.tensor([[0.9, 0.1]]).repeat(50, 1),
+        torch.rand(50, 2, generator=torch.Generator().manual_seed(1)).sort(1)[0] ** 2,
+    )
+    assert not torch.equal(Linf(1.0).project(starts, x), starts)
+    assert torch.equal(Lazy()(AXIS, x, torch.ones(50, dtype=torch.int64), threat=Linf(1.0), starts=starts).x_adv, starts)
+
+
+def test_without_any_start_nothing_is_spent_on_them():
+    for starts in (torch.full_like(POINTS, NAN), POINTS * torch.tensor([1.0, NAN])):  # half of a point is none
+        result, plain = (Lazy()(AXIS, POINTS, ONES, threat=Linf(0.1), starts=s) for s in (starts, None))
+        assert torch.equal(result.forwards, plain.forwards)
+        assert [(s.name, s.forwards, s.solved) for s in result.stages][1] == ("starts", 0, 0)
+
+
+@pytest.mark.parametrize("keep", ["first", "best", "smallest"])
+@pytest.mark.parametrize("threat", [Linf(0.15), L2(0.5)], ids=repr)
+def test_with_starts_it_is_never_worse_and_what_they_break_is_broken(keep, threat):
+    """Starts of a longer attack, for some examples; batches of four, so that rows are told apart."""
+    net, by = Target(NET, batch_size=4), PGD(steps=2, reach=0.5)
+    given = torch.tensor([False, True, True, False, True, True])
+    strong = PGD(steps=40, reach=8.0)(NET, X, Y, threat=threat)
+    starts = strong.x_adv.clone()
+    starts[~given] = NAN
+    without, result = (attack(net=net, by=by, threat=threat, keep=keep, starts=s) for s in (None, starts))
+    assert (result.success == (without.success | (strong.success & given))).all()
+    assert result.success.sum() > without.success.sum()
+    assert threat.contains(result.x_adv, X).all()
+    if keep == "best":
+        logits = (NET(r.x_adv) for r in (result, without))
+        ours, theirs = (nn.functional.cross_entropy(out, Y, reduction="none") for out in logits)
+        assert (ours >= theirs - 1e-6)[result.success == without.success].all()
+    if keep == "smallest":
+        assert (result.size <= without.size + 1e-9)[without.success].all()
+    if keep != "first":  # everybody goes on, so the starts are what it costs more
+        assert (result.forwards - without.forwards).tolist() == given.long().tolist()
+
+
+def test_an_attack_by_starts_alone_follows_half_precision_and_float64():
+    for dtype in (torch.float64, torch.bfloat16):
+        starts = torch.tensor([[0.4, 0.5]] * 5)
+        result = Lazy()(copy.deepcopy(AXIS).to(dtype), POINTS.to(dtype), ONES, threat=Linf(0.125), starts=starts)
+        assert result.x_adv.dtype == dtype
+        assert result.success.all()
+
+
+def test_on_a_random_target_a_start_is_one_more_candidate_that_fresh_draws_judge():
+    """Wrong on seven draws of ten beyond the axis: whatever one draw has said there, the rate is that of fresh draws."""
+
+    def noisy(x):
+        return AXIS(x) * torch.where(torch.rand(len(x), 1) < 0.7, 1.0, -1.0)
+
+    x, starts = torch.tensor([[0.5, 0.4]] * 20), torch.tensor([[0.3, 0.6]] * 20)
+    starts[10:] = NAN
+    target, ones = Target(noisy, stochastic=True), torch.ones(20, dtype=torch.int64)
+    result, plain = (Lazy(1)(target, x, ones, threat=Linf(0.21), starts=s) for s in (starts, None))
+    assert not plain.success.any()
+    began = (result.x_adv == starts).all(1)
+    assert torch.equal(result.success, began)
+    assert 5 <= began.sum() <= 10
+    # The mean of at most 400 fresh draws; were it the draw of the stage, it would be 1.
+    assert result.rate[began].mean().item() == pytest.approx(0.7, abs=0.12)
+    # One question more; the verdict asks about the same candidates, on as many draws.
+    assert (result.forwards - plain.forwards).tolist() == [1] * 10 + [0] * 10
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"starts": X[:5]}, ShapeError, r"starts are torch.float32 of shape \(5, 1, 4, 4\); .* shape of x, \(6, 1, 4, 4\)"),
+        ({"starts": X[0]}, ShapeError, r"\(1, 4, 4\)"),
+        ({"starts": (X * 255).byte()}, ShapeError, "torch.uint8"),
+        ({"starts": X.tolist()}, ShapeError, "starts are list"),
+        ({"starts": X, "keep": "last"}, ArgumentError, 'starts are of no use: .* keep="last"'),
+        ({"starts": X, "by": UniversalPGD()}, ArgumentError, "starts are of no use: UniversalPGD.* one change on every"),
+    ],
+)
+def test_starts_that_do_not_fit_or_could_not_count_are_refused(change, error, words):
+    with pytest.raises(error, match=words):
         attack(**change)

@@ -49,7 +49,9 @@ def test_functions_are_short():
 
 
 def test_functions_take_few_arguments():
-    many = {where(p, f): len(arguments(f)) for p, f in FUNCTIONS if len(arguments(f)) > 8 and not is_command(f)}
+    """But for commands, and the one call by which every attack is run, whose arguments are what an evaluation is."""
+    free = [f for _, f in FUNCTIONS if is_command(f) or f.name == "__call__"]
+    many = {where(p, f): len(arguments(f)) for p, f in FUNCTIONS if len(arguments(f)) > 8 and f not in free}
     assert not many
 
 

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import final
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 
+from robustkit._random import Noise
 from robustkit._tensors import dot, over
 from robustkit.attacks._locations import told
 from robustkit.attacks._windows import moved
 from robustkit.goals import Goal, Out
-from robustkit.losses import Loss
+from robustkit.losses import margin
 from robustkit.problem import Problem
 
-__all__ = ["Pursuit", "descend"]
+__all__ = ["Pursuit", "Run", "descend"]
 
 _REACH = 2.0  # the first step of a descent in budgets; the last is next to nothing
+_AT_ONCE = 25  # windows are asked: with few examples left, a step costs its overhead
 _PARTS = 9  # of a goal, the likeliest ones, are looked at
 
 
@@ -33,6 +36,15 @@ def descend(problem: Problem, x_adv: Tensor, steps: int, reach: float = _REACH) 
         fraction = reach / 2 * (1 + math.cos(math.pi * step / steps))
         x_adv = threat.project(threat.step(-grad, x_adv, x, fraction), x)
     return best
+
+
+class Run(NamedTuple):
+    """A descent that is wanted: for which examples (M,), along which goal, with its reference and from where, a row each."""
+
+    rows: Tensor
+    goal: Goal
+    ref: Tensor
+    x_adv: Tensor
 
 
 @final
@@ -50,12 +62,12 @@ class Pursuit:
         skipped: For how many examples each stage was too dear.
     """
 
-    def __init__(self, problem: Problem, surrogate: Loss, budget: int | None) -> None:
-        self.problem, self.surrogate, self.budget = problem, surrogate, budget
+    def __init__(self, problem: Problem, budget: int | None) -> None:
+        self.problem, self.budget = problem, budget
         self.nearest, self.edge = problem.x, torch.full((len(problem),), torch.inf, device=problem.x.device)
         self.clean = self.edge.clone()
         self.skipped: dict[str, int] = {}
-        self._runs = 0
+        self._starts = 0
         self._parts: list[tuple[Goal, Tensor]] = []
         self._order = torch.zeros(len(problem), 0, dtype=torch.int64, device=problem.x.device)
 
@@ -67,7 +79,7 @@ class Pursuit:
         """
         rows, found = self.problem.open.nonzero().squeeze(1), []
         some = self.problem[rows]
-        goal = some.goal.by(self.surrogate)
+        goal = some.goal.by(margin)
 
         def edges(out: Out, ref: Tensor) -> Iterator[Tensor]:
             self._parts = [(part, _spread(wanted, rows, self.problem.ref)) for part, wanted in goal.parts(out, ref)[:_PARTS]]
@@ -88,12 +100,15 @@ class Pursuit:
         wanted = problem.open & ~hopeless
         if self.budget is not None:
             affordable = problem.spent + cost <= self.budget
-            self.skipped[name] = self.skipped.get(name, 0) + int((wanted & ~affordable).sum())
+            dear = int((wanted & ~affordable).sum())
+            if dear:
+                self.skipped[name] = max(dear, self.skipped.get(name, 0))
             wanted &= affordable
         return wanted.nonzero().squeeze(1)
 
-    def towards(self, rows: Tensor, rank: int) -> Iterator[tuple[Tensor, Goal, Tensor]]:
-        """The part of this rank for each of the examples `rows`: those that share a goal, the goal, its reference."""
+    def towards(self, rows: Tensor, rank: int) -> Iterator[Run]:
+        """Runs towards the part of this rank of each example, from random points; one for each goal among the parts."""
+        x_adv = self.start(rows)
         chosen = self._order[rows, rank]
         groups: list[tuple[Goal, list[int]]] = []
         for number, (goal, _) in enumerate(self._parts):
@@ -108,41 +123,48 @@ class Pursuit:
             place[numbers] = torch.arange(len(numbers), device=rows.device)
             mine = place[chosen] >= 0
             if mine.any():
-                yield rows[mine], goal, refs[place[chosen[mine]], rows[mine]]
+                yield Run(rows[mine], goal, refs[place[chosen[mine]], rows[mine]], x_adv[mine])
 
     @property
     def parts(self) -> int:
         """How many parts of the goal there are to pursue."""
         return self._order.shape[1]
 
-    def run(self, rows: Tensor, goal: Goal, ref: Tensor, steps: int) -> None:
-        """Descend the loss of a goal, `ref` a row each, from a random point."""
-        if len(rows):
-            self._runs += 1
-            some = self.problem[rows]
-            self.take(rows, descend(some.following(goal, ref), some.start(self._runs), steps))
+    def start(self, rows: Tensor) -> Tensor:
+        """Random points of the threat set, others at each call."""
+        self._starts += 1
+        return self.problem[rows].start(self._starts) if len(rows) else self.problem.x[rows]
 
-    def polish(self, rows: Tensor, steps: int, reach: float) -> None:
-        """Descend the surrogate from the nearest points, with smaller steps."""
-        if len(rows):
-            some = self.problem[rows]
-            self.take(rows, descend(some.following(some.goal.by(self.surrogate), some.ref), self.nearest[rows], steps, reach))
+    def run(self, runs: Sequence[Run], steps: int, reach: float = _REACH) -> None:
+        """Descents, all of one goal at once; of each example the point that comes nearest is kept."""
+        goals: list[Goal] = []
+        for run in runs:
+            goals += [] if run.goal in goals else [run.goal]
+        for goal in goals:
+            mine = [run for run in runs if run.goal == goal and len(run.rows)]
+            if mine:
+                some = self.problem[torch.cat([run.rows for run in mine])]
+                some = some.following(goal, torch.cat([run.ref for run in mine]))
+                points = descend(some, torch.cat([run.x_adv for run in mine]), steps, reach)
+                for run in mine:
+                    self.take(run.rows, points[: len(run.rows)])
+                    points = points[len(run.rows) :]
 
     def search(self, rows: Tensor, queries: int, share: float) -> None:
-        """Change windows at random, from the nearest points, as the Square attack does; what comes nearer stays."""
+        """Change windows at random from the nearest points, as Square does; the best of several is taken if it helps."""
         problem = self.problem
-        x_adv, value = self.nearest[rows], self.edge[rows].double()
-        for query in range(queries):
-            still = problem.open[rows]
-            rows, x_adv, value = rows[still], x_adv[still], value[still]
+        self._starts += 1
+        for query in range(queries // _AT_ONCE):
+            rows = rows[problem.open[rows]]
             if not len(rows):
                 return
-            some = problem[rows]
-            candidate = moved(some.threat, x_adv, some.x, share, some.noise("windows", query))
-            edge = told(some.goal.edge(some.answer(candidate), some.ref))
-            lower = edge < value
-            x_adv, value = torch.where(over(lower, x_adv), candidate, x_adv), torch.where(lower, edge, value)
-        self._keep(rows, x_adv, value)
+            many = rows.repeat_interleave(_AT_ONCE)
+            some, at = problem[many], self.nearest[many]
+            noise = _each(some.noise("windows", self._starts, query), _AT_ONCE)
+            candidate = moved(some.threat, at, some.x, share, noise)
+            edge = told(some.goal.edge(some.answer(candidate), some.ref)).reshape(-1, _AT_ONCE)
+            best = edge.argmin(1) + torch.arange(len(rows), device=rows.device) * _AT_ONCE
+            self._keep(rows, candidate[best], edge.amin(1))
 
     def take(self, rows: Tensor, x_adv: Tensor) -> None:
         """Ask at points (M, *S) of the examples `rows` (M,), and keep those that are nearer."""
@@ -161,3 +183,9 @@ class Pursuit:
 def _spread(wanted: Tensor, rows: Tensor, like: Tensor) -> Tensor:
     """References of the examples `rows` in a tensor with a row for each of all examples."""
     return torch.zeros(len(like), *wanted.shape[1:], dtype=wanted.dtype, device=wanted.device).index_copy(0, rows, wanted)
+
+
+def _each(noise: Noise, copies: int) -> Noise:
+    """Noise of its own for each copy of an example, copies side by side."""
+    copy = torch.arange(copies, device=noise.ids.device).repeat(len(noise.ids) // copies)
+    return replace(noise, ids=noise.ids * copies + copy)

@@ -40,6 +40,7 @@ class DeepFool(Attack):
     """
 
     serves: ClassVar[tuple[type[Threat], ...]] = (Linf, L2)
+    smallest: ClassVar[bool] = True
 
     steps: int = 50
     candidates: int = 10

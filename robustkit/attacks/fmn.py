@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -57,6 +57,8 @@ class FMN(Attack):
 
     Source: Pintor, Roli, Brendel & Biggio 2021, algorithm 1 (https://arxiv.org/abs/2102.12827).
     """
+
+    smallest: ClassVar[bool] = True
 
     steps: int = 100
     alpha: float = 0.5

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, final
@@ -21,7 +22,7 @@ from robustkit.bench.spread import Spread
 from robustkit.errors import ArgumentError
 from robustkit.result import Result
 
-__all__ = ["Block", "Task"]
+__all__ = ["Block", "Glance", "Task"]
 
 _WORDS = tuple(field.name for field in fields(Picture) if field.name not in ("clean", "adversarial", "perturbation"))
 _FACTS = ("success", "rate", "size", "forwards", "backwards", "flat", "solver")
@@ -65,6 +66,8 @@ class Block:
         seconds: How long it took.
         pictures: Some of the images, to look at.
         spread: What a universal perturbation did to the predictions; None for other attacks.
+        found: The images of `changed`, in order, (k, *S), from which other attacks may start; None where they are not kept,
+            or where the result has all.
     """
 
     task: Task
@@ -76,6 +79,17 @@ class Block:
     seconds: float
     pictures: tuple[Picture, ...] = ()
     spread: Spread | None = None
+    found: Tensor | None = None
+
+    @property
+    def changed(self) -> Tensor:
+        """On which examples the attack succeeded by a change of the image, (n,) bool."""
+        return self.result.success & (self.result.size > 0)
+
+    @property
+    def images(self) -> Tensor | None:
+        """The adversarial images of `changed`, in order, (k, *S), if they are kept."""
+        return self.result.x_adv[self.changed] if self.result.x_adv.shape[1:].numel() else self.found
 
     def bytes(self) -> bytes:
         """Everything as one safetensors file, the row of each example under plain names."""
@@ -90,6 +104,8 @@ class Block:
             tensors |= self.spread.tensors()
         if self.result.x_adv.shape[1:].numel():
             tensors["x_adv"] = self.result.x_adv
+        elif self.found is not None:
+            tensors["found"] = self.found
         for name in ("clean", "adversarial") if self.pictures else ():
             tensors[f"picture_{name}"] = torch.from_numpy(np.stack([getattr(picture, name) for picture in self.pictures]))
         told: dict[str, Any] = self.result.words()
@@ -106,15 +122,12 @@ class Block:
         Raises:
             ArgumentError: The file is missing, damaged, or no block.
         """
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                told = json.loads((file.metadata() or {})["robustkit"])
-                held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with _readable(path), safe_open(str(path), framework="pt") as file:
+            told = json.loads((file.metadata() or {})["robustkit"])
+            held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if told.pop("sha256") != _digest(held):
                 raise ValueError("its numbers are not those that were written")
             return cls._of(held, told)
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise ArgumentError(f"{str(path)!r} is no block of a run ({error}); remove it and resume the run") from error
 
     @classmethod
     def _of(cls, held: dict[str, Tensor], told: dict[str, Any]) -> Block:
@@ -124,7 +137,50 @@ class Block:
         pictures = _pictures(held, told["pictures"])
         masks = held["clean"].numpy(), held["robust"].numpy()
         spread = Spread.of(held, told.get("learned"))
-        return cls(Task(**told["task"]), result, held["index"], held["label"], *masks, told["seconds"], pictures, spread)
+        return cls(Task(**told["task"]), result, held["index"], held["label"], *masks, told["seconds"], pictures, spread,
+                   held.get("found"))  # fmt: skip
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Glance:
+    """Which adversarial images a file keeps, known without reading them.
+
+    Attributes:
+        path: The file.
+        ids: Which examples of the data they belong to.
+        sizes: How large the changes are.
+        digest: Of all that the file holds, as it says itself.
+    """
+
+    path: Path
+    ids: tuple[int, ...]
+    sizes: tuple[float, ...]
+    digest: str
+
+    @classmethod
+    def of(cls, path: Path) -> Glance | None:
+        """A look at a file; None where it keeps no images at all.
+
+        Raises:
+            ArgumentError: It cannot be read, or is no block.
+        """
+        with _readable(path), safe_open(str(path), framework="pt") as file:
+            if not {"found", "x_adv"} & set(file.keys()):
+                return None
+            digest = json.loads((file.metadata() or {})["robustkit"])["sha256"]
+            ids, sizes, success = (file.get_tensor(name) for name in ("index", "size", "success"))
+            changed = success & (sizes > 0)
+            return cls(path, tuple(ids[changed].tolist()), tuple(sizes[changed].tolist()), digest)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What goes wrong while a block is read, in one line."""
+    try:
+        yield
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise ArgumentError(f"{str(path)!r} is no block of a run ({error}); remove it and resume the run") from error
 
 
 def _digest(held: dict[str, Tensor]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
 from typing import Any, final
@@ -13,9 +13,10 @@ from scipy.stats import binomtest
 
 from robustkit.bench.past import Run
 from robustkit.bench.record import surviving
+from robustkit.bench.solved import Solvers
 from robustkit.errors import ArgumentError
 
-__all__ = ["Comparison", "Pair", "compare", "holm", "label", "mcnemar", "tango"]
+__all__ = ["Comparison", "Pair", "StagePair", "compare", "holm", "label", "mcnemar", "tango"]
 
 Record = Mapping[str, Any]  # a record of results.json: strings, numbers, and lists of {name, why}
 Key = tuple[Hashable, ...]
@@ -23,6 +24,24 @@ Key = tuple[Hashable, ...]
 _CASE = ("threat", "goal", "attack", "recipe", "seed", "data_hash")  # what was asked; of whom: model and defence
 _Z = 1.959963984540054  # the 97.5 % point of the normal distribution
 _TOLD = 3  # records named in an error, so that it stays a line
+
+
+@final
+@dataclass(frozen=True)
+class StagePair:
+    """What one stage of an attack solved in run A and in run B, of the same images.
+
+    Attributes:
+        name: Of the stage; "clean" are images that needed no attack.
+        a: How many it solved in A.
+        b: How many it solved in B.
+        both: How many it solved in both.
+    """
+
+    name: str
+    a: int
+    b: int
+    both: int
 
 
 @final
@@ -51,6 +70,8 @@ class Pair:
         high: Its upper end.
         flags_a: Names of the alarms in A; its figure may not be believed where there are any.
         flags_b: Names of the alarms in B.
+        stages: What each stage of a single attack solved, where that is known; no tests, as every stage sees only what the
+            ones before it have left.
     """
 
     model_a: str
@@ -73,6 +94,7 @@ class Pair:
     high: float
     flags_a: tuple[str, ...]
     flags_b: tuple[str, ...]
+    stages: tuple[StagePair, ...] = ()
 
     @property
     def together(self) -> bool:
@@ -128,7 +150,7 @@ class Comparison:
         return tuple(of[_question(pair)] for pair in self.pairs)
 
 
-def compare(a: Run, b: Run) -> Comparison:
+def compare(a: Run, b: Run, solved: tuple[Solvers, Solvers] | None = None) -> Comparison:
     """Compare two runs on the same images, image by image.
 
     Two records belong together if threat, goal, attack with all its settings, seed, model and defence are the same. Where
@@ -137,6 +159,7 @@ def compare(a: Run, b: Run) -> Comparison:
     Args:
         a: What is compared with, as the version before.
         b: What is compared, as the version after.
+        solved: Which stage solved which image in A and in B, from `solvers`; without it no stages are compared.
 
     Raises:
         ArgumentError: A run is empty or unfinished; the images, their number, the offset or the schema of the runs differ;
@@ -154,6 +177,9 @@ def compare(a: Run, b: Run) -> Comparison:
     groups_a, groups_b = _groups(a, rows_a, subject), _groups(b, rows_b, subject)
     whole = [keys for group, keys in groups_a.items() if set(keys) == set(groups_b.get(group, ()))]
     pairs = [_pair(a, b, [(rows_a[key], rows_b[key])], together=False) for key in shared]
+    if solved is not None:
+        rows = [(rows_a[key], rows_b[key]) for key in shared]
+        pairs = [replace(pair, stages=_stages(a, b, row, solved)) for pair, row in zip(pairs, rows, strict=True)]
     pairs += [_pair(a, b, [(rows_a[key], rows_b[key]) for key in keys], together=True) for keys in whole]
     left_a = tuple(a.results["records"][row] for key, row in rows_a.items() if key not in rows_b)
     left_b = tuple(b.results["records"][row] for key, row in rows_b.items() if key not in rows_a)
@@ -229,6 +255,17 @@ def _pair(a: Run, b: Run, rows: Sequence[tuple[int, int]], *, together: bool) ->
         n=n, only_a=only_a, only_b=only_b, both=both, neither=n - both - only_a - only_b,
         p=mcnemar(only_a, only_b), low=low, high=high, flags_a=_flags(of_a), flags_b=_flags(of_b),
     )  # fmt: skip
+
+
+def _stages(a: Run, b: Run, row: tuple[int, int], solved: tuple[Solvers, Solvers]) -> tuple[StagePair, ...]:
+    """What each stage solved in the records of A and B in `row`, in the order of the stages."""
+    records = [run.results["records"][at] for run, at in zip((a, b), row, strict=True)]
+    names = dict.fromkeys(stage["name"] for record in records for stage in record.get("stages", ()))
+    found = []
+    for name in names:
+        in_a, in_b = (of[at] == name for of, at in zip(solved, row, strict=True))
+        found.append(StagePair(name, int(in_a.sum()), int(in_b.sum()), int((in_a & in_b).sum())))
+    return tuple(found)
 
 
 def _question(pair: Pair) -> Key:

@@ -68,7 +68,7 @@ class Report:
     def __repr__(self) -> str:
         told = (
             f"{row['model']}, {row['threat']}: {row['clean_accuracy']:.1%} clean, {row['robust_accuracy']:.1%} robust at most "
-            f"({row['low']:.1%} to {row['high']:.1%}, {row['n']:,} images)"
+            f"(95 % Wilson interval over the choice of {row['n']:,} images: {row['low']:.1%} to {row['high']:.1%})"
             for row in self.together
         )
         return "\n".join(["Report", *told])

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, final
 
 import numpy as np
@@ -29,10 +29,13 @@ from robustkit.bench.plugins import Plugin
 from robustkit.bench.request import command_of
 from robustkit.bench.specs import Aim
 from robustkit.bench.spread import Learned, Spread, learn
+from robustkit.bench.starts import Finds, read_finds
+from robustkit.bench.store import Store
 from robustkit.bench.subject import Subject, is_pinned, load_subject
 from robustkit.data import Data
 from robustkit.errors import ArgumentError
 from robustkit.goals import Misclassify
+from robustkit.keep import Keep
 from robustkit.result import Result
 from robustkit.threats import Threat
 
@@ -40,6 +43,7 @@ __all__ = ["Loaded", "Loader", "Trial", "load"]
 
 PICTURES = 4  # per case, from its first block
 LEARN_FROM = 1000  # images of a training part at most, unless more are scored
+KEPT = 2**30  # bytes: where all images of a case take more, those that are solved are written only when asked for
 
 
 @final
@@ -71,8 +75,9 @@ def load(plan: Plan) -> Loaded:
         for case in plan.cases
     ]
     with threads(plan.threads):
-        data = real_data.load(plan.data).part(plan.offset, plan.limit)
-        return Loaded(plan, data, {spec: load_subject(spec, data, plan) for spec in plan.models}, trials)
+        whole = real_data.load(plan.data)
+        data, finds = whole.part(plan.offset, plan.limit), read_finds(plan.start_from, whole)
+        return Loaded(plan, data, {spec: load_subject(spec, data, plan) for spec in plan.models}, trials, finds=finds)
 
 
 @final
@@ -83,22 +88,23 @@ class Loader:
     plan: Plan
     loaded: Loaded | None = field(default=None, compare=False, repr=False)
     answers: tuple[tuple[str, str], ...] = ()  # what the models say where it was loaded first
+    store: Store | None = None  # where blocks may be found
 
     def __reduce__(self) -> tuple[type[Loader], tuple[Any, ...]]:
         answers = self.answers if self.loaded is None else tuple(self.loaded.fingerprints.items())
-        return Loader, (self.plan, None, answers)
+        return Loader, (self.plan, None, answers, self.store)
 
-    def __call__(self) -> Callable[[Task], Block]:
-        """What does a block."""
+    def __call__(self) -> Callable[[Sequence[Task]], list[Block]]:
+        """What does the blocks of a chain."""
         if self.loaded is not None:
-            return self.loaded.measure
+            return partial(self.loaded.measure_all, store=self.store)
         loaded = load(self.plan)
         for spec, answer in self.answers:
             if loaded.fingerprints[spec] != answer:
                 raise ArgumentError(
                     f"model {spec!r} is not the same twice: in a worker it says something else; seed what it draws"
                 )
-        return loaded.measure
+        return partial(loaded.measure_all, store=self.store)
 
 
 @final
@@ -115,8 +121,8 @@ class Loaded:
     """
 
     def __init__(self, plan: Plan, data: Data, subjects: Mapping[str, Subject], trials: Sequence[Trial],
-                 command: str | None = None) -> None:  # fmt: skip
-        hashes = {spec: subject.pin for spec, subject in subjects.items()} | {plan.data: data.hash}
+                 command: str | None = None, finds: Finds = Finds()) -> None:  # fmt: skip
+        hashes = {spec: subject.pin for spec, subject in subjects.items()} | {plan.data: data.hash} | dict(finds.hashes)
         for spec, wanted in plan.pins.items():
             if spec in hashes and not is_pinned(hashes[spec], wanted):
                 raise ArgumentError(
@@ -133,8 +139,9 @@ class Loaded:
         self.plan, self.trials = replace(plan, pins=hashes), tuple(trials)
         self.environment = environment(plan.device, plan.threads) | specs.packages(case.attack for case in plan.cases)
         self.command = command_of(plan) if command is None else command
-        self._data, self._subjects = data, subjects
+        self._data, self._subjects, self._finds = data, subjects, finds
         self._changes: dict[int, Learned] = {}
+        self._at_hand: dict[Task, Block] = {}  # blocks on which others may stand
         for trial in self.trials:
             if isinstance(trial.attack, UniversalAttack):  # tried on two images: a layer that is not there is told now
                 self._learn(trial, self._learns_from.part(0, 2))
@@ -164,6 +171,13 @@ class Loaded:
         order += [(case, first) for case, firsts in enumerate(starts) for first in firsts[1:]]
         return [self._task(case, first, min(first + self.plan.block, len(self))) for case, first in order]
 
+    def chains(self, tasks: Sequence[Task]) -> list[tuple[Task, ...]]:
+        """The tasks in groups, each to be done in its order: in a sweep a block stands on that of the next smaller eps."""
+        groups: dict[tuple[Any, ...], list[Task]] = {}
+        for task in tasks:
+            groups.setdefault((*self._sweep(task.case), task.first), []).append(task)
+        return [tuple(sorted(group, key=lambda task: self._order(task.case))) for group in groups.values()]
+
     def glance(self, model: str) -> float:
         """Seconds that a model takes for one clean image, in blocks."""
         subject, rows = self._subjects[model], slice(0, min(self.plan.block, len(self)))
@@ -178,6 +192,38 @@ class Loaded:
         with threads(self.plan.threads):
             return self._measured(task)
 
+    def measure_all(self, tasks: Sequence[Task], store: Store | None = None) -> list[Block]:
+        """Do the blocks of a chain; what they stand on is in the chain, in the store, or done anew."""
+        try:
+            for task in tasks:
+                below = self._below(task)
+                found = store.get(below) if store is not None and below is not None and below not in self._at_hand else None
+                if below is not None and found is not None:
+                    self._at_hand[below] = found
+                self._at_hand[task] = self.measure(task)
+            done = [self._at_hand[task] for task in tasks]
+            return done if 4 * self._data.shape.numel() <= KEPT else [replace(block, found=None) for block in done]
+        finally:
+            self._at_hand = {}
+
+    def _sweep(self, case: int) -> tuple[Any, ...]:
+        """What cases have in common that differ in eps alone, if one may start from what another has found."""
+        trial = self.trials[case]
+        if isinstance(trial.attack, UniversalAttack):
+            return (case,)
+        return trial.case.model, trial.case.attack, trial.case.goal, type(trial.threat), trial.threat.bounds
+
+    def _order(self, case: int) -> tuple[float, str]:
+        trial = self.trials[case]
+        return float(trial.threat.eps), trial.case.threat
+
+    def _below(self, task: Task) -> Task | None:
+        """The block of the same images under the next smaller eps, on which this one stands."""
+        eps = self._order(task.case)[0]
+        others = (case for case in range(len(self.trials)) if self._sweep(case) == self._sweep(task.case))
+        lower = max((case for case in others if self._order(case)[0] < eps), key=self._order, default=None)
+        return None if lower is None else self._task(lower, task.first, task.last)
+
     def _task(self, case: int, first: int, last: int) -> Task:
         trial, plan = self.trials[case], self.plan
         asked = {
@@ -187,8 +233,14 @@ class Loaded:
             "batch_size": plan.batch_size, "device": plan.device, "normalize": plan.normalize,
             "save_adversarial": plan.save_adversarial, "environment": self.environment,
         }  # fmt: skip
+        if trial.attack.smallest:
+            asked |= {"keep": _kept(trial.attack)}
         if isinstance(trial.attack, UniversalAttack):
             asked |= {"learned on": self._learns_from.hash, "models": self.fingerprints}
+        else:
+            below = self._below(Task(case, first, last, ""))
+            asked |= {} if below is None else {"stands on": below.name}
+            asked |= {"starts": list(self._finds.hashes.values())} if self._finds.hashes else {}
         name = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
         return Task(case, first, last, name)
 
@@ -196,16 +248,18 @@ class Loaded:
         trial, plan, rows = self.trials[task.case], self.plan, task.rows
         subject, attack = self._subjects[trial.case.model], trial.attack
         learned = self._learned(task.case) if isinstance(attack, UniversalAttack) else None
+        ids = torch.arange(task.first, task.last) + plan.offset
+        starts = self._starts(task, ids) if learned is None else None
         started = time.perf_counter()
         clean, labels = subject.clean(rows), self._data.y[rows]
         x, y = self._data.images(rows).to(plan.device), labels.to(plan.device)
-        ids = torch.arange(task.first, task.last) + plan.offset
         ref = trial.aim.ref(subject.target.fn, x.clone(), y, subject.target.batch_size)  # a model may write to its input
         # A generator of the model's own would go on from where the last block left it, and in another worker elsewhere.
         key = Noise(plan.seed, ids).at("model", int(ids[0])).key
         with reseeded(subject.target.generators, key), plugins.blamed(trial.plugin, trial.case.attack):
             attack = attack if learned is None else learned.perturbation
-            result = attack(subject.target, x, ref, goal=trial.aim.goal, threat=trial.threat, seed=plan.seed, ids=ids)
+            result = attack(subject.target, x, ref, goal=trial.aim.goal, threat=trial.threat, seed=plan.seed, ids=ids,
+                            keep=_kept(attack), starts=starts)  # fmt: skip
         if trial.aim.goal == Misclassify():
             after = ~result.success.cpu()
         else:
@@ -214,9 +268,28 @@ class Loaded:
         seconds = time.perf_counter() - started
         is_first = task.first == self.images(task.case).start
         pictures = self._pictures(trial, subject, result, rows, clean, spread) if is_first else ()
+        block = Block(task, result, ids, labels, clean, clean & after.numpy(), seconds, pictures, spread)
+        if plan.save_adversarial:
+            return block
         # Not a view, which would keep the images.
-        kept = result if plan.save_adversarial else replace(result, x_adv=x.new_empty(len(x), 0))
-        return Block(task, kept, ids, labels, clean, clean & after.numpy(), seconds, pictures, spread)
+        return replace(block, result=replace(result, x_adv=x.new_empty(len(x), 0)), found=result.x_adv[block.changed].cpu())
+
+    def _starts(self, task: Task, ids: Tensor) -> Tensor | None:
+        """Where the attack may begin, (n, *S): what a smaller eps has found, else the best that earlier runs have."""
+        trial, below = self.trials[task.case], self._below(task)
+        if below is None and not self._finds.finds:
+            return None
+        x = self._data.images(task.rows)
+        starts = self._finds.images(trial.case.goal, trial.threat, self.plan.pins[trial.case.model], ids, x)
+        if below is not None:
+            block = self._at_hand.get(below)
+            if block is None or block.images is None:
+                block = self._measured(below)
+            assert block.images is not None
+            solved = block.result.success.cpu()
+            starts[solved] = x[solved]  # where no change at all was needed
+            starts[block.changed.cpu()] = block.images.to(starts)
+        return None if starts.isnan().all() else starts
 
     @cached_property
     def _pool(self) -> Data | None:
@@ -280,6 +353,11 @@ class Loaded:
             )
             for k, i in enumerate(chosen)
         )  # fmt: skip
+
+
+def _kept(attack: Attack) -> Keep:
+    """Which point of each image is wanted: of an attack that looks for small changes the smallest, which is a whole curve."""
+    return "smallest" if attack.smallest else "first"
 
 
 def _name(names: Sequence[str], index: int) -> str:

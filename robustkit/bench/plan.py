@@ -40,8 +40,9 @@ class Plan:
             workers do not.
         normalize: MEAN,STD to be put before the models that a factory makes; each one number, or one a channel with ":"
             between them. None where they normalise for themselves.
-        save_adversarial: Whether the attacked images are written too.
-        pins: Hashes of the data and the models that the plan was made with, by spec; others are refused.
+        save_adversarial: Whether all attacked images are written, and not only those that are solved.
+        start_from: Folders of earlier runs on the same images; attacks begin at what was found there.
+        pins: Hashes of the data, the models and the earlier runs that the plan was made with, by spec; others are refused.
     """
 
     cases: tuple[Case, ...]
@@ -55,6 +56,7 @@ class Plan:
     threads: int = 1
     normalize: str | None = None
     save_adversarial: bool = False
+    start_from: tuple[str, ...] = ()
     pins: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -83,8 +85,9 @@ def product(models: Iterable[str], threats: Iterable[str], attacks: Iterable[tup
 
 def pairs(threat: str, attacks: Iterable[str] | None, goals: Iterable[str] | None) -> list[tuple[str, str]]:
     """What is run in a threat: every attack with every goal; where none is named, the strongest, and misclassify."""
-    strongest = "pixelsearch" if threat.partition(":")[0] == "pixels" else "pgd"
-    return [(attack, goal) for attack in attacks or [strongest] for goal in goals or ["misclassify"]]
+    strongest = {"linf": "standard", "l2": "standard", "l1": "l1apgd", "pixels": "pixelsearch"}
+    named = attacks or [strongest.get(threat.partition(":")[0], "pgd")]
+    return [(attack, goal) for attack in named for goal in goals or ["misclassify"]]
 
 
 _MODELS = ("zoo:mnist-cnn", "zoo:mnist-cnn-robust")

@@ -18,7 +18,7 @@ __all__ = ["plan_text", "read_plan"]
 Table = Mapping[str, Any]  # Any: what TOML holds; each value is checked before it is used
 
 _LISTS = ("models", "threats", "attacks", "goals")
-_SETTINGS = tuple(field.name for field in fields(Plan) if field.name not in ("cases", "pins"))
+_SETTINGS = tuple(field.name for field in fields(Plan) if field.name not in ("cases", "pins", "start_from"))
 _KINDS: tuple[tuple[type, str], ...] = ((bool, "true or false"), (int, "a whole number"), (str, "a string"))
 _HEAD = "# What `robustkit bench --plan` ran. The hashes hold it to the data and the weights that it ran on.\n\n"
 
@@ -31,8 +31,9 @@ def plan_text(plan: Plan) -> str:
     """
     settings = {name: getattr(plan, name) for name in _SETTINGS if getattr(plan, name) is not None}
     cases = [asdict(case) for case in plan.cases]
+    starts = {"start_from": list(plan.start_from)} if plan.start_from else {}
     try:
-        text = _HEAD + tomli_w.dumps(settings | {"hashes": dict(plan.pins), "cases": cases})
+        text = _HEAD + tomli_w.dumps(settings | starts | {"hashes": dict(plan.pins), "cases": cases})
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ArgumentError(f"a name in the plan is no Unicode ({error.object!r}); rename that file") from error
@@ -44,7 +45,8 @@ def read_plan(path: Path) -> Plan:
 
     Top level: `data`, and if wanted offset, limit, seed, block, batch_size, device, threads, normalize, save_adversarial.
     Lists `models`, `threats`, `attacks` and `goals` stand for every combination of theirs; `[[cases]]` with model, threat,
-    attack and goal for single ones; `[hashes]` holds the run to data and weights.
+    attack and goal for single ones; a list `start_from` names earlier runs; `[hashes]` holds the run to data, weights and
+    those runs.
 
     Raises:
         ArgumentError: The file cannot be read, is no TOML, or holds a name or a value that means nothing.
@@ -62,12 +64,13 @@ def read_plan(path: Path) -> Plan:
 
 
 def _plan(table: Table) -> Plan:
-    _check_names(table, (*_SETTINGS, *_LISTS, "cases", "hashes"), "the plan")
+    _check_names(table, (*_SETTINGS, *_LISTS, "start_from", "cases", "hashes"), "the plan")
     settings = {name: _value(table, name, kind) for name, kind in _kinds() if name in table}
     if "data" not in settings:
         raise ArgumentError('data is missing; say on what, for example: data = "mnist-5k"')
     cases = (*_combined(table), *_single(table))
-    return Plan(cases=tuple(dict.fromkeys(cases)), pins=_pins(table), **settings)
+    starts = tuple(_strings(table, "start_from"))
+    return Plan(cases=tuple(dict.fromkeys(cases)), start_from=starts, pins=_pins(table), **settings)
 
 
 def _kinds() -> list[tuple[str, type]]:

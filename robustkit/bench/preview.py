@@ -9,6 +9,7 @@ from typing import final
 from robustkit.bench.block import Task
 from robustkit.bench.loaded import Loaded
 from robustkit.bench.plan import Case
+from robustkit.bench.power import images_for, smallest_difference
 from robustkit.bench.record import wilson
 
 __all__ = ["Preview", "preview"]
@@ -39,6 +40,25 @@ class Preview:
     backwards: int
     seconds: float
     width: float
+
+    @property
+    def half_width(self) -> float:
+        """Half of that: how far the interval reaches to either side where half of the images stay right."""
+        return self.width / 2
+
+    @property
+    def finds(self) -> float | None:
+        """The smallest difference of two models that a comparison on so many images finds with a chance of 80 %.
+
+        One image in ten is assumed to be decided otherwise by the two, or as many as the difference needs. None where there
+        are too few images for any.
+        """
+        return smallest_difference(self.images)
+
+    @property
+    def half_needs(self) -> int | None:
+        """How many images it takes to find half of that difference."""
+        return None if self.finds is None else images_for(self.finds / 2)
 
 
 def preview(loaded: Loaded) -> list[Preview]:

@@ -12,17 +12,25 @@ from scipy.stats import binomtest
 
 from robustkit.attack import FLAT, Attack, flat_flag
 from robustkit.audit import FLAGS, NOTES, judged
+from robustkit.bench.outlines import Curve, against_cost, against_eps
 from robustkit.bench.plan import Case, Plan
+from robustkit.bench.specs import number
+from robustkit.errors import ArgumentError
 from robustkit.ledger import Remark
 from robustkit.result import Result
 
 __all__ = ["Record", "make_record", "surviving", "together", "wilson"]
 
-Record = dict[str, Any]  # Any: strings, numbers, and lists of {name, why}, ready for JSON
+Record = dict[str, Any]  # Any: strings, numbers, and lists of these, ready for JSON
+
+_UNTARGETED = "misclassify"
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share over the choice of images (Wilson 1927, by scipy)."""
+    """The 95 % interval of a share over the choice of images (Wilson 1927, by scipy).
+
+    It does not cover a stronger attack: the share itself is an upper bound on robustness.
+    """
     interval = binomtest(successes, n).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
 
@@ -61,7 +69,28 @@ def make_record(case: Case, plan: Plan, *, attack: Attack, result: Result, clean
         "forwards": int(result.forwards.sum()), "backwards": int(result.backwards.sum()), "seconds": seconds,
         "access": attack.access, "flags": flags, "notes": notes,
         "model_hash": model_hash, "data_hash": plan.pins.get(plan.data),
+        **_curves(case, attack, result, clean, robust),
+        "stages": [asdict(stage) for stage in result.stages], "evidence": [asdict(one) for one in result.evidence],
     }  # fmt: skip
+
+
+def _curves(case: Case, attack: Attack, result: Result, clean: NDArray[np.bool_],
+            robust: NDArray[np.bool_]) -> dict[str, Curve | None]:  # fmt: skip
+    """The curve against eps of an attack that looks for the smallest change, that against the cost of any other.
+
+    Neither where the goal is another than to be wrong, or where one change serves all images.
+    """
+    curves: dict[str, Curve | None] = {"against_cost": None, "against_eps": None}
+    if case.goal != _UNTARGETED or attack.universal:
+        return curves
+    if not attack.smallest:  # one that does goes on after its first success: its costs tell nothing
+        return curves | {"against_cost": against_cost(result, clean, robust)}
+    norm, _, text = case.threat.partition(":")
+    try:
+        eps = number(text, "eps")
+    except ArgumentError:  # a threat from Python that the command line has no words for
+        return curves
+    return curves | {"against_eps": against_eps(result, clean, robust, eps, whole=norm == "pixels")}
 
 
 def surviving(masks: Sequence[NDArray[np.bool_]]) -> NDArray[np.bool_]:

@@ -36,6 +36,7 @@ class Request:
     threads: int | None = None
     normalize: str | None = None
     save_adversarial: bool | None = None
+    start_from: list[str] | None = None
 
     def given(self) -> dict[str, Any]:  # Any: the type is that of the field
         """What was asked for, by name."""
@@ -55,7 +56,8 @@ class Request:
 
 
 _LISTS = ("model", "threat", "attack", "goal")
-_SETTINGS = ("offset", "limit", "seed", "block", "batch_size", "device", "threads", "normalize", "save_adversarial")
+_SETTINGS = ("offset", "limit", "seed", "block", "batch_size", "device", "threads", "normalize", "save_adversarial",
+             "start_from")  # fmt: skip
 
 
 def plan_of(request: Request) -> Plan:
@@ -72,6 +74,8 @@ def plan_of(request: Request) -> Plan:
                 f"--{beside[0].replace('_', '-')} has no place beside --plan, which says all; write it into {request.plan}"
             )
         return read_plan(request.plan)
+    if request.start_from is not None:
+        given["start_from"] = tuple(dict.fromkeys(request.start_from))
     default = default_plan()
     if any(name in given for name in (*_LISTS, "data")):
         default = replace(default, limit=None)  # what somebody asks for is measured on all of their images
@@ -117,6 +121,8 @@ def _requests(plan: Plan) -> Iterator[Request]:
     settings: dict[str, Any] = {
         name: getattr(plan, name) for name in _SETTINGS if getattr(plan, name) != getattr(default_plan(), name)
     }
+    if "start_from" in settings:
+        settings["start_from"] = list(plan.start_from)
     yield Request(data=None if plan.data == default_plan().data else plan.data, **settings)
     settings |= {} if plan.limit is None else {"limit": plan.limit}
     lists: dict[str, Any] = {name: list(dict.fromkeys(getattr(case, name) for case in plan.cases)) for name in _LISTS}

@@ -67,13 +67,14 @@ def outcomes(loaded: Loaded, store: Store | None = None, executor: Executor | No
             wanted[task.case].discard(task)
             progress(block, True)
     yield from (_outcome(loaded, store, mine[case], case) for case, left in wanted.items() if not left)
-    for block in executor.run(Loader(loaded.plan, loaded), missing):
-        case = block.task.case
-        store.put(block)
-        wanted[case].discard(block.task)
-        progress(block, False)
-        if not wanted[case]:
-            yield _outcome(loaded, store, mine[case], case)
+    for done in executor.run(Loader(loaded.plan, loaded, store=store.shared), loaded.chains(missing)):
+        for block in done:
+            case = block.task.case
+            store.put(block)
+            wanted[case].discard(block.task)
+            progress(block, False)
+            if not wanted[case]:
+                yield _outcome(loaded, store, mine[case], case)
 
 
 def _outcome(loaded: Loaded, store: Store, tasks: Sequence[Task], case: int) -> Outcome:

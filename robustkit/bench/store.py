@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import final
 
@@ -25,17 +25,22 @@ class Store(ABC):
     def get(self, task: Task) -> Block | None:
         """The block, if it is here."""
 
+    @property
+    def shared(self) -> Store | None:
+        """By what other processes find the same blocks; None where they cannot."""
+        return None
+
 
 @final
 @dataclass(frozen=True)
 class Memory(Store):
-    """Blocks in memory."""
+    """Blocks in memory, without the images from which other attacks may start: those would fill it."""
 
     blocks: dict[Task, Block] = field(default_factory=dict)
 
     def put(self, block: Block) -> None:
         """Keep a block."""
-        self.blocks[block.task] = block
+        self.blocks[block.task] = replace(block, found=None)
 
     def get(self, task: Task) -> Block | None:
         """The block, if it is here."""
@@ -71,6 +76,11 @@ class Files(Store):
         except ArgumentError:
             return None
         return block if block is not None and block.task == task else None
+
+    @property
+    def shared(self) -> Store:
+        """Itself: files are there for all."""
+        return self
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -11,6 +11,7 @@ from rich.console import Console
 from robustkit.bench import past
 from robustkit.bench.compare import compare
 from robustkit.bench.show.compare_table import as_json, comparison_table
+from robustkit.bench.solved import solvers
 from robustkit.errors import ArgumentError
 
 __all__ = ["compare_command"]
@@ -24,7 +25,8 @@ def compare_command(a: Path, b: Path, format: str = "text") -> None:
     """
     if format not in ("text", "json"):
         raise ArgumentError(f"format={format!r} must be text or json")
-    found = compare(past.read(a), past.read(b))
+    runs = past.read(a), past.read(b)
+    found = compare(*runs, solved=(solvers(runs[0]), solvers(runs[1])))
     if format == "json":
         sys.stdout.write(json.dumps(as_json(found), indent=1) + "\n")
     else:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
+from torch import nn
+
 from robustkit.errors import ArgumentError, MissingExtraError
 
-__all__ = ["load_art", "load_foolbox", "load_torchattacks"]
+__all__ = ["gradients_kept", "load_art", "load_autoattack", "load_foolbox", "load_torchattacks"]
 
 # The modules come back as Any: the libraries are optional, so a type checker may not find them.
 
@@ -53,6 +57,28 @@ def load_torchattacks() -> Any:
         raise ArgumentError(
             f"torchattacks cannot be imported ({error.__cause__}); install it with: pip install --no-deps torchattacks"
         ) from error
+
+
+def load_autoattack() -> Any:
+    """The module `pyautoattack`.
+
+    Raises:
+        MissingExtraError: It is not installed, or its import fails.
+    """
+    return _load("pyautoattack", "peers", "pyautoattack")[0]
+
+
+@contextmanager
+def gradients_kept(model: nn.Module) -> Iterator[None]:
+    """The gradients of the parameters as they were: some libraries clear them, some add to them."""
+    before = [(parameter, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in before:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, grad in before:
+            parameter.grad = grad
 
 
 def _load(package: str, extra: str, *modules: str) -> list[Any]:

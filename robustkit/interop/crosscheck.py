@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Literal, final
@@ -21,6 +20,7 @@ from robustkit._world import seeded
 from robustkit.errors import ArgumentError, MissingExtraError
 from robustkit.goals import ClassifyAs, Misclassify, least_likely
 from robustkit.interop._cases import MARGIN, PEERS, Case, cases
+from robustkit.interop._peers import gradients_kept
 from robustkit.target import Target
 from robustkit.threats import L2, Linf
 
@@ -170,24 +170,11 @@ def crosscheck(model: nn.Module, x: Tensor, y: Tensor, *, eps: Sequence[float] =
         at = inner if case.interior else x
         ours = case.ours(target, at, ref, goal=goal, threat=case.threat, seed=seed, keep="last").x_adv
         for library in chosen:
-            with target.held(), _gradients_kept(model), seeded(seed):
+            with target.held(), gradients_kept(model), seeded(seed):
                 theirs = PEERS[library][0](case, model, at.clone(), ref)
                 if theirs is not None:
                     rows.append(_row(library, case, ours, theirs.detach(), _won(model, goal, (ours, theirs), ref)))
     return rows
-
-
-@contextmanager
-def _gradients_kept(model: nn.Module) -> Iterator[None]:
-    """The gradients of the parameters as they were: some libraries clear them, some add to them."""
-    before = [(parameter, parameter.grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in before:
-            parameter.grad = None
-        yield
-    finally:
-        for parameter, grad in before:
-            parameter.grad = grad
 
 
 def _chosen(libraries: Sequence[str] | None) -> list[str]:

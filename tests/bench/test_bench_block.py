@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from robustkit.bench import Case, Plan
-from robustkit.bench.block import Block
+from robustkit.bench.block import Block, Glance
 from robustkit.bench.loaded import load
 from robustkit.bench.runner import outcomes
 from robustkit.bench.store import Files, Memory, replace_file
@@ -26,6 +26,7 @@ def same(a, b):
         assert getattr(a.result, name).dtype == getattr(b.result, name).dtype
     for name in ("flags", "notes", "stages"):
         assert getattr(a.result, name) == getattr(b.result, name)
+    assert torch.equal(a.images, b.images)
     assert torch.equal(a.labels, b.labels)
     assert torch.equal(a.ids, b.ids)
     assert (a.clean == b.clean).all()
@@ -44,6 +45,10 @@ def test_what_is_written_is_read_back(tmp_path, save):
         Files(tmp_path).put(block)
         same(Files(tmp_path).get(task), block)
         assert block.result.x_adv.shape[1:].numel() == (64 if save else 0)
+        # Those that a change has solved are kept in any case, and once.
+        assert (block.found is None) == save
+        assert len(block.images) == len(Glance.of(Files(tmp_path).path(task)).ids) == int(block.changed.sum())
+        assert block.changed.any() or task.case == 1
         assert len(block.pictures) == (4 if task.first == 0 else 0)
 
 

@@ -14,10 +14,14 @@ from rich.console import Console
 from scipy.optimize import minimize_scalar
 from scipy.stats import multinomial
 
+from robustkit import bench
+from robustkit.bench import Case, Plan, past
 from robustkit.bench.compare import compare, holm, label, mcnemar, tango
 from robustkit.bench.past import Run
 from robustkit.bench.record import together
 from robustkit.bench.show.compare_table import as_json, comparison_table
+from robustkit.bench.solved import solvers
+from robustkit.commands.compare import compare_command
 from robustkit.errors import ArgumentError
 
 N = 40
@@ -390,3 +394,91 @@ def test_json_holds_what_the_table_shows():
         assert (row["p"], row["low"], row["high"], row["only_a"]) == (pair.p, pair.low, pair.high, pair.only_a)
         assert (row["robust_a"], row["robust_b"], row["difference"]) == (pair.robust_a, pair.robust_b, pair.difference)
         assert (row["attacks"], row["flags_a"]) == (list(pair.attacks), list(pair.flags_a))
+
+
+# Stage by stage
+
+
+def staged(*names):
+    return {"stages": [{"name": name, "forwards": 1, "backwards": 1, "solved": 0} for name in names]}
+
+
+A_STAGES = ["clean", "descent", "", "descent", "windows", "", "clean", "windows"]
+B_STAGES = ["clean", "windows", "", "descent", "", "polish", "descent", "windows"]
+
+
+def compared(
+    a_names=("clean", "look", "descent", "windows"), b_names=("clean", "descent", "polish", "windows"), attack="standard"
+):
+    a = run(({"attack": attack} | staged(*a_names), [not name for name in A_STAGES]), ({"threat": "l2:1"}, mask(0, n=8)))
+    b = run(({"threat": "l2:1"}, mask(1, n=8)), ({"attack": attack} | staged(*b_names), [not name for name in B_STAGES]))
+    of_a, of_b = (np.array(A_STAGES), np.array([""] * 8)), (np.array([""] * 8), np.array(B_STAGES))
+    return compare(a, b, solved=(of_a, of_b))
+
+
+def test_stages_are_compared_on_the_same_images():
+    pair = compared().pairs[0]
+    found = {stage.name: (stage.a, stage.b, stage.both) for stage in pair.stages}
+    by_hand = {
+        name: (A_STAGES.count(name), B_STAGES.count(name), sum(x == y == name for x, y in zip(A_STAGES, B_STAGES, strict=True)))
+        for name in ("clean", "look", "descent", "windows", "polish")
+    }
+    assert found == by_hand
+    assert found["clean"] == (2, 1, 1)
+    assert [stage.name for stage in pair.stages] == [
+        "clean",
+        "look",
+        "descent",
+        "windows",
+        "polish",
+    ]  # in the order of A, then of B
+    assert [pair.stages for pair in compared().pairs[1:]] == [()] * 3  # no stages recorded; all together has none
+    assert sum(stage.a for stage in pair.stages) == pair.n - pair.only_a - pair.both
+
+
+def test_stages_are_shown_where_an_attack_has_some_of_its_own():
+    text = " ".join(shown(compared(), 250).split())
+    told = "clean 2 / 1 (1 in both), descent 2 / 2 (1 in both), windows 2 / 2 (1 in both), polish 0 / 1 (0 in both)"
+    assert f"solved by stage, A / B (standard): {told}" in text
+    assert "solved by stage" not in shown(compared(("clean", "attack"), ("clean", "attack")))
+    row = json.loads(json.dumps(as_json(compared())))["pairs"][0]
+    assert row["stages"][2] == {"name": "descent", "a": 2, "b": 2, "both": 1}
+    assert as_json(compare(run(({}, mask(0))), run(({}, mask(1)))))["pairs"][0]["stages"] == []
+
+
+def test_who_solved_what_is_read_from_the_folder_of_a_run(tmp_path):
+    cases = tuple(
+        Case("zoo:digits-mlp", threat, attack) for threat, attack in (("linf:0.05", "fgsm"), ("linf:0.1", "standard"))
+    )
+    bench.run(Plan(cases, "digits", limit=50, block=20), out=tmp_path / "a")
+    found = past.read(tmp_path / "a")
+    names, again = solvers(found), solvers(past.read(tmp_path / "a"))
+    for record, robust, of in zip(found.results["records"], found.robust, names, strict=True):
+        assert len(of) == 50
+        assert np.array_equal(of == "", robust)  # whatever is right was solved by nobody
+        assert {stage["name"]: stage["solved"] for stage in record["stages"] if stage["solved"]} == {
+            str(name): int((of == name).sum()) for name in set(of.tolist()) - {""}
+        }
+    pairs = compare(found, found, solved=(names, again)).pairs
+    assert all(stage.a == stage.b == stage.both for pair in pairs for stage in pair.stages)
+    assert len([stage for stage in pairs[1].stages if stage.a]) >= 2
+    file = next((tmp_path / "a" / "examples" / "case-01").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ArgumentError, match="is no block of a run"):
+        solvers(found)
+
+
+def test_the_command_compares_stages(tmp_path, capsys):
+    for seed, name in ((0, "a"), (0, "b")):
+        plan = Plan((Case("zoo:digits-mlp", "linf:0.05", "pgd:steps=2"),), "digits", limit=8, seed=seed)
+        bench.run(plan, out=tmp_path / name)
+    compare_command(tmp_path / "a", tmp_path / "b", "json")
+    (first, _) = json.loads(capsys.readouterr().out)["pairs"]
+    assert {"name", "a", "b", "both"} == set(first["stages"][0])
+    assert sum(stage["a"] for stage in first["stages"]) == 8 - first["only_a"] - first["both"]
+
+
+def test_the_interval_is_called_what_it_is():
+    text = " ".join(shown(compare(run(({}, mask(0))), run(({}, mask(1))))).split())
+    assert "robust accuracy, an upper bound on robustness" in text
+    assert "interval of the difference over the choice of images" in text

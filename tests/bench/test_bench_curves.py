@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustkit.bench.show.curves import Line, Point, families
+from robustkit.bench.show.chart import Line, Point
+from robustkit.bench.show.curves import families
 from robustkit.bench.show.report import report
 
 HOSTILE = """<script>alert(1)</script>"'><img src=x onerror=alert(1)>&{{ 7 * 7 }}"""
@@ -395,3 +396,121 @@ def test_no_id_comes_twice_equal_runs_give_equal_bytes_and_arguments_stay_as_the
     assert page == page_of(rows)
     assert rows == before
     assert [family.norm for family in families(results_of(rows))] == list(NORMS)
+
+
+# Whole curves from one run
+
+
+class Stairs(Drawn):
+    """A chart whose lines are steps, read back from the page."""
+
+    def __init__(self, figure, logarithmic):
+        super().__init__(figure)
+        self.logarithmic, self.steps = logarithmic, []
+        for path in self.classed("path", "line"):
+            x, y, *rest = re.findall(r"[MHV ](-?[\d.]+)", path.get("d"))
+            assert re.fullmatch(r"M\S+ \S+?(H[\d.]+V[\d.]+)*", path.get("d"))
+            places = [(x, y), *zip(rest[::2], rest[1::2], strict=True)]
+            self.steps.append([(self.place(float(x)), (self.zero - float(y)) / (self.zero - self.one)) for x, y in places])
+
+    def place(self, x):
+        if not self.logarithmic:
+            return self.eps(x)
+        tens = {float(text.replace(",", "")): at for text, at in self.ticks.items()}
+        return 10 ** ((x - tens[1]) / (tens[10] - tens[1]))
+
+
+def stairs(page, section, logarithmic=False):
+    if f'<section id="{section}">' not in page:
+        return []
+    figures = page.split(f'<section id="{section}">')[1].split("</section>")[0].split("<figure>")[1:]
+    return [Stairs(figure, logarithmic) for figure in figures]
+
+
+COST = [[0.0, 0.97], [3.0, 0.9], [40.0, 0.5], [1500.0, 0.5]]
+EVERY = [[0.0, 0.97], [0.05, 0.8], [0.1, 0.4]]
+
+
+def near_steps(curve, least=0.0):
+    return [(pytest.approx(max(place, least), rel=0.02, abs=1e-3), pytest.approx(share, abs=1e-3)) for place, share in curve]
+
+
+def test_the_curve_against_cost_is_drawn_as_it_was_recorded_one_a_record():
+    fast = [[0.0, 0.97], [1.0, 0.97], [12.0, 0.6]]
+    rows = [record(attack="standard", against_cost=COST), record(attack="pgd", against_cost=fast),
+            record(attack="fmn", against_cost=None), record("l2:1", against_cost=COST)]  # fmt: skip
+    both, alone = stairs(page_of(rows), "cost", logarithmic=True)
+    assert [near_steps(curve, 1.0) for curve in (COST, fast)] == both.steps
+    assert (both.caption, alone.caption) == ("m under linf:0.1 on digits", "m under l2:1 on digits")
+    assert both.ticks.keys() == {"1", "10", "100", "1,000"}
+    assert alone.steps == [near_steps(COST, 1.0)]
+    assert {text for text, _, _ in both.labels} == {"standard", "pgd"}
+    assert both.classed("path", "point") == []
+    assert "standard: 97.0 % at 0, 50.0 % at 1,500" in both.svg.get("aria-label")
+    assert 'id="cost"' not in page_of([record()])
+
+
+def test_the_curve_against_eps_is_drawn_with_the_other_attacks_at_their_eps():
+    rows = [record(attack="fmn", robust=0.4, against_eps=EVERY), record("linf:0.05", 0.7, attack="pgd"),
+            record("linf:0.1", 0.3, attack="pgd"), record("linf:0.2", 0.1, attack="pgd"), record("l2:0.1", 0.2, attack="pgd"),
+            record("linf:0.1", 0.9, attack="aimed", goal="least-likely"), record(model="other", attack="pgd")]  # fmt: skip
+    (chart,) = stairs(page_of(rows), "whole")
+    assert chart.steps == [near_steps(EVERY)]  # one line alone: the others are marks
+    assert chart.lines == {"pgd": near([(0.05, 0.7), (0.1, 0.3)])}  # not what lies beyond, nor of another norm, goal or model
+    assert (chart.caption, chart.ticks.keys()) == ("m on digits", {"0", "0.05", "0.1"})
+    assert 'id="whole"' not in page_of(rows[1:])
+
+
+def test_seeds_and_threats_of_whole_curves_are_told_apart():
+    rows = [record(attack="fmn", seed=seed, against_eps=EVERY, against_cost=COST) for seed in (0, 1)]
+    (chart,) = stairs(page_of(rows), "whole")
+    assert "".join(text for text, _, _ in chart.labels) == "fmn, seed 0fmn, seed 1"
+    (chart,) = stairs(page_of([rows[0], record("linf:0.2", attack="fmn", against_eps=EVERY)]), "whole")
+    assert "".join(text for text, _, _ in chart.labels) == "fmn, linf:0.1fmn, linf:0.2"
+
+
+def stage(name, forwards, backwards, solved):
+    return {"name": name, "forwards": forwards, "backwards": backwards, "solved": solved}
+
+
+def test_each_stage_is_told_with_what_it_solved_left_and_cost():
+    stages = [
+        stage("clean", 100, 0, 3),
+        stage("descent", 1940, 1000, 60),
+        stage("windows", 40, 10, 0),
+        stage("attack", 37, 0, 0),
+    ]
+    page = page_of(
+        [record(attack="standard", stages=stages), record(stages=[stage("clean", 1, 0, 1), stage("attack", 1, 0, 1)])]
+    )
+    table = page.split('<section id="stages">')[1].split("</section>")[0]
+    cells = [text_of(row).split() for row in table.split('<tr role="row" class="row">')[1:]]
+    assert cells == [
+        ["clean", "3", "97.0", "%", "1", "2.4", "%"], ["descent", "60", "37.0", "%", "39.4", "95.2", "%"],
+        ["windows", "0", "37.0", "%", "0.6", "1.5", "%"], ["attack", "0", "37.0", "%", "0.4", "0.9", "%"],
+    ]  # fmt: skip
+    assert text_of(table).count("standard on m under linf:0.1") == 1
+    assert 'id="stages"' not in page_of([record(stages=stages[:1])])  # every attack has that one
+
+
+def test_a_cost_that_others_have_borne_is_told():
+    told = "their cost is not counted"
+    assert told in page_of([record(against_cost=COST, stages=[stage("clean", 1, 0, 0), stage("starts", 1, 0, 4)])])
+    assert told not in page_of([record(against_cost=COST, stages=[stage("clean", 1, 0, 0)])])
+
+
+@pytest.mark.parametrize("name", [HOSTILE, "]]>", "bad\udcff.py", LONG], ids=ascii)
+def test_hostile_names_stay_text_in_whole_curves_and_stages(name):
+    rows = [record(attack=name, model=name, data=name, against_cost=COST, against_eps=None, stages=[stage(name, 1, 1, 1)]),
+            record(attack=name, model=name, data=name, against_eps=EVERY, against_cost=None)]  # fmt: skip
+    page = page_of(rows)
+    assert len(stairs(page, "cost", logarithmic=True)) == len(stairs(page, "whole")) == 1
+    assert "<script" not in page
+    assert len(Text(page).ids) == len(set(Text(page).ids))
+    assert all(f'href="#{one}"' in page for one in ("whole", "cost", "stages"))
+
+
+def test_every_interval_is_called_what_it_is():
+    told = text_of(page_of([record(f"linf:{eps}") for eps in (0.1, 0.2)]))
+    assert told.count("95 % Wilson interval over the choice of images") == 3  # the answer, the curves, the rows
+    assert "the rate itself is an upper bound on robustness" in told

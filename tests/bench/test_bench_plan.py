@@ -71,6 +71,7 @@ def test_the_default_plan_holds_the_five_seed_attacks_and_a_curve():
             Plan((Case("m", "linf:0.1", "pgd"), Case("m", "pixels:3", "pixelsearch")), "d"),
         ),
         (Request(goal=["g"], model=["m"], data="d", threat=["t"]), Plan((Case("m", "t", "pgd", "g"),), "d")),
+        (Request(data="d", start_from=["r", "q", "r"]), Plan(default_plan().cases, "d", start_from=("r", "q"))),
     ],
 )  # fmt: skip
 def test_a_request_means_every_combination_of_what_it_names(request_, expected):
@@ -102,6 +103,7 @@ SETTINGS = {
     "offset": st.integers(0, 9), "limit": st.none() | st.integers(1, 9), "seed": st.integers(-(2**40), 2**40),
     "block": st.integers(1, 9), "batch_size": st.integers(1, 9), "device": WORDS, "threads": st.integers(1, 9),
     "normalize": st.none() | WORDS, "save_adversarial": st.booleans(),
+    "start_from": st.lists(WORDS, max_size=2).map(tuple),
 }  # fmt: skip
 CASES = st.lists(st.builds(Case, WORDS, WORDS, WORDS, WORDS), min_size=1, max_size=4, unique=True)
 PLANS = st.builds(Plan, CASES.map(tuple), WORDS, pins=st.dictionaries(WORDS, WORDS, max_size=3), **SETTINGS)
@@ -188,6 +190,7 @@ def test_a_plan_may_be_written_by_hand(tmp_path, text, expected):
         ("data = 3\n", "data=3 must be a string"),
         (ONE, "data is missing; say on what"),
         ('data = "d"\n', "the plan holds no case"),
+        ('start_from = "r"\n' + LISTS, "start_from='r' must be a list of strings"),
         ('data = "d"\nmodels = "m"\n', "models='m' must be a list of strings"),
         ('data = "d"\nmodels = [1]\n', r"models=\[1\] must be a list of strings"),
         ('data = "d"\nmodels = ["m"]\n', "threats is missing beside models"),

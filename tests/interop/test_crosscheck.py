@@ -5,14 +5,17 @@ import io
 import math
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
-from robustkit import FGSM, PGD, Linf, data, zoo
+from robustkit import FGSM, L1, L2, PGD, Linf, Pixels, data, zoo
 from robustkit._world import random_state
+from robustkit.commands import crosscheck as command
 from robustkit.errors import ArgumentError
+from robustkit.interop import _autoattack as duels
 from robustkit.interop import crosscheck as module
 from robustkit.interop._cases import MARGIN, PEERS, Case
 from robustkit.interop.crosscheck import DIFFERENCES, crosscheck, peers, table
@@ -195,3 +198,159 @@ def test_the_table_shows_every_row_and_marks_the_bad_ones(rows, width):
         assert row.reason[:20] in text
     assert "…" not in text
     assert f"{len(rows)} of {len(rows) + 1} agree" in text
+
+
+# AutoAttack
+
+needs_autoattack = pytest.mark.skipif(duels.autoattack_version() is None, reason="pyautoattack is not installed")
+
+
+@pytest.fixture(scope="module")
+def from_autoattack(trained):
+    """What AutoAttack makes of six images, of which one is wrong before."""
+    net, x, y = trained
+    with torch.no_grad():
+        right = net(x).argmax(1) == y
+    at = torch.cat([right.nonzero().squeeze(1)[:5], (~right).nonzero().squeeze(1)[:1]])
+    return net, x[at], y[at], *duels.autoattack(net, x[at], y[at], Linf(0.12), seed=1)
+
+
+@needs_autoattack
+def test_autoattack_and_ours_are_told_image_by_image(from_autoattack, monkeypatch):
+    net, x, y, x_adv, claimed = from_autoattack
+    monkeypatch.setattr(duels, "autoattack", lambda *args: (x_adv, claimed))
+    found = duels.duel(net, x, y, Linf(0.12), ours=FGSM(), seed=1)
+    mine = FGSM()(net, x, y, threat=Linf(0.12), seed=1).x_adv
+    told = {"both": [], "ours": [], "theirs": [], "neither": []}
+    for i in range(len(x)):
+        won = [int(net(images[i : i + 1]).argmax()) != int(y[i]) for images in (mine, x_adv)]
+        assert float((x_adv[i] - x[i]).abs().max()) <= 0.12 + 1e-6
+        told[{(1, 1): "both", (1, 0): "ours", (0, 1): "theirs", (0, 0): "neither"}[tuple(map(int, won))]].append(i)
+    assert (found.both, found.neither) == (len(told["both"]), len(told["neither"]))
+    assert (found.only_ours, found.only_theirs) == (tuple(told["ours"]), tuple(told["theirs"]))
+    assert (found.rejected, found.n, found.threat) == ((), 6, "linf:0.12")
+    assert bool(claimed[5])
+    assert found.only_theirs  # so that something is told at all: one step is weaker
+
+
+def asked(monkeypatch, trained, x_adv, claimed):
+    """A duel with an AutoAttack that returns this, against nothing at all on our side."""
+    net, x, y = trained
+    monkeypatch.setattr(duels, "autoattack", lambda *args: (x_adv, torch.tensor(claimed)))
+    return duels.duel(net, x, y, Linf(0.05), ours=PGD(steps=1, reach=1e-9, random_start=False))
+
+
+def test_what_autoattack_returns_is_judged_by_us(monkeypatch, trained):
+    net, x, y = trained
+    with torch.no_grad():
+        right = (net(x).argmax(1) == y).nonzero().squeeze(1)
+    x, y = x[right], y[right]
+    far = PGD()(net, x, y, threat=Linf(0.6), keep="last")
+    good = FGSM()(net, x, y, threat=Linf(0.05)).x_adv
+    wrong = (net(good).argmax(1) != y).nonzero().squeeze(1)
+    at = torch.cat([far.success.nonzero().squeeze(1)[:3], wrong[:1]])
+    x_adv = torch.stack([far.x_adv[at[0]], x[at[1]], torch.full_like(x[0], torch.nan), good[at[3]]])
+    found = asked(monkeypatch, (net, x[at], y[at]), x_adv, [True, True, True, True])
+    assert (found.both, found.only_theirs, found.only_ours, found.neither) == (0, (3,), (), 3)
+    assert found.rejected == (0, 1, 2)  # too far, right after all, no image
+    low = x[at[:1]].clone()
+    low[0, 0, 0, 0] = -1e-3  # a hair outside of the box
+    found = asked(monkeypatch, (Wrong(), x[at[:1]], y[at[:1]]), low, [True])
+    assert (found.both, found.only_ours, found.rejected) == (0, (0,), (0,))
+
+
+class Wrong(torch.nn.Module):
+    """Is wrong about everything: the best class is the eleventh."""
+
+    def forward(self, x):
+        return torch.nn.functional.one_hot(torch.full((len(x),), 10), 11).float() + 0 * x.flatten(1).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("threat", "classes", "shape", "word"),
+    [
+        (Linf(0.1), 3, (1, 1, 4, 4), "at least 4 classes"),
+        (Linf(0.1, bounds=(-1.0, 1.0)), 10, (1, 1, 4, 4), "in \\[0, 1\\]"),
+        (Linf(0.1, bounds=None), 10, (1, 1, 4, 4), "in \\[0, 1\\]"),
+        (Linf(torch.tensor([0.1])), 10, (1, 1, 4, 4), "one eps"),
+        (Pixels(1), 10, (1, 1, 4, 4), "not Pixels"),
+        (L2(1.0), 10, (1, 16), "N, C, H, W"),
+    ],
+)
+def test_what_autoattack_cannot_be_asked_is_refused_before_it_runs(threat, classes, shape, word):
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, classes))
+    x, y = torch.rand(shape), torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ArgumentError, match=word):
+        duels.duel(net, x, y, threat)
+
+
+def test_autoattack_aims_at_no_more_classes_than_there_are_and_leaves_the_world_alone(monkeypatch, trained):
+    seen, tracer = {}, sys.gettrace()
+
+    class Fake:
+        def __init__(self, model, **said):
+            seen.update(said, model=model)
+            self.apgd_targeted, self.fab = (SimpleNamespace(n_target_classes=9) for _ in range(2))
+
+        def run_standard_evaluation(self, x, y, batch_size):
+            seen.update(targets=(self.apgd_targeted.n_target_classes, self.fab.n_target_classes), batch_size=batch_size)
+            torch.manual_seed(0)
+            sys.settrace(None)
+            seen["model"](x.clone().requires_grad_()).sum().backward()
+            x += 7
+            return x, y
+
+    monkeypatch.setattr(duels, "load_autoattack", lambda: SimpleNamespace(AutoAttack=Fake))
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 5))
+    x, state = trained[1][:4].clone(), random_state()
+
+    def trace(*args):
+        return None
+
+    sys.settrace(trace)
+    try:
+        found = duels.duel(net, x, torch.zeros(4, dtype=torch.int64), L1(2.0), ours=FGSM(), seed=3)
+        assert sys.gettrace() is trace
+    finally:
+        sys.settrace(tracer)
+    assert seen["targets"] == (4, 4)
+    assert (seen["norm"], seen["eps"], seen["seed"], seen["version"], seen["batch_size"]) == ("L1", 2.0, 3, "standard", 4)
+    assert random_state() == state
+    assert torch.equal(x, trained[1][:4])
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in net.parameters())
+    assert found.only_theirs == found.rejected == ()
+    assert found.threat == "l1:2"
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "ok"), [(0, 10, True), (0, 12, False), (12, 0, True), (3, 20, False), (9, 14, True)]
+)
+def test_to_be_weaker_than_autoattack_beyond_chance_is_no_agreement(ours, theirs, ok):
+    n = ours + theirs
+    p = min(1.0, 2 * sum(math.comb(n, i) for i in range(min(ours, theirs) + 1)) / 2**n)
+    one = duels.Duel("linf:0.1", 50, 0, tuple(range(ours)), tuple(range(20, 20 + theirs)), 0, (), p)
+    assert one.ok is ok
+    assert ok or p < duels.LEVEL
+
+
+def test_every_image_that_one_alone_solves_is_listed_by_number():
+    one = duels.Duel("l2:1", 99, 5, (3,), tuple(range(40, 65)), 1, (7, 8), 0.01)
+    console = Console(width=400, record=True, file=io.StringIO())
+    console.print(duels.duel_lines([one]))
+    text = console.export_text()
+    assert "l2:1, first 99 images: both solve 5, only Standard 1, only AutoAttack 25, nobody 1; p = 0.01" in text
+    assert "only Standard solves image 3\n" in text
+    assert f"only AutoAttack solves images {', '.join(map(str, range(40, 60)))} and 5 more" in text
+    assert "AutoAttack calls solved, and we do not: images 7, 8" in text
+
+
+def test_the_command_says_why_autoattack_was_not_run(monkeypatch, trained):
+    part = SimpleNamespace(x=trained[1], y=trained[2])
+    console = Console(width=200, record=True, file=io.StringIO())
+    monkeypatch.setattr(command, "autoattack_version", lambda: "0.2.0")
+    three = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    assert command._duels(three, part, 4, console)
+    assert "AutoAttack was not run: AutoAttack needs at least 4 classes" in console.export_text()
+    monkeypatch.setattr(command, "autoattack_version", lambda: None)
+    assert command._duels(three, part, 4, console)
+    assert console.export_text() == ""

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from robustkit.bench.compare import Comparison, Pair, label
+from robustkit.bench.show.outlines import USUAL
 
 __all__ = ["as_json", "comparison_table"]
 
@@ -27,8 +28,9 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     """
     pairs = []
     for pair, p in zip(comparison.pairs, comparison.adjusted, strict=True):
-        lists = {"attacks": list(pair.attacks), "flags_a": list(pair.flags_a), "flags_b": list(pair.flags_b)}
+        lists: dict[str, Any] = {"attacks": list(pair.attacks), "flags_a": list(pair.flags_a), "flags_b": list(pair.flags_b)}
         shares = {"robust_a": pair.robust_a, "robust_b": pair.robust_b, "difference": pair.difference}
+        lists["stages"] = [asdict(stage) for stage in pair.stages]
         pairs.append({**asdict(pair), **lists, **shares, "p_holm": p})
     return {
         "a": str(comparison.a),
@@ -56,8 +58,9 @@ def comparison_table(comparison: Comparison) -> Group:
         parts += _of_group(rows, several)
     parts.append(
         Text(
-            "A, B: robust accuracy; only A, only B: images that stay right in that run alone. B − A: 95 % score interval of "
-            "the difference, in percentage points. p: McNemar's exact test, for one question asked alone. "
+            "A, B: robust accuracy, an upper bound on robustness; only A, only B: images that stay right in that run alone. "
+            "B − A: 95 % score interval of the difference over the choice of images, in percentage points. p: McNemar's exact "
+            "test, for one question asked alone. "
             f"{_tests(comparison.tests)}"
         )
     )
@@ -83,12 +86,21 @@ def _of_group(rows: Sequence[tuple[Pair, float]], several_seeds: bool) -> list[R
     for pair, adjusted in rows:
         name = _name(pair, several_seeds)
         view.add_row(*_row(name, pair, adjusted))
+        told += _stages(name, pair)
         for run, flags in (("A", pair.flags_a), ("B", pair.flags_b)):
             if flags and not pair.together:
                 told.append(Text.assemble((f"! {', '.join(flags)}", "bold red"), f" in {run} ({name}, {pair.threat})"))
     before, after = _whom(first.model_a, first.defence_a), _whom(first.model_b, first.defence_b)
     whom = before if before == after else f"{before} → {after}"
     return [Text.assemble((whom, "bold"), f", {first.threat}: {first.n:,} images of {first.data}"), view, *told]
+
+
+def _stages(name: str, pair: Pair) -> list[Text]:
+    """What each stage solved in A and in B, where the attack has stages of its own."""
+    if {stage.name for stage in pair.stages} <= USUAL:
+        return []
+    parts = [f"{stage.name} {stage.a:,} / {stage.b:,} ({stage.both:,} in both)" for stage in pair.stages if stage.a + stage.b]
+    return [Text(f"solved by stage, A / B ({name}): {', '.join(parts)}")]
 
 
 def _whom(model: str, defence: str | None) -> str:

@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from robustkit.bench.picture import Picture
 from robustkit.bench.show.curves import families
 from robustkit.bench.show.images import png, signed, to_bytes
+from robustkit.bench.show.outlines import cost_charts, eps_charts, stage_tables
 from robustkit.bench.show.universal import perturbations
 
 __all__ = ["render", "report", "summary"]
@@ -50,6 +51,10 @@ def report(results: Mapping[str, Any], pictures: Sequence[Picture], *, command: 
         "records": results["records"],
         "together": _together(results),
         "curves": families(results),
+        "eps_charts": eps_charts(results["records"]),
+        "cost_charts": cost_charts(results["records"]),
+        "stages": stage_tables(results["records"]),
+        "begun": any(stage["name"] == "starts" for record in results["records"] for stage in record.get("stages", ())),
         "flag_numbers": {flag: number for number, flag in enumerate(shown["flags"], start=1)},
         "gallery": _gallery(results["records"], pictures),
         "universal": perturbations(results["records"], pictures, _SIDE),

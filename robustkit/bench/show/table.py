@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from robustkit.bench.power import DISCORDANT, POWER
 from robustkit.bench.preview import Preview
 from robustkit.bench.show.live import duration
 
@@ -35,9 +36,30 @@ def preview_table(rows: Sequence[Preview], workers: int) -> Group:
     return Group(
         view,
         Text(f"{cases}: about {duration(whole / workers)} with --workers {workers}.", "bold"),
-        Text(f"The 95 % interval of a robust accuracy will be at most {rows[0].width:.1%} wide (over the choice of images)."),
+        Text(_advice(rows[0])),
         Text(f"Measured on the first {first} images of each case; nothing was written."),
     )
+
+
+def _advice(row: Preview) -> str:
+    """What so many images can tell."""
+    told = (
+        f"The 95 % interval (Wilson) of a robust accuracy will be at most {row.width:.1%} wide, {100 * row.half_width:.1f} "
+        "points to either side at 50 %, over the choice of images; the rate itself is an upper bound on robustness. "
+    )
+    finds, needs = row.finds, row.half_needs
+    if finds is None or needs is None:
+        return told + "Too few images to compare two models at all."
+    return told + (
+        f"Two models compared image by image: a difference of {100 * finds:.1f} points is found with a chance of {POWER:.0%} "
+        f"(McNemar's exact test at 5 %), if they decide {max(DISCORDANT, finds):.0%} of the images differently; more of these "
+        f"ask for more images. Half of that difference would take {_two_digits(needs):,}."
+    )
+
+
+def _two_digits(count: int) -> int:
+    """Rounded: the power of an exact test goes up and down from one count to the next."""
+    return round(count, min(0, 2 - len(str(count))))
 
 
 def table(records: Sequence[dict[str, Any]], together: Sequence[dict[str, Any]] = ()) -> Group:
@@ -51,8 +73,9 @@ def table(records: Sequence[dict[str, Any]], together: Sequence[dict[str, Any]] 
         parts += _of_model([record for record in records if record["model"] == model], both)
     parts.append(
         Text(
-            "robust: right before and after the attack; an upper bound on the truth, with its 95 % interval over the choice "
-            "of images. For goals other than misclassify, success is the figure. cost: forwards + backwards for an image."
+            "robust: right before and after the attack, with its 95 % interval (Wilson) over the choice of images; the rate "
+            "itself is an upper bound on robustness. For goals other than misclassify, success is the figure. cost: forwards + "
+            "backwards for an image."
         )
     )
     return Group(*parts)

@@ -1,0 +1,152 @@
+"""How often does `Standard` doubt a sound model? Runs on models that hide nothing, and every flag that they raise.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.false_alarms [--train FILE.npz --data FILE.npz] [--images 64] [--seeds 2]
+
+Each model of benchmarks/classifiers.py is attacked within its own threat, within half of it, and at two sizes within the other
+norm, which it was not trained for; every seed takes images of its own. The runs of one model are no independent draws, so the
+interval, the exact one of Clopper & Pearson (1934) at 95 %, is that of these runs. Seconds are those of the processor. It
+goes to benchmarks/results/false_alarms.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import beta
+from torch import Tensor, nn
+
+from benchmarks.classifiers import CLASSIFIERS, Classifier, made
+from benchmarks.machine import processor
+from robustkit import L2, Linf
+from robustkit.attacks import Standard
+from robustkit.audit import p_value
+from robustkit.ledger import Evidence, summed
+from robustkit.result import Result
+from robustkit.threats import Threat
+
+RESULT = Path(__file__).parent / "results" / "false_alarms.json"
+# The other norm at two sizes that the data can bear, the smaller one first.
+OTHER: dict[str, tuple[Threat, Threat]] = {
+    "digits": (L2(0.3), L2(0.8)),
+    "mnist-5k": (L2(0.8), L2(2.0)),
+    "colours": (L2(0.15), L2(0.4)),
+}
+LEVEL = 0.05
+
+
+def threats(one: Classifier) -> tuple[Threat, ...]:
+    """The threat of the model, half of it, and two of the other norm."""
+    half = replace(one.threat, eps=float(one.threat.eps) / 2)
+    other = (Linf(0.05), Linf(0.15)) if isinstance(one.threat, L2) else OTHER[one.data]
+    return one.threat, half, *other
+
+
+def interval(hits: int, of: int) -> tuple[float, float]:
+    """The exact two-sided interval of a share."""
+    low = float(beta.ppf(LEVEL / 2, hits, of - hits + 1)) if hits else 0.0
+    high = float(beta.ppf(1 - LEVEL / 2, hits + 1, of - hits)) if hits < of else 1.0
+    return low, high
+
+
+def run(net: nn.Module, x: Tensor, y: Tensor, one: Classifier, threat: Threat, seed: int) -> tuple[dict[str, Any], Result]:
+    """One evaluation: what is left, what was flagged, and all that the checks have seen."""
+    start = time.process_time()
+    result = Standard()(net, x, y, threat=threat, seed=seed)
+    seen = {e.name: [e.hits, e.of, e.limit, round(p_value(e), 5)] for e in result.evidence}
+    row = {
+        "model": one.name, "threat": repr(threat), "seed": seed, "images": len(x), "robust": int((~result.success).sum()),
+        "seconds": round(time.process_time() - start, 1), "flags": {flag.name: flag.why for flag in result.flags},
+        "notes": [note.name for note in result.notes], "evidence": seen,
+    }  # fmt: skip
+    return row, result
+
+
+def runs(names: Sequence[Classifier], files: tuple[str | None, str | None], images: int,
+         seeds: int) -> Iterator[tuple[dict[str, Any], Result]]:  # fmt: skip
+    """One seed after another, with every threat of every model: who stops early has seen all models alike."""
+    loaded = [(one, *made(one, *files, images * seeds)) for one in names]
+    for seed in range(seeds):
+        part = slice(seed * images, (seed + 1) * images)
+        for number in range(4):
+            for one, net, x, y in loaded:
+                yield run(net, x[part], y[part], one, threats(one)[number], seed)
+
+
+def by_check(evidence: Sequence[Evidence], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """For each check its hits over all runs, how many runs it flagged, and its smallest p-value."""
+    told = {}
+    for whole in summed(evidence):
+        single = [row["evidence"][whole.name] for row in rows if whole.name in row["evidence"]]
+        told[whole.name] = {
+            "hits": whole.hits, "of": whole.of, "limit": whole.limit, "runs": len(single),
+            "runs_with_hits": sum(one[0] > 0 for one in single), "smallest_p": min(one[3] for one in single),
+            "flagged": sum(whole.name in row["flags"] for row in rows),
+        }  # fmt: skip
+    return told
+
+
+def main() -> None:
+    """Measure, print, and write the file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--train", help="npz file with x (N, 32, 32, 3) bytes and y; without it there are no colours")
+    parser.add_argument("--data", help="the same for images that the nets have not seen")
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--only", nargs="*", help="names of models; then no file is written")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    names = [
+        one for one in CLASSIFIERS if (one.data != "colours" or options.train) and one.name in (options.only or [one.name])
+    ]
+    rows: list[dict[str, Any]] = []
+    evidence: list[Evidence] = []
+    for row, result in runs(names, (options.train, options.data), options.images, options.seeds):
+        rows.append(row)
+        evidence += result.evidence
+        head = f"{row['model']:<17} {row['threat']:<44} seed {row['seed']}: robust {row['robust']}/{row['images']}"
+        print(f"{head}, {row['seconds']} s, flags {row['flags'] or 'none'}", flush=True)
+        told = told_of(rows, evidence, options)
+        if not options.only:
+            RESULT.write_text(_lines(told))
+    low, high = told["interval"]
+    print(f"{told['flagged']} of {len(rows)} runs raised a flag: {told['share']:.1%}, 95 % interval {low:.1%} to {high:.1%}")
+
+
+def told_of(rows: Sequence[dict[str, Any]], evidence: Sequence[Evidence], options: argparse.Namespace) -> dict[str, Any]:
+    """All that the file says of the runs so far."""
+    flagged = [row for row in rows if row["flags"]]
+    command = f"python -m benchmarks.false_alarms --images {options.images} --seeds {options.seeds}"
+    return {
+        "command": command + (" --train ... --data ..." if options.train else ""),
+        "machine": {"processor": processor(), "threads": 1, "python": platform.python_version(), "torch": torch.__version__},
+        "runs": len(rows), "flagged": len(flagged), "share": len(flagged) / len(rows),
+        "interval": interval(len(flagged), len(rows)), "seconds": round(sum(row["seconds"] for row in rows)),
+        "checks": by_check(evidence, rows),
+        "alarms": [{key: row[key] for key in ("model", "threat", "seed", "flags")} for row in flagged], "each": rows,
+    }  # fmt: skip
+
+
+def _lines(told: dict[str, Any]) -> str:
+    """JSON with one line for each entry of the lists and tables."""
+    parts = []
+    for key, value in told.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            body = "[\n  " + ",\n  ".join(json.dumps(one) for one in value) + "\n ]"
+        elif key == "checks":
+            body = "{\n  " + ",\n  ".join(f"{json.dumps(name)}: {json.dumps(one)}" for name, one in value.items()) + "\n }"
+        else:
+            body = json.dumps(value)
+        parts.append(f" {json.dumps(key)}: {body}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Looks for the ways in which a model can look robust without being so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+from robustkit.attack import Attack
+from robustkit.attacks import _probes as probes
+from robustkit.attacks._checks import positive
+from robustkit.problem import Problem
+
+__all__ = ["Audit"]
+
+
+@final
+@dataclass(frozen=True)
+class Audit(Attack):
+    """Not to break examples, but to find out whether a number may be believed; what it breaks counts all the same.
+
+    Each probe testifies in how many of so many cases something was so; `robustkit.audit` says when that is an alarm. Which
+    examples are asked, each decides by its own lot.
+
+    Attributes:
+        share: Of the open examples, the share of which the dear questions are asked.
+    """
+
+    share: float = 0.25
+
+    def __post_init__(self) -> None:
+        positive(share=self.share)
+
+    def run(self, problem: Problem) -> Tensor:
+        """One probe after another."""
+        probes.answers(problem)
+        probes.company(problem)
+        probes.ordinary(problem.threat, problem)
+        probes.agreement(problem, probes.chosen(problem, "agreement", 1.0))
+        probes.small_steps(problem, probes.chosen(problem, "small", self.share))
+        probes.raw_runs(problem, probes.chosen(problem, "raw", self.share, left=False))
+        probes.unbounded(problem, probes.chosen(problem, "unbounded", self.share))
+        probes.survivors(problem, self.share)
+        return problem.best
