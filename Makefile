@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # More threads than idle cores make small models many times slower.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: bench test check laws kills requests overhead load universal memory pixels docs clean
+.PHONY: bench test check laws kills requests overhead load universal memory pixels standard false-alarms apgd docs clean
 
 bench: $(VENV)/.core
 	$(ONE_THREAD) $(BIN)/robustkit bench
@@ -50,6 +50,16 @@ pixels: $(VENV)/.dev
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.one_pixel $(PIXELS)
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.pixel_ceiling $(PIXELS)
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.evolution $(PIXELS)
+
+FILES = $(if $(COLOURS),$(PIXELS))
+standard: $(VENV)/.dev
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.standard $(FILES)
+
+false-alarms: $(VENV)/.dev
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.false_alarms $(FILES)
+
+apgd: $(VENV)/.dev
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.apgd
 
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from robustkit.attack import Attack
-    from robustkit.attacks import FGSM, MIFGSM, PGD, OnePixel, PixelSearch, UniversalPGD
+    from robustkit.attacks import FGSM, MIFGSM, PGD, OnePixel, PixelSearch, Standard, UniversalPGD
     from robustkit.bench.evaluate import Report, evaluate
     from robustkit.defence import Defence
     from robustkit.goals import ClassifyAs, Goal, Misclassify
@@ -38,6 +38,7 @@ __all__ = [
     "Problem",
     "Report",
     "Result",
+    "Standard",
     "Target",
     "Threat",
     "UniversalPGD",
@@ -46,7 +47,7 @@ __all__ = [
 
 _HOMES = {
     "attack": ("Attack",),
-    "attacks": ("FGSM", "MIFGSM", "PGD", "OnePixel", "PixelSearch", "UniversalPGD"),
+    "attacks": ("FGSM", "MIFGSM", "PGD", "OnePixel", "PixelSearch", "Standard", "UniversalPGD"),
     "bench.evaluate": ("Report", "evaluate"),
     "defence": ("Defence",),
     "goals": ("ClassifyAs", "Goal", "Misclassify"),

@@ -20,7 +20,7 @@ from robustkit.threats import L2, Linf, Threat
 
 __all__ = ["STAGES", "Standard"]
 
-STAGES: Final = ("descent", "parts", "windows", "polish", "restarts")
+STAGES: Final = ("descent", "parts", "windows", "others", "polish", "restarts")
 
 
 @final
@@ -34,6 +34,7 @@ class Round:
         restarts: Descents from random points.
         steps: Of each of them.
         queries: Of the search over windows.
+        others: Whether the parts of the goal that were not tried on all examples are tried on these.
     """
 
     within: float
@@ -41,11 +42,12 @@ class Round:
     restarts: int
     steps: int
     queries: int
+    others: bool = False
 
 
 _ROUNDS: Final = (
     Round(0.5, 0, 0, 0, 150),
-    Round(0.15, 20, 1, 50, 300),
+    Round(0.15, 20, 1, 50, 300, others=True),
     Round(0.05, 20, 4, 50, 600),
     Round(0.02, 30, 6, 100, 1500),
 )
@@ -62,7 +64,8 @@ class Standard(Attack):
     2. "parts": the same along the margin of one part of the goal after another (for misclassification: towards one other
        class), in the order of how much of the way a linear model would leave, from random points.
     3. Four rounds for those that have come near, the nearer the more: "windows", the random search of the Square attack, but
-       from the nearest point; "polish", short steps from there; "restarts" towards the two likeliest parts.
+       from the nearest point; "others", the parts not tried yet; "polish", short steps from the nearest point; "restarts"
+       towards the two likeliest parts.
 
     How near an example is it tells itself: the edge of the goal at the nearest point as a share of that at x. So no result
     depends on other examples, and none of the numbers on a data set; docs/standard.md has what each stage buys.
@@ -121,6 +124,10 @@ class Standard(Attack):
     def _round(self, problem: Problem, pursuit: Pursuit, one: Round) -> None:
         with problem.stage("windows"):
             pursuit.search(self._rows(pursuit, "windows", one.queries, one.within), one.queries, _SHARE)
+        others = range(self.parts, pursuit.parts) if one.others else range(0)
+        with problem.stage("others"):
+            rows = self._rows(pursuit, "others", len(others) * (3 * self.steps + 1), one.within)
+            pursuit.run([run for rank in others if len(rows) for run in pursuit.towards(rows, rank)], self.steps)
         with problem.stage("polish"):
             for reach in _REACHES if one.polish else ():
                 rows = self._rows(pursuit, "polish", 3 * one.polish + 1, one.within)
