@@ -48,7 +48,7 @@ def test_the_default_plan_holds_the_five_seed_attacks_and_a_curve():
             Request(goal=["g"]),
             Plan(
                 tuple(
-                    Case(m, t, "pixelsearch" if t == "pixels:1" else "pgd", "g") for m in MODELS for t in (*THREATS, "pixels:1")
+                    Case(m, t, "pixelsearch" if t == "pixels:1" else "standard", "g") for m in MODELS for t in (*THREATS, "pixels:1")
                 ),
                 "mnist-5k",
             ),
@@ -68,7 +68,7 @@ def test_the_default_plan_holds_the_five_seed_attacks_and_a_curve():
         ),
         (
             Request(model=["m"], data="d", threat=["linf:0.1", "pixels:3"]),
-            Plan((Case("m", "linf:0.1", "pgd"), Case("m", "pixels:3", "pixelsearch")), "d"),
+            Plan((Case("m", "linf:0.1", "standard"), Case("m", "pixels:3", "pixelsearch")), "d"),
         ),
         (Request(goal=["g"], model=["m"], data="d", threat=["t"]), Plan((Case("m", "t", "pgd", "g"),), "d")),
         (Request(data="d", start_from=["r", "q", "r"]), Plan(default_plan().cases, "d", start_from=("r", "q"))),
