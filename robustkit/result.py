@@ -56,7 +56,7 @@ class Result:
     evidence: tuple[Evidence, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
-        if len(self.solver) != len(self.success) and not len(self.solver):
+        if not len(self.solver):
             object.__setattr__(self, "solver", torch.full_like(self.success, -1, dtype=torch.int64))
 
     def __len__(self) -> int:

@@ -83,10 +83,10 @@ def _rows(out: object) -> Tensor:
     return flat(out.detach()).float().nan_to_num()
 
 
-def ordinary(threat: Threat, problem: Problem) -> None:
+def ordinary(problem: Problem) -> None:
     """Whether inputs are valid over a range that images have."""
-    if threat.bounds is not None:
-        problem.testify("unusual-range", threat.bounds not in ((0.0, 1.0), (0.0, 255.0), (-1.0, 1.0)), 1)
+    if problem.threat.bounds is not None:
+        problem.testify("unusual-range", problem.threat.bounds not in ((0.0, 1.0), (0.0, 255.0), (-1.0, 1.0)), 1)
 
 
 def agreement(problem: Problem, rows: Tensor) -> None:

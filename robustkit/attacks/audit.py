@@ -36,7 +36,7 @@ class Audit(Attack):
         """One probe after another."""
         probes.answers(problem)
         probes.company(problem)
-        probes.ordinary(problem.threat, problem)
+        probes.ordinary(problem)
         probes.agreement(problem, probes.chosen(problem, "agreement", 1.0))
         probes.small_steps(problem, probes.chosen(problem, "small", self.share))
         probes.raw_runs(problem, probes.chosen(problem, "raw", self.share, left=False))

@@ -219,10 +219,21 @@ class Loaded:
 
     def _below(self, task: Task) -> Task | None:
         """The block of the same images under the next smaller eps, on which this one stands."""
-        eps = self._order(task.case)[0]
-        others = (case for case in range(len(self.trials)) if self._sweep(case) == self._sweep(task.case))
-        lower = max((case for case in others if self._order(case)[0] < eps), key=self._order, default=None)
+        lower = self._lower[task.case]
         return None if lower is None else self._task(lower, task.first, task.last)
+
+    @cached_property
+    def _lower(self) -> list[int | None]:
+        """For each case the one of its sweep with the next smaller eps; asked for every block, so it is found once."""
+        sweeps: dict[tuple[Any, ...], list[int]] = {}
+        for case in range(len(self.trials)):
+            sweeps.setdefault(self._sweep(case), []).append(case)
+        lower: list[int | None] = [None] * len(self.trials)
+        for cases in sweeps.values():
+            for case in cases:
+                smaller = (other for other in cases if self._order(other)[0] < self._order(case)[0])
+                lower[case] = max(smaller, key=self._order, default=None)
+        return lower
 
     def _task(self, case: int, first: int, last: int) -> Task:
         trial, plan = self.trials[case], self.plan

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from robustkit.bench.past import Run
 from robustkit.bench.plan import Case
 from robustkit.bench.plan_file import read_plan
+from robustkit.bench.store import files_of
 from robustkit.errors import ArgumentError
 
 __all__ = ["Solvers", "solvers"]
@@ -30,8 +31,7 @@ def solvers(run: Run) -> Solvers:
     found = []
     for record in run.results["records"]:
         case = Case(record["model"], record["threat"], record["attack"], record["goal"])
-        files = sorted((run.path / "examples" / f"case-{cases.index(case) + 1:02d}").glob("*.safetensors"))
-        found.append(np.concatenate([_of_block(file) for file in files]))
+        found.append(np.concatenate([_of_block(file) for file in files_of(run.path, cases.index(case))]))
     return tuple(found)
 
 

@@ -15,6 +15,7 @@ from robustkit.bench import specs
 from robustkit.bench.block import Block, Glance
 from robustkit.bench.plan import Plan
 from robustkit.bench.plan_file import read_plan
+from robustkit.bench.store import files_of
 from robustkit.bench.subject import is_pinned
 from robustkit.data import Data
 from robustkit.errors import ArgumentError
@@ -128,9 +129,9 @@ def _is_part(plan: Plan, data: Data) -> bool:
 
 
 def _kept(run: str, plan: Plan) -> Iterator[_Find]:
-    for number, case in enumerate(plan.cases, start=1):
+    for number, case in enumerate(plan.cases):
         threat = specs.threat(case.threat)
-        for file in sorted((Path(run) / "examples" / f"case-{number:02d}").glob("*.safetensors")):
+        for file in files_of(Path(run), number):
             glance = Glance.of(file)
             if glance is not None:
                 yield _Find(case.goal, threat, plan.pins.get(case.model, "none"), glance)

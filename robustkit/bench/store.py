@@ -11,7 +11,16 @@ from typing import final
 from robustkit.bench.block import Block, Task
 from robustkit.errors import ArgumentError
 
-__all__ = ["Files", "Memory", "Store", "replace_file"]
+__all__ = ["Files", "Memory", "Store", "files_of", "replace_file"]
+
+
+def files_of(run: Path, case: int) -> list[Path]:
+    """The files of the blocks of a case, from 0, in the folder of a run, in the order of their images."""
+    return sorted(_folder(run / "examples", case).glob("*.safetensors"))
+
+
+def _folder(examples: Path, case: int) -> Path:
+    return examples / f"case-{case + 1:02d}"
 
 
 class Store(ABC):
@@ -60,7 +69,7 @@ class Files(Store):
 
     def path(self, task: Task) -> Path:
         """Where the block is, or would be."""
-        return self.root / f"case-{task.case + 1:02d}" / f"{task.first:07d}-{task.name}.safetensors"
+        return _folder(self.root, task.case) / f"{task.first:07d}-{task.name}.safetensors"
 
     def put(self, block: Block) -> None:
         """Write a block."""

@@ -48,7 +48,9 @@ def test_the_default_plan_holds_the_five_seed_attacks_and_a_curve():
             Request(goal=["g"]),
             Plan(
                 tuple(
-                    Case(m, t, "pixelsearch" if t == "pixels:1" else "standard", "g") for m in MODELS for t in (*THREATS, "pixels:1")
+                    Case(m, t, "pixelsearch" if t == "pixels:1" else "standard", "g")
+                    for m in MODELS
+                    for t in (*THREATS, "pixels:1")
                 ),
                 "mnist-5k",
             ),
