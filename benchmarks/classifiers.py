@@ -66,7 +66,7 @@ class Classifier:
     """A model, its data, and the threat that it is held to.
 
     Attributes:
-        name: What the tables call it.
+        name: What the tables call it; of a model that ships, its name in the zoo comes first.
         data: The spec of the data, or "colours" for the files given.
         threat: What may change.
         net: Makes the untrained network; None for a model that ships.
@@ -86,12 +86,13 @@ class Classifier:
     @property
     def hardened(self) -> bool:
         """Whether it was trained against attacks."""
-        return self.loss is not None or self.name == "mnist-cnn-robust"
+        return self.loss is not None or self.name.startswith("mnist-cnn-robust")
 
 
 CLASSIFIERS = (
     Classifier("mnist-cnn", "mnist-5k", Linf(0.1)),
     Classifier("mnist-cnn-robust", "mnist-5k", Linf(0.3)),
+    Classifier("mnist-cnn-robust l2", "mnist-5k", L2(2.0)),
     Classifier("digits-mlp", "digits", Linf(0.1)),
     Classifier("digits-mlp pgd", "digits", Linf(0.1), digits_mlp, madry, 60),
     Classifier("mnist wide pgd", "mnist-5k", Linf(0.2), wide_digits, madry, 25),
@@ -108,7 +109,7 @@ def made(
     """The trained model in evaluation mode and its first `count` held-out images with their labels."""
     held = data.load(f"npz:{test}" if one.data == _COLOURS else one.data).part(limit=count)
     if one.net is None:
-        return zoo.load(one.name), held.x, held.y
+        return zoo.load(one.name.split()[0]), held.x, held.y
     word = hashlib.sha256(repr((one.name, one.threat, one.epochs, one.steps)).encode()).hexdigest()[:12]
     file = Path(tempfile.gettempdir()) / "robustkit-classifiers" / f"{one.name.replace(' ', '-')}-{word}.safetensors"
     with torch.random.fork_rng():

@@ -6,6 +6,9 @@ AutoAttack is that of the package pyautoattack, version "standard". Forwards and
 alike for both; a forward-equivalent is a forward, and a gradient two more. Seconds are those of the processor, so that other
 work on the machine counts for nobody. What AutoAttack found on a model is kept in a folder for temporary files, by a hash of
 the weights and images, since it takes most of the time and does not depend on robustkit; the file says when it was measured.
+
+With `--stages` what each stage buys is measured instead: the cascade without its audit, whole and with one stage left out. That
+goes to benchmarks/results/standard_stages.json.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ from robustkit.attack import Attack
 from robustkit.attacks import Standard
 from robustkit.attacks.standard import STAGES
 
-RESULT = Path(__file__).parent / "results" / "standard.json"
+AT_ONCE = 1000  # images through the model
+RESULT, STAGES_RESULT = (Path(__file__).parent / "results" / name for name in ("standard.json", "standard_stages.json"))
 
 
 class Counting(nn.Module):
@@ -84,8 +88,8 @@ def ours(net: nn.Module, x: Tensor, y: Tensor, one: Classifier, seed: int, attac
     results = []
 
     def attacked(model: nn.Module) -> Tensor:
-        # All images at once, as AutoAttack is given them.
-        results.append(attack(Target(model, batch_size=len(x)), x, y, threat=one.threat, seed=seed))
+        # All images are one batch, as for AutoAttack; descents side by side fill the rest of it.
+        results.append(attack(Target(model, batch_size=AT_ONCE), x, y, threat=one.threat, seed=seed))
         x_adv: Tensor = results[0].x_adv
         return x_adv
 
@@ -140,16 +144,21 @@ def _say(name: str, row: dict[str, Any], n: int) -> None:
     )
 
 
-def ablated(names: Sequence[Classifier], files: tuple[str | None, str | None], images: int) -> list[dict[str, Any]]:
-    """The cascade without its audit, whole and with each stage left out: what is robust and what it costs, model by model."""
+def ablated(
+    names: Sequence[Classifier], files: tuple[str | None, str | None], images: int, rounds: int
+) -> list[dict[str, Any]]:
+    """The cascade without its audit, whole and with each stage left out: what is robust and what it costs, over all rounds."""
     rows = []
     for skip in ("", *STAGES):
         row: dict[str, Any] = {"without": skip or "nothing", "models": {}}
         for one in names:
             net, x, y = made(one, *files, images)
-            found = ours(net, x, y, one, 0, Standard(skip=skip, audit=False))
-            row["models"][one.name] = {"robust": len(found["robust"]), "cost": found["cost"]}
-        row["robust"], row["cost"] = (sum(model[key] for model in row["models"].values()) for key in ("robust", "cost"))
+            found = [ours(net, x, y, one, seed, Standard(skip=skip, audit=False)) for seed in range(rounds)]
+            row["models"][one.name] = {
+                "robust": [len(each["robust"]) for each in found], "cost": sum(each["cost"] for each in found) // rounds,
+            }  # fmt: skip
+        row["robust"] = sum(sum(model["robust"]) for model in row["models"].values()) / rounds
+        row["cost"] = sum(model["cost"] for model in row["models"].values())
         print(f"without {row['without']}: {row['robust']} robust, {row['cost']} forward-equivalents", flush=True)
         rows.append(row)
     return rows
@@ -163,6 +172,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="names of models")
+    parser.add_argument("--stages", action="store_true", help="measure what each stage buys")
     parser.add_argument("--peer-only", action="store_true", help="run AutoAttack alone, and keep what it finds")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -178,21 +188,25 @@ def main() -> None:
                 print(one.name, seed, len(found["robust"]), round(found["seconds"]), flush=True)
         return
     told: dict[str, Any] = {
-        "command": f"python -m benchmarks.standard --images {options.images} --rounds {options.rounds}",
+        "command": f"python -m benchmarks.standard --images {options.images} --rounds {options.rounds}"
+        + (" --stages" if options.stages else "") + (" --train ... --data ..." if options.train else ""),
         "machine": {"processor": processor(), "threads": 1, "python": platform.python_version(), "torch": torch.__version__,
                     "pyautoattack": importlib.metadata.version("pyautoattack")},
-        "models": [], "ablations": [],
+        "images_at_once": AT_ONCE,
     }  # fmt: skip
+    if options.stages:
+        _write(STAGES_RESULT, {**told, "without": ablated(names, files, options.images, options.rounds)}, options)
+        return
+    told["models"] = []
     for one in names:  # written after each, so that a run which ends early leaves what it has
         told["models"].append(compared(one, files, options.images, options.rounds))
-        _write(told, whole=not options.only)
-    told["ablations"] = ablated(names, files, options.images)
-    _write(told, whole=not options.only)
+        _write(RESULT, told, options)
 
 
-def _write(told: dict[str, Any], *, whole: bool) -> None:
-    if whole:
-        RESULT.write_text(json.dumps(told, indent=1) + "\n")
+def _write(file: Path, told: dict[str, Any], options: argparse.Namespace) -> None:
+    """As JSON; not where only some of the models were measured."""
+    if not options.only:
+        file.write_text(json.dumps(told, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -228,7 +228,7 @@ class Attack(ABC):
         ledger = kept.ledger
         return Result(x_adv, success, rate, threat.size(x_adv, x), ledger.forwards, ledger.backwards, ledger.flat,
                       tuple(flags), (*notes, *ledger.notes), stages=tuple(ledger.stages),
-                      solver=torch.where(success, ledger.solver, -1), evidence=summed(ledger.evidence))  # fmt: skip
+                      solver=torch.where(success, ledger.solver, -1), evidence=summed(kept.evidence))  # fmt: skip
 
 
 def _look(problem: Problem, starts: Tensor) -> None:

@@ -43,6 +43,8 @@ FLAGS: Final = (
          "the gradients mislead"),
     Sign("gradients-disagree", "on {hits} of {of} images the gradient does not tell how the loss changes within the budget",
          "the gradients mislead"),
+    Sign("faint-gradients", "{hits} of {of} gradients are less than a hundredth of how the loss changes within the budget",
+         "they are lost in rounding"),
     Sign("small-steps-disagree", "on {hits} of {of} images the gradient is not the derivative, in float64 and at small steps",
          "something cuts or replaces the graph"),
     Sign("more-steps-leave-more", "of {of} examples that four times the steps decided otherwise, {hits} became robust",
@@ -53,6 +55,8 @@ FLAGS: Final = (
          "the attack does not find what is there"),
     Sign("unbounded-leaves-robust", "{hits} of {of} examples withstand an attack without any budget",
          "no model can: the attack does not work on this one"),
+    Sign("binarisation-missed", "on {hits} of {of} examples the attack missed a point that is there by construction",
+         "it is too weak for these features"),
     Sign("unsteady-answers", "{hits} of {of} rows were answered otherwise when asked again",
          "declare Target(stochastic=True)"),
     Sign("batch-dependent", "{hits} of {of} rows were answered otherwise in other company",
@@ -60,15 +64,23 @@ FLAGS: Final = (
     Sign("saturated-outputs", "{hits} of {of} answers leave no difference between any but the first class",
          "rounded or huge outputs hide the gradient; attack the logits before them"),
     Sign("undefined-outputs", "{hits} of {of} answers hold NaN or plus infinity", "they count as wrong"),
+    Sign("tied-outputs", "{hits} of {of} final answers give the first place to two classes",
+         "right by the order of the classes alone"),
     Sign("broken-autograd", "{hits} of {of} gradient queries ended in an error of autograd", "they count as zero"),
 )  # fmt: skip
 
 NOTES: Final = (
+    Sign("border-breaks", "in {hits} of {of} batches walks along the border broke more than 1 % of what descents had left",
+         "the model is flat around its inputs; longer walks were made"),
     Sign("probabilities", "{hits} of {of} answers are probabilities, not logits",
          "their differences fade in float32; give the model without its softmax"),
-    Sign("unusual-range", "inputs are valid over {hits} of {of} unusual bounds",
+    Sign("unusual-range", "{hits} of {of} look normalised, by the bounds or by the values of the inputs",
          "eps is in the units of these inputs; normalisation belongs in the model"),
-    Sign("plateau", "a restart with half the step got closer on {hits} of {of} examples", "more steps may still help"),
+    Sign("view-misleads", "{hits} of {of} points that fool the view which is followed do not fool the model",
+         "another view may serve better"),
+    Sign("unseeded-noise", "{hits} of {of} rows of a random model were answered otherwise with the same seed",
+         "the run cannot be repeated to the last digit"),
+    Sign("plateau", "a restart with half the step got markedly closer on {hits} of {of} examples", "more steps may still help"),
 )  # fmt: skip
 
 

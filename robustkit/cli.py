@@ -70,6 +70,10 @@ def bench(
         list[str] | None, typer.Option(help="NAME or NAME:field=value,...: pgd:steps=20; see --list; may be repeated")
     ] = None,
     goal: Annotated[list[str] | None, typer.Option(help="misclassify, least-likely, classify-as:K; may be repeated")] = None,
+    defence: Annotated[
+        list[str] | None,
+        typer.Option(help="none, quantise:levels=8, jpeg, median, gaussian-noise, random-resize, file.py:factory; repeatable"),
+    ] = None,
     seed: Annotated[int | None, _number("Of all noise; default 0.")] = None,
     block: Annotated[int | None, _number("Images that are attacked and written down at a time; default 100.")] = None,
     batch_size: Annotated[int | None, _number("The most of them that go through a model at once; default 100.")] = None,
@@ -85,7 +89,10 @@ def bench(
         bool, typer.Option("--save-adversarial", help="Write all attacked images, not only those that are solved.")
     ] = False,
     start_from: Annotated[
-        list[str] | None, typer.Option(help="An earlier run on the same images, from whose finds to start; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="An earlier run on the same images, or a file with x_adv (npz, safetensors), to start at; repeatable"
+        ),
     ] = None,
     fail_under: Annotated[float | None, _part("Exit 1 where less than this share is robust.")] = None,
     baseline: Annotated[Path | None, typer.Option(help="A run to be compared with.")] = None,
@@ -111,7 +118,7 @@ def bench(
     from robustkit.bench.request import Request
 
     request = Request(plan, model, data, limit, offset, threat, attack, goal, seed, block, batch_size, device, threads,
-                      normalize, save_adversarial or None, start_from)  # fmt: skip
+                      normalize, save_adversarial or None, start_from, defence)  # fmt: skip
     manner = Manner(out, resume, workers, fail_under, baseline, fail_if_worse, junit, format, dry_run)
     code = bench_command(request, manner)
     if code:
@@ -150,6 +157,7 @@ def attack(
     out: Annotated[Path, typer.Option(help="A new npz file: x and y as npz: reads them, success, size, index.")],
     attack: Annotated[str, typer.Option(help="As for bench.")] = "pgd",
     goal: Annotated[str, typer.Option(help="As for bench.")] = "misclassify",
+    defence: Annotated[str, typer.Option(help="As for bench.")] = "none",
     limit: Annotated[int | None, _number("Take at most so many images.")] = None,
     offset: Annotated[int, _number("Pass over so many images first.")] = 0,
     seed: Annotated[int, _number("Of all noise.")] = 0,
@@ -162,7 +170,7 @@ def attack(
     from robustkit.bench.plan import Case, Plan
     from robustkit.commands.attack import attack_command
 
-    case = Case(model, threat, attack, goal)
+    case = Case(model, threat, attack, goal, defence)
     plan = Plan((case,), data, offset, limit, seed, batch_size=batch_size, device=device, normalize=normalize,
                 save_adversarial=True)  # fmt: skip
     attack_command(plan, out)

@@ -13,7 +13,7 @@ from robustkit._random import Noise
 from robustkit.errors import ArgumentError
 from robustkit.target import Fn, Target
 
-__all__ = ["Defence"]
+__all__ = ["Defence", "guards_of"]
 
 
 class Defence(nn.Module, ABC):
@@ -87,6 +87,15 @@ class Defence(nn.Module, ABC):
         if not isinstance(views, dict) or not views or not all(callable(view) for view in views.values()):
             raise ArgumentError(f"views() of {type(self).__name__} gave {views!r}; it must give at least one named function")
         return views
+
+
+def guards_of(target: Target) -> tuple[Defence, ...]:
+    """The defences that guard a target, in the order in which an input meets them; none where nothing guards it."""
+    found, fn = [], target.fn
+    while isinstance(fn, partial) and fn.func is _chained:
+        found.append(fn.args[0])
+        fn = fn.args[1]
+    return tuple(found)
 
 
 def _chained(first: Fn, then: Fn, x: Tensor) -> Any:  # Any: what a target returns

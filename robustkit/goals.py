@@ -101,9 +101,12 @@ class Misclassify(Goal):
         return -self.surrogate(out, ref)
 
     def success(self, out: Out, ref: Tensor) -> Tensor:
-        """Where another class comes first, or the output is not a number: that is no right answer either."""
+        """Where another class comes first, or a logit is NaN or infinite: that is no right answer, whatever class comes first.
+
+        Of classes that share the first place the one of the lowest number comes first, as `argmax` has it.
+        """
         logits = logits_of(out, ref)
-        return (logits.argmax(1) != ref) | logits.isnan().any(1)
+        return (logits.argmax(1) != ref) | ~logits.isfinite().all(1)
 
     def by(self, surrogate: Loss) -> Goal:
         """Another surrogate."""
@@ -143,9 +146,9 @@ class ClassifyAs(Goal):
         return self.surrogate(out, ref)
 
     def success(self, out: Out, ref: Tensor) -> Tensor:
-        """Where the wanted class comes first."""
+        """Where the wanted class comes first and every logit is a finite number."""
         logits = logits_of(out, ref)
-        return (logits.argmax(1) == ref) & ~logits.isnan().any(1)
+        return (logits.argmax(1) == ref) & logits.isfinite().all(1)
 
     def by(self, surrogate: Loss) -> Goal:
         """Another surrogate, in its form for one wanted class."""

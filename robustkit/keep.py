@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from robustkit.errors import ArgumentError
-from robustkit.ledger import Ledger
+from robustkit.ledger import Evidence, Ledger
 from robustkit.threats import Threat
 
 __all__ = ["Keep", "Kept", "check_keep"]
@@ -58,6 +58,7 @@ class Kept:
     Attributes:
         ledger: The counts of the run.
         checked: Whether the first output has been seen, and with it whether the target is stochastic.
+        noticed: What the first output has shown by itself.
         stochastic: Whether two calls on the same input may differ.
         open: Which examples are not solved, (N,) bool.
         best: The kept points.
@@ -67,9 +68,16 @@ class Kept:
     def __init__(self, keep: Keep, x: Tensor, stochastic: bool | None) -> None:
         self.keep, self.ledger, self.checked = keep, Ledger(len(x), x.device), False
         self._declared, self.stochastic = stochastic, bool(stochastic)
+        self.noticed: list[Evidence] = []
         self.open = torch.ones(len(x), dtype=torch.bool, device=x.device)
         # Where nothing is kept, nothing is written: then the inputs themselves stand there, without a copy.
         self.best, self.lowest = (_Slot(x if keep == "last" else x.clone()) for _ in range(2))
+
+    @property
+    def evidence(self) -> list[Evidence]:
+        """What checks have seen; what the first output has shown, where none of them has looked at that."""
+        looked = {one.name for one in self.ledger.evidence}
+        return [*self.ledger.evidence, *(one for one in self.noticed if one.name not in looked)]
 
     def found_out(self, *, stochastic: bool) -> None:
         """Take note of whether the first call drew random numbers, unless the target had declared it."""
@@ -86,24 +94,35 @@ class Kept:
         """Whether points on the way are judged at all."""
         return self.keep != "last"
 
-    def offer(self, rows: Tensor, x_adv: Tensor, x: Tensor, threat: Threat, reached: Tensor, loss: Tensor) -> None:
-        """Keep those of the points (M, *S) of the examples `rows` (M,) that are better than what they had."""
+    @property
+    def weighing(self) -> bool:
+        """Whether points are compared by the loss of the goal; where it is not asked for, it need not be computed."""
+        return self.judging and not self.leaving
+
+    def offer(self, rows: Tensor, x_adv: Tensor, x: Tensor, threat: Threat, reached: Tensor, loss: Tensor | None) -> None:
+        """Keep those of the points (M, *S) of the examples `rows` (M,) that are better than what they had.
+
+        `loss` (M,) is that of the goal, needed where points are weighed by it.
+        """
         if not self.judging:
             return
         worth = reached if self.leaving else torch.ones_like(reached)
         new = worth.nonzero().squeeze(1)
-        new = new[threat[new].contains(x_adv[new], x[new])]
+        if len(new):  # on most steps nobody succeeds
+            new = new[threat[new].contains(x_adv[new], x[new])]
         if not len(new):
             return
         rows, x_adv, reached = rows[new], x_adv[new], reached[new]
-        # An undefined loss is the best of successes and the worst of failures.
-        loss = torch.where(loss[new].isnan(), torch.where(reached, -torch.inf, torch.inf), loss[new].double())
         if self.keep == "smallest" and not self.stochastic:
-            loss = threat[new].size(x_adv, x[new])
+            score = threat[new].size(x_adv, x[new])
         elif self.leaving:  # of several points of an example in one question, the one that was named first
-            loss = torch.arange(len(new), device=rows.device, dtype=torch.float64)
-        changed = self.best.put(rows, x_adv, loss, reached)
+            score = torch.arange(len(new), device=rows.device, dtype=torch.float64)
+        else:
+            assert loss is not None
+            # An undefined loss is the best of successes and the worst of failures.
+            score = torch.where(loss[new].isnan(), torch.where(reached, -torch.inf, torch.inf), loss[new].double())
+        changed = self.best.put(rows, x_adv, score, reached)
         if self.stochastic:
-            self.lowest.put(rows, x_adv, loss, torch.zeros_like(reached))
+            self.lowest.put(rows, x_adv, score, torch.zeros_like(reached))
         elif self.keep == "first":
             self.open[changed] = False

@@ -22,7 +22,15 @@ def logits_of(out: object, ref: Tensor) -> Tensor:
         ShapeError: `out` is not a floating tensor (N, C) with C >= 2, or `ref` is not (N,) int64.
     """
     if not isinstance(out, Tensor):
-        raise ShapeError(f"the model returned {type(out).__name__}; a classification goal needs one tensor of logits (N, C)")
+        raise ShapeError(
+            f"the model returned {type(out).__name__}; a classification goal needs one tensor of logits (N, C): give a "
+            "function or module that returns them alone, such as lambda x: model(x)[0]"
+        )
+    if out.dim() == 2 and out.shape[1] == 1:
+        raise ShapeError(
+            f"the model returned one column, {tuple(out.shape)}; a classification goal needs logits (N, C), C >= 2: where it "
+            "is the logit s of class 1, return torch.cat([torch.zeros_like(s), s], 1)"
+        )
     if out.dim() != 2 or out.shape[1] < 2 or not out.is_floating_point():
         raise ShapeError(
             f"the model returned {out.dtype} of shape {tuple(out.shape)}; a classification goal needs logits (N, C), C >= 2"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from robustkit._layers import joined, layers_of, up_to
+from robustkit._outputs import asked_alone, first_look, last_look
 from robustkit._random import Noise
 from robustkit._tensors import amax, toward, wide
 from robustkit._world import is_out_of_memory, random_state
@@ -20,7 +21,7 @@ from robustkit.errors import ArgumentError
 from robustkit.goals import Goal
 from robustkit.jacobian import Jacobian
 from robustkit.keep import Keep, Kept
-from robustkit.ledger import Evidence, Ledger, Remark
+from robustkit.ledger import Evidence, Remark
 from robustkit.target import Fn, Target
 from robustkit.threats import Threat
 
@@ -94,6 +95,45 @@ class Problem:
         rows = None if isinstance(self._rows, slice) else self._rows
         return Problem(self._target, self._raw, ref, goal, threat or self.threat, self._noise.at("afresh", draw), kept, rows)
 
+    def aside(self, rows: Tensor, *, keep: Keep = "first", threat: Threat | None = None, fn: Fn | None = None,
+              goal: Goal | None = None, ref: Tensor | None = None) -> Problem:  # fmt: skip
+        """Cases of their own, all open, with a ledger of their own (see `book`); `fn` is asked instead of the target."""
+        kept = Kept(keep, self.x[rows], self.stochastic if fn is None else False)
+        kept.checked = fn is None
+        target = self._target if fn is None else Target(fn, stochastic=False, batch_size=self.most)
+        return Problem(target, self._raw[rows], self._wish[1][rows] if ref is None else ref, goal or self._wish[0],
+                       self.threat[rows] if threat is None else threat, self._noise[rows].at("aside"), kept)  # fmt: skip
+
+    def book(self, rows: Tensor, other: Problem) -> None:
+        """Count what the examples `rows` were asked `aside`."""
+        for name in ("forwards", "backwards", "flat"):
+            self._count(getattr(self._kept.ledger, name), rows, getattr(other._kept.ledger, name))
+        self.evidence.extend(other.evidence)
+
+    def stand(self, x_adv: Tensor) -> None:
+        """These points are what comes back, judged all together, whatever was found before: where company matters."""
+        reached, rows = self.recount(x_adv, self._everyone), self._in_ledger(slice(None))
+        best = self._kept.best
+        best.x_adv[rows], best.score[rows], best.found[rows] = x_adv.detach(), 0.0, reached
+        self._kept.open[rows] = ~reached
+
+    @property
+    def met(self) -> Tensor:
+        """Which examples were solved without any change, before the attack began, (N,) bool."""
+        ledger = self._kept.ledger
+        looked = any(stage.name == "clean" for stage in ledger.stages[:1])
+        return (ledger.solver[self._rows] == 0) & looked
+
+    @property
+    def features(self) -> Fn | None:
+        """The target up to its last hidden layer, where that was given."""
+        return self._target.features
+
+    @property
+    def leaving(self) -> bool:
+        """Whether solved examples leave the batch."""
+        return self._kept.leaving
+
     @property
     def best(self) -> Tensor:
         """The point of each example that would come back now, (N, *S)."""
@@ -106,14 +146,8 @@ class Problem:
         """
         if not isinstance(self._target.fn, nn.Module) or self._target.view is not self._target.fn:
             return None
-        model = deepcopy(self._target.fn).double()
-        other = self.afresh("last")
-        other._kept.ledger = Ledger(len(other._kept.open), self.x.device)
-        other._target, other._raw, other.x = (
-            replace(self._target, fn=model, module=model, views={}),
-            self._raw.double(),
-            self.x.double(),
-        )
+        other = self.aside(self._everyone, keep="last", fn=deepcopy(self._target.fn).double())
+        other._raw, other.x = self._raw.double(), self.x.double()
         return other
 
     @property
@@ -229,8 +263,7 @@ class Problem:
         at = self._asked()
         out = self.x.new_zeros(len(self))
         if len(at):
-            answer, loss = self._judge(x_adv, at)[::2]
-            out[at] = (loss if self._on_course else self.goal.loss(answer, self.ref[at])).to(out)
+            out[at] = self.goal.loss(self._judge(x_adv, at)[0], self.ref[at]).to(out)
         return out
 
     def loss_and_grad(self, x_adv: Tensor) -> tuple[Tensor, Tensor]:
@@ -252,7 +285,11 @@ class Problem:
         """Whether each goal is reached at `x_adv` for the examples `at` (M,), solved or not; nothing is kept. (M,) bool."""
         out = self._forward(self._target.fn, self._input(x_adv, at), at)
         goal, ref = self._wish
-        return goal.success(out, ref[at])
+        reached = goal.success(out, ref[at])
+        # Of random answers a single one decides nothing.
+        level = torch.zeros_like(reached) if self.stochastic else ~reached & (goal.edge(out, ref[at]) == 0)
+        self.evidence.extend(last_look(out, level))
+        return reached
 
     def answer(self, x_adv: Tensor) -> Any:
         """What the deployed function says of `x_adv`, for every example, solved or not; kept if it solves one."""
@@ -375,33 +412,31 @@ class Problem:
         self._kept.found_out(stochastic=before != random_state(own))
         goal, ref = self._wish
         goal.check(out, ref[at])
+        self._kept.noticed = first_look(out)
         return out
 
     def _alone(self, fn: Fn, x: Tensor) -> Any:
-        """One image; a model that fails on a batch of one (batch norm in training mode) is asked about it twice at once."""
-        try:
-            return fn(x.clone())
-        except (ValueError, RuntimeError, IndexError) as error:
-            try:
-                out = fn(x.repeat(2, *[1] * (x.dim() - 1)))
-            except (ValueError, RuntimeError, IndexError):
-                raise error from None
-            self.tell(
-                "fails-alone", f"the model fails on a batch of one ({str(error).splitlines()[0]}); it was asked about two"
-            )
-            return tuple(part[:1] for part in out) if isinstance(out, tuple | list) else out[:1]
+        """What is said of one image; that the model could not do with one is told."""
+        out, error = asked_alone(fn, x)
+        if error is not None:
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            self.tell("fails-alone", f"the model fails on a batch of one ({why}); it was asked about two")
+        return out
 
     @torch.no_grad()
-    def _judge(self, x_adv: Tensor, at: Tensor | slice) -> tuple[Any, Tensor, Tensor]:
-        """The output, whether the goal is reached and the loss at `x_adv` for the examples `at`, by the deployed function."""
+    def _judge(self, x_adv: Tensor, at: Tensor | slice) -> tuple[Any, Tensor]:
+        """The output, and whether the goal is reached at `x_adv` for the examples `at`, by the deployed function."""
         out = self._forward(self._target.fn, self._input(x_adv, at), at)
-        goal, ref = self._wish
-        reached, loss = goal.success(out, ref[at]), goal.loss(out, ref[at])
-        self._offer(x_adv, at, reached, loss)
-        return out, reached, loss
+        return out, self._offer(x_adv, at, out)
 
-    def _offer(self, x_adv: Tensor, at: Tensor | slice, reached: Tensor, loss: Tensor) -> None:
+    def _offer(self, x_adv: Tensor, at: Tensor | slice, out: Any, loss: Tensor | None = None) -> Tensor:
+        """Keep what is worth it of the points with these outputs; whether the goal is reached there."""
+        goal, ref = self._wish
+        reached = goal.success(out, ref[at])
+        if loss is None and self._kept.weighing:
+            loss = goal.loss(out, ref[at])
         self._kept.offer(self._in_ledger(at), x_adv[at].detach(), self.x[at], self.threat[at], reached, loss)
+        return reached
 
     @property
     def _on_course(self) -> bool:
@@ -442,10 +477,8 @@ class Problem:
         """Judge the iterate by the output at hand where it is the deployed function's, by another pass where not."""
         if self._target.view is not self._target.fn:
             self._judge(x_adv, at)
-            return
-        goal, ref = self._wish
-        own_loss = goal.loss(out, ref[at]) if loss is None else loss
-        self._offer(x_adv, at, goal.success(out, ref[at]), own_loss)
+        else:
+            self._offer(x_adv, at, out, loss)
 
     def _with_signal(self, grad: Tensor, x_adv: Tensor, at: Tensor | slice) -> Tensor:
         """The gradient made finite; rows without signal are counted."""

@@ -56,9 +56,9 @@ def test_the_help_of_bench_names_every_option_of_the_design(capsys, monkeypatch)
     assert cli.main(["bench", "--help"]) == 0
     shown = capsys.readouterr().out
     options = [
-        "plan", "model", "data", "limit", "offset", "threat", "attack", "goal", "seed", "block", "batch-size", "device",
-        "threads", "workers", "normalize", "out", "resume", "save-adversarial", "fail-under", "baseline", "fail-if-worse",
-        "junit", "format", "dry-run", "list", "debug", "start-from",
+        "plan", "model", "data", "limit", "offset", "threat", "attack", "goal", "defence", "seed", "block", "batch-size",
+        "device", "threads", "workers", "normalize", "out", "resume", "save-adversarial", "fail-under", "baseline",
+        "fail-if-worse", "junit", "format", "dry-run", "list", "debug", "start-from",
     ]  # fmt: skip
     assert set(re.findall(r"--([a-z-]+)", shown)) == {*options, "help"}
 

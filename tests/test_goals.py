@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -48,11 +50,21 @@ def test_a_goal_can_be_followed_by_another_loss_and_so_can_its_parts(case):
     assert all(part == ClassifyAs(targeted_dlr) for part, _ in Misclassify().by(dlr).parts(*case))
 
 
-def test_what_is_not_a_number_is_never_right():
-    out = torch.tensor([[1.0, 0.0], [float("nan"), 0.0], [0.0, float("nan")]])
-    y = torch.zeros(3, dtype=torch.int64)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("column", [0, 1, 2])
+def test_what_is_not_a_finite_number_is_never_right(value, column):
+    """In the logit of the right class, of the first wrong one and of another; also where argmax would name the right class."""
+    out, y = torch.tensor([[1.0, 0.5, 0.0]]), torch.tensor([0])
+    assert (Misclassify().success(out, y).item(), ClassifyAs().success(out, y).item()) == (False, True)
+    out[0, column] = value
+    assert (Misclassify().success(out, y).item(), ClassifyAs().success(out, y).item()) == (True, False)
+
+
+def test_of_a_tie_the_class_of_the_lowest_number_comes_first():
+    out = torch.tensor([[1.0, 1.0, 0.0]]).expand(3, 3)
+    y = torch.arange(3)
     assert Misclassify().success(out, y).tolist() == [False, True, True]
-    assert ClassifyAs().success(out, y).tolist() == [True, False, False]
+    assert Misclassify().edge(out, y).tolist() == [0, 0, -1]  # by which a tie is told
 
 
 @pytest.mark.parametrize("bad", [-1, 3, 99])

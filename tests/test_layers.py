@@ -11,7 +11,7 @@ LAYERS = [
     ["losses"],
     ["threats", "goals", "normalize"],
     ["ledger", "target"],
-    ["keep", "audit"],
+    ["keep", "audit", "_outputs"],
     ["_layers", "jacobian"],
     ["problem", "result", "adaptive"],
     ["verdict", "_call"],

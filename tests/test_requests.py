@@ -66,6 +66,7 @@ def hides(): return Says(late)
 def tears(): return Says(torn)
 def none(): return Says(lambda x: None)
 def pair(): return Says(lambda x: (x.flatten(1), x))
+def dictionary(): return Says(lambda x: {"logits": x.flatten(1)})
 def one_row(): return Says(lambda x: x.flatten(1)[:1, :10])
 def more_rows(): return Says(lambda x: torch.cat([x, x]).flatten(1)[:, :10])
 def one_column(): return Says(lambda x: x.flatten(1)[:, :1])
@@ -239,10 +240,11 @@ ROWS = {
     "raises under attack": model("hides", "nets.py:hides'", "ValueError", "only under attack", "must take what"),
     "raises in its gradient": model("tears", "nets.py:tears'", "gradient", "RuntimeError", "must be differentiable"),
     "says None": model("none", "nets.py:none'", "returned NoneType", "needs one tensor of logits (N, C)"),
-    "says a pair": model("pair", "nets.py:pair'", "returned tuple", "needs one tensor of logits (N, C)"),
+    "says a pair": model("pair", "nets.py:pair'", "returned tuple", "needs one tensor of logits", "lambda x: model(x)[0]"),
     "says one row": model("one_row", "nets.py:one_row'", "12 images", "(1, 10)", "must return logits"),
     "says more rows": model("more_rows", "nets.py:more_rows'", "12 images", "(24, 10)", "must return logits"),
-    "says one column": model("one_column", "nets.py:one_column'", "(12, 1)", "logits (N, C), C >= 2"),
+    "says one column": model("one_column", "nets.py:one_column'", "(12, 1)", "logits (N, C), C >= 2", "torch.cat([torch.zeros"),
+    "says a dictionary": model("dictionary", "nets.py:dictionary'", "returned dict", "model(x)[0]"),
     "says integers": model("integers", "nets.py:integers'", "torch.int64", "needs logits"),
     "says images": model("images", "nets.py:images'", "(12, 1, 8, 8)", "needs logits"),
     "has too few classes": model("three", "nets.py:three'", "labels run from 0 to 9", "must lie in [0, 3)"),
@@ -317,6 +319,13 @@ ROWS = {
     "a threat it does not serve": option("attack", "choosy", "'choosy' does not serve threat 'linf:0.1'", "serves pixels:K"),
     "none of the choices": option("attack", "choosy:recipe=nope", "recipe='nope'", "must be paper or scipy"),
     "an attack in an attack": option("attack", "choosy:inner=pgd", "inner='pgd' cannot be written", "give it in Python"),
+    # defences
+    "unknown defence": option("defence", "nope", "'nope' does not exist", "none, quantise, jpeg, median"),
+    "unknown field of a defence": option("defence", "median:width=3", "'width=3'", "its fields: size, draws"),
+    "a defence that cannot be": option("defence", "median:size=1", "'median:size=1'", "at least 2"),
+    "a defence wider than the images": option("defence", "median:size=30", "(12, 1, 8, 8)", "at least 16"),
+    "no file of a defence": option("defence", "{}/none.py:made", "none.py:made", "there is no file"),
+    "a model as defence": option("defence", "{}/nets.py:net", "returned Sequential", "robustkit.defence.Defence"),
     # goals
     "unknown goal": option("goal", "nope", "'nope'", "misclassify, least-likely, classify-as:K"),
     "negative class": option("goal", "classify-as:-1", "'classify-as:-1'", "classify-as:K"),

@@ -2,6 +2,7 @@
 
 from robustkit.attacks.apgd import APGD
 from robustkit.attacks.deepfool import DeepFool
+from robustkit.attacks.fab import FAB
 from robustkit.attacks.fgsm import FGSM
 from robustkit.attacks.fmn import FMN
 from robustkit.attacks.l1_apgd import L1APGD
@@ -17,6 +18,7 @@ from robustkit.attacks.universal import Perturbation, UniversalDeepFool, Univers
 
 __all__ = [
     "APGD",
+    "FAB",
     "FGSM",
     "FMN",
     "L1APGD",

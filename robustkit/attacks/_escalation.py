@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import final
 
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from robustkit._tensors import over
+from robustkit.attacks._distil import Teaching, strikes, taught
+from robustkit.attacks._locations import told
 from robustkit.attacks._pursuit import descend
+from robustkit.attacks._windows import moved, numbers
 from robustkit.attacks.rays import RayS
 from robustkit.attacks.square import Square
 from robustkit.audit import judged
+from robustkit.goals import Goal, Out
 from robustkit.losses import margin
 from robustkit.problem import Problem
+from robustkit.threats import L2, Linf
 
 __all__ = ["escalated"]
 
-_DRAWS, _STEPS = 20, 50  # of a random model, and of each further descent
-_SCORES, _DECISIONS = 3000, 1000  # queries of each example
+_STEPS = 50  # of each further descent
+_DRAWS, _MANY, _FADING, _REACH = 2, 125, 0.95, 2.0  # of a random model: draws a step, steps, what stays of the mean, first step
+_VOTES, _CLEAR, _AGAIN = 16, 0.75, 6  # draws by which its points are compared; descents more where no point is as clear as that
+_SCORES, _DECISIONS = 1500, 500  # queries of each example
+_WINDOWS, _AT_ONCE, _SHARE = 5000, 25, 0.05  # queries of the search from the nearest point, and the share of a window
+_COPY = Teaching(points=64, steps=400, rounds=4, strikes=3, deep=True, walk=True)
+_JOINT, _WHOLE = 5, 100  # descents of a whole batch, and their steps
 
 
 def escalated(problem: Problem) -> Tensor | None:
@@ -26,30 +44,168 @@ def escalated(problem: Problem) -> Tensor | None:
     if problem.stochastic:
         reasons.append("stochastic-target")
     left = int(problem.open.sum())
-    if not reasons or not left:
+    if not reasons or not (left or "batch-dependent" in reasons):
         return None
+    x_adv = None
     with problem.stage("escalation"):
-        x_adv, done = _further(problem)
-    told = f"{', '.join(reasons)}: tried {', '.join(done)}"
-    problem.tell(
-        "escalated", told if problem.stochastic else f"{told}; {left} examples were left, now {int(problem.open.sum())}"
-    )
+        if problem.stochastic:
+            x_adv, done = _voted(problem)
+        elif "batch-dependent" in reasons:
+            done = _together(problem)
+        else:
+            done = _further(problem)
+    why = f"{', '.join(reasons)}: tried {', '.join(done)}"
+    problem.tell("escalated", why if problem.stochastic else f"{why}; {left} examples were left, now {int(problem.open.sum())}")
     return x_adv
 
 
-def _further(problem: Problem) -> tuple[Tensor | None, list[str]]:
-    x_adv, done = None, []
-    goal = problem.goal.by(margin)
-    if problem.stochastic:
-        drawn = problem.drawn(_DRAWS)
-        x_adv = descend(drawn.following(goal, problem.ref), problem.start(2000), _STEPS)
-        done.append(f"gradients averaged over {_DRAWS} draws")
+def _further(problem: Problem) -> list[str]:
+    """Other views, a copy, a search from where it is fooled, and searches that start from nothing."""
+    done = []
     for number, view in enumerate(problem.views[1:]):
         through = problem.seen(view)
+        goal = problem.goal.by(margin)
         problem.success(descend(through.following(goal, problem.ref), problem.start(2001 + number), _STEPS))
         done.append(f"view {view}")
+    copy = taught(problem, _COPY)
+    if copy is not None:
+        done.append(f"transfer from a copy taught at {_COPY.points} points of each example")
+        points = [problem.x, *strikes(problem, copy, _COPY)]
+        if isinstance(problem.threat, Linf | L2):
+            _search(problem, points)
+            done.append(f"{_WINDOWS} windows from the nearest of its points")
     for attack in (Square(queries=_SCORES), RayS(queries=_DECISIONS)):
-        if attack.fits(problem.threat) and not problem.stochastic:
+        if attack.fits(problem.threat) and problem.open.any():
             problem.success(attack.run(problem))
             done.append(repr(attack))
-    return x_adv, done
+    return done
+
+
+def _search(problem: Problem, points: list[Tensor]) -> None:
+    """Change windows at random, as Square does, but from the point of each example that is nearest to the goal."""
+    left = problem.open.nonzero().squeeze(1)
+    if not len(left):
+        return
+    edges = torch.stack([_edge(problem[left], x_adv[left]) for x_adv in points])
+    place = edges.argmin(0)
+    x_adv, edge = torch.stack([point[left] for point in points])[place, torch.arange(len(left))], edges.amin(0)
+    drawn = (
+        problem[left].noise("windows", "escalation").uniform(_WINDOWS // _AT_ONCE, _AT_ONCE, numbers(problem.threat, problem.x))
+    )
+    for query in range(_WINDOWS // _AT_ONCE):
+        still = problem.open[left].nonzero().squeeze(1)
+        for at in torch.split(still, max(1, problem.most // _AT_ONCE)) if len(still) else ():
+            some = problem[left[at].repeat_interleave(_AT_ONCE)]
+            candidate = moved(
+                some.threat, x_adv[at].repeat_interleave(_AT_ONCE, 0), some.x, _SHARE, drawn[at, query].flatten(0, 1)
+            )
+            found, best = _edge(some, candidate).reshape(-1, _AT_ONCE).min(1)
+            candidate = candidate[best + torch.arange(len(at), device=best.device) * _AT_ONCE]
+            x_adv[at] = torch.where(over(found < edge[at], candidate), candidate, x_adv[at])
+            edge[at] = torch.minimum(found, edge[at])
+
+
+def _edge(problem: Problem, x_adv: Tensor) -> Tensor:
+    return told(problem.goal.edge(problem.answer(x_adv), problem.ref))
+
+
+def _voted(problem: Problem) -> tuple[Tensor, list[str]]:
+    """Of what averaged gradients and a copy find of a random model, the point of each example that succeeds most often.
+
+    Candidates compete on draws of their own, and the winner is scored by others when the run is judged.
+    """
+    best, most = problem.x, torch.full((len(problem),), -1.0, device=problem.x.device)
+
+    def compete(rows: Tensor, x_adv: Tensor) -> None:
+        rate = torch.stack([problem[rows].success(x_adv) for _ in range(_VOTES)]).float().mean(0)
+        better = rate > most[rows]
+        best[rows[better]], most[rows[better]] = x_adv[better], rate[better]
+
+    best = best.clone()
+    everyone = torch.arange(len(problem), device=best.device)
+    for x_adv in _candidates(problem):
+        compete(everyone, x_adv)
+    for number in range(_AGAIN):
+        rows = (most < _CLEAR).nonzero().squeeze(1)
+        if len(rows):
+            some = problem[rows].drawn(2 * _DRAWS)
+            start, reach = (some.start(2200 + number), _REACH) if number % 2 else (best[rows], 0.5)
+            compete(rows, _averaged(some.following(Hinged(some.goal), some.ref), start, reach))
+    done = f"gradients averaged over {_DRAWS} draws a step and over the steps"
+    return best, [done, f"transfer from a copy taught at {_COPY.points} points", f"the best by {_VOTES} draws"]
+
+
+def _candidates(problem: Problem) -> Iterator[Tensor]:
+    drawn = problem.drawn(_DRAWS)
+    for number, view in enumerate(problem.views):
+        for draw, goal in enumerate((problem.goal.by(margin), Hinged(problem.goal))):
+            start = problem.start(2000 + 10 * number + draw)
+            yield _averaged(drawn.seen(view).following(goal, problem.ref), start, _REACH)
+    copy = taught(problem, _COPY)
+    if copy is not None:
+        yield from strikes(problem, copy, _COPY)
+
+
+def _averaged(problem: Problem, x_adv: Tensor, reach: float) -> Tensor:
+    """The end of a descent along gradients that are averaged over the draws of a step and, fading, over the steps, (N, *S).
+
+    Many short steps with two draws each do more than a few with all of the draws: each is taken where the search stands.
+    """
+    mean = torch.zeros_like(x_adv)
+    for step in range(_MANY):
+        grad = problem.loss_and_grad(x_adv)[1]
+        mean = _FADING * mean + grad
+        fraction = reach * (1 + math.cos(math.pi * step / _MANY)) / 2
+        x_adv = problem.threat.project(problem.threat.step(-mean, x_adv, problem.x, fraction), problem.x)
+    return x_adv
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class Hinged(Goal):
+    """Another goal whose margin counts the less the further it is beyond the border: no example is bought with others.
+
+    Attributes:
+        inner: The goal.
+    """
+
+    inner: Goal
+
+    def loss(self, out: Out, ref: Tensor) -> Tensor:
+        """log(1 + exp(margin + 1/2)), a hinge with a round corner, (N,)."""
+        return softplus(self.inner.by(margin).loss(out, ref) + 0.5)
+
+    def success(self, out: Out, ref: Tensor) -> Tensor:
+        """That of the other goal."""
+        return self.inner.success(out, ref)
+
+
+def _together(problem: Problem) -> list[str]:
+    """Descents of the whole batch, from which nobody leaves, each judged in the company in which it is to stand.
+
+    The gradient of the sum of the losses holds what each example does to the others.
+    """
+    rows = (~problem.met).nonzero().squeeze(1)  # those that are judged at the end
+    best, most = problem[rows].best, -1
+    for number in range(_JOINT):
+        batch = problem.aside(rows, keep="best")
+        start, reach = (batch.start(2100 + number), 1.0) if number % 2 else (best, 0.5)
+        x_adv = _jointly(batch.following(Hinged(batch.goal), batch.ref), start, reach) if number else best
+        found = int(batch.success(x_adv).sum())
+        problem.book(rows, batch)
+        if found > most:
+            best, most = x_adv, found
+    problem[rows].stand(best)
+    return [f"{_JOINT - 1} descents of the whole batch together, judged in one company"]
+
+
+def _jointly(problem: Problem, x_adv: Tensor, reach: float) -> Tensor:
+    """Of the iterates of one descent the batch whose losses have the lowest sum: rows of different steps never met."""
+    best, lowest = x_adv, torch.inf
+    for step in range(_WHOLE):
+        loss, grad = problem.loss_and_grad(x_adv)
+        if float(loss.nan_to_num().sum()) < lowest:
+            best, lowest = x_adv, float(loss.nan_to_num().sum())
+        fraction = reach * (1 + math.cos(math.pi * step / _WHOLE)) / 2
+        x_adv = problem.threat.project(problem.threat.step(-grad, x_adv, problem.x, fraction), problem.x)
+    return best

@@ -49,9 +49,9 @@ class Balls:
 
     def __init__(self, threat: Threat, x: Tensor) -> None:
         self._threat, self._x, self._counts = threat, x, isinstance(threat, Pixels)
-        self._most = torch.as_tensor(threat.eps, dtype=torch.float64, device=x.device).expand(len(x))
-        if self._counts:
-            self._most = self._most.clamp(max=x[0, 0].numel()).floor()
+        budget = torch.as_tensor(threat.eps, dtype=torch.float64, device=x.device).expand(len(x))
+        # Beyond the budget too: where a model is flat around x, only the border itself shows the way along it.
+        self._most = budget.clamp(max=x[0, 0].numel()).floor() if self._counts else _whole(threat, x, budget)
         # Below this a change is lost in rounding: the start of an example that sits on the border.
         self._least = torch.minimum(4 * threat.slack(x), self._most).clamp(min=1.0 if self._counts else 1e-12)
         self.size, self.best = torch.ones_like(self._most), torch.full_like(self._most, torch.inf)
@@ -81,6 +81,14 @@ class Balls:
         """How far the border would be if the model were linear, (N,) float64, with the coordinates that the box leaves free."""
         dual = 1 if isinstance(self._threat, Linf) else 2 if isinstance(self._threat, L2) else math.inf
         return edge.double().abs() / norm(self._threat.movable(-grad, x_adv), dual)
+
+
+def _whole(threat: Threat, x: Tensor, budget: Tensor) -> Tensor:
+    """The size of a ball that holds the whole box, (N,); without a box, a hundred budgets."""
+    if threat.bounds is None:
+        return 100 * budget
+    width, size = threat.bounds[1] - threat.bounds[0], math.prod(x.shape[1:])
+    return torch.full_like(budget, width * (1 if isinstance(threat, Linf) else size**0.5 if isinstance(threat, L2) else size))
 
 
 @final

@@ -5,43 +5,29 @@ A probe asks about some of the examples and testifies: in so many of so many cas
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
+from robustkit._outputs import are_probabilities, undefined
 from robustkit._tensors import amax, as_rows, flat
 from robustkit._world import seeded
-from robustkit.attack import Attack
-from robustkit.attacks.pgd import PGD
-from robustkit.attacks.rays import RayS
-from robustkit.attacks.square import Square
 from robustkit.losses import margin
 from robustkit.problem import Problem
-from robustkit.threats import L1, L2, Linf, Pixels, Threat
+from robustkit.threats import L1, Pixels, Threat
 
-__all__ = [
-    "agreement",
-    "answers",
-    "chosen",
-    "company",
-    "everything",
-    "ordinary",
-    "raw_runs",
-    "small_steps",
-    "survivors",
-    "unbounded",
-]
+__all__ = ["agreement", "answers", "chosen", "company", "ordinary", "small_steps"]
 
 _AGREES = 0.9  # a cosine below says that the gradient misleads
-_DIRECTIONS = 6  # along which it is compared
+_FAINT = 0.01  # of the change of the loss: so small a gradient is lost in rounding
+_DIRECTIONS = 5  # along which it is compared
+_FEW = 3  # directions, where the two should be equal but for rounding
 _SCALES = (1 / 30, 1 / 3)  # of the budget: the shortest and the longest difference
 _JITTER = 0.1  # of the way to a random point of the threat set
 _SMALL = 1e-6  # of the budget: the difference in float64
-_SCORES, _DECISIONS = 100, 100  # queries without gradients
 _SATURATED = 80.0  # so far apart, logits leave float32 probabilities no gradient
 _SAME = 1e-3  # of the spread of a row of answers
+_RANGES = ((0.0, 1.0), (0.0, 255.0), (-1.0, 1.0))  # that images have
+_NORMAL = 20.0  # so far out no normalised image goes
 
 
 def chosen(problem: Problem, purpose: str, share: float, *, left: bool = True) -> Tensor:
@@ -51,30 +37,49 @@ def chosen(problem: Problem, purpose: str, share: float, *, left: bool = True) -
 
 
 def answers(problem: Problem) -> None:
-    """What the outputs look like: undefined, saturated, or probabilities."""
+    """What the outputs look like (undefined, saturated, probabilities), and whether they stay the same."""
     out = problem.answer(problem.x)
-    if not isinstance(out, Tensor) or out.dim() != 2 or out.shape[1] < 2:
-        return
+    if isinstance(out, Tensor) and out.dim() == 2 and out.shape[1] > 1:
+        _looks(problem, out)
+    company(problem, out)
+
+
+def _looks(problem: Problem, out: Tensor) -> None:
     n = len(out)
-    problem.testify("undefined-outputs", (out.isnan() | (out == torch.inf)).any(1).sum(), n, 0.0)
+    problem.testify("undefined-outputs", undefined(out).sum(), n, 0.0)
     top = out.topk(2, 1).values
     one_hot = (out.amin(1) == top[:, 1]) & (out.shape[1] > 2)
     problem.testify("saturated-outputs", (one_hot | (top.diff(dim=1).abs()[:, 0] > _SATURATED)).sum(), n)
-    problem.testify("probabilities", ((out >= 0).all(1) & ((out.sum(1) - 1).abs() < _SAME) & ~one_hot).sum(), n)
+    problem.testify("probabilities", (are_probabilities(out) & ~one_hot).sum(), n)
 
 
-def company(problem: Problem) -> None:
-    """Whether a row is answered alike when it is asked again, and beside other rows."""
+def company(problem: Problem, out: object = None) -> None:
+    """Whether a row is answered alike when it is asked again, and beside other rows; of a random model, with the same seed."""
     if problem.stochastic:
+        _repeated(problem)
         return
-    first, again = (_rows(problem.answer(problem.x)) for _ in range(2))
+    first, again = _rows(problem.answer(problem.x) if out is None else out), _rows(problem.answer(problem.x))
     half = torch.arange(len(problem), device=first.device).flip(0)[: max(1, len(problem) // 2)]
     alone = _rows(problem[half].answer(problem.x[half]))
-    spread = (first.amax(1) - first.amin(1)).clamp(min=torch.finfo(first.dtype).tiny)
-    differ = (first - again).abs().amax(1) > _SAME * spread
+    differ = _differ(first, again)
     problem.testify("unsteady-answers", differ.sum(), len(problem), 0.0)
-    other = (first[half] - alone).abs().amax(1) > _SAME * spread[half]
+    other = _differ(first[half], alone)
     problem.testify("batch-dependent", (other & ~differ[half]).sum(), len(half), 0.02)
+
+
+def _repeated(problem: Problem) -> None:
+    """Whether a random model says the same with the same seed: only then can a run be repeated."""
+    outs = []
+    for _ in range(2):
+        with seeded(problem.noise("repeat").key):
+            outs.append(_rows(problem.answer(problem.x)))
+    problem.testify("unseeded-noise", _differ(*outs).sum(), len(problem))
+
+
+def _differ(one: Tensor, other: Tensor) -> Tensor:
+    """Which rows differ by more than rounding, (N, K), (N, K) -> (N,) bool."""
+    spread = (one.amax(1) - one.amin(1)).clamp(min=torch.finfo(one.dtype).tiny)
+    return (one - other).abs().amax(1) > _SAME * spread
 
 
 def _rows(out: object) -> Tensor:
@@ -84,16 +89,23 @@ def _rows(out: object) -> Tensor:
 
 
 def ordinary(problem: Problem) -> None:
-    """Whether inputs are valid over a range that images have."""
-    if problem.threat.bounds is not None:
-        problem.testify("unusual-range", problem.threat.bounds not in ((0.0, 1.0), (0.0, 255.0), (-1.0, 1.0)), 1)
+    """Whether inputs look normalised: by bounds that no images have, or, of images without bounds, by their values."""
+    bounds, x = problem.threat.bounds, problem.x
+    if bounds is not None:
+        problem.testify("unusual-range", bounds not in _RANGES, 1)
+    elif x.dim() == 4 and len(x):
+        low, high = flat(x).amin(1), flat(x).amax(1)
+        normal = (low < -1) | ((low < 0) & (high > 1))
+        problem.testify("unusual-range", (normal & (amax(x) < _NORMAL)).sum(), len(x))
 
 
 def agreement(problem: Problem, rows: Tensor) -> None:
-    """Whether the gradient of the margin tells how it changes over steps of the attack's own size."""
+    """Whether the gradient of the margin tells how it changes over steps of the attack's size, and is not next to nothing."""
     low, high = _SCALES
     scales = [low * (high / low) ** (number / (_DIRECTIONS - 1)) for number in range(_DIRECTIONS)]
-    problem.testify("gradients-disagree", _misleading(problem.afresh("last")[rows], scales), len(rows))
+    misleading, faint = _compared(problem.afresh("last")[rows], scales)
+    problem.testify("gradients-disagree", misleading, len(rows))
+    problem.testify("faint-gradients", faint, len(rows))
 
 
 def small_steps(problem: Problem, rows: Tensor) -> None:
@@ -102,16 +114,19 @@ def small_steps(problem: Problem, rows: Tensor) -> None:
     if double is None or problem.stochastic:
         return
     try:
-        hits = _misleading(double[rows], [_SMALL] * _DIRECTIONS)
+        hits = _compared(double[rows], [_SMALL] * _FEW)[0]
     except RuntimeError:  # a model may well insist on float32 inside
         return
     problem.testify("small-steps-disagree", hits, len(rows))
 
 
-def _misleading(problem: Problem, scales: list[float]) -> Tensor:
-    """How many gradients point elsewhere than central differences along random directions of these lengths, in budgets."""
+def _compared(problem: Problem, scales: list[float]) -> tuple[Tensor, Tensor]:
+    """How many gradients point elsewhere than central differences along random directions, and how many are next to nothing.
+
+    The directions have these lengths, in budgets.
+    """
     if not len(problem):
-        return torch.zeros(())
+        return torch.zeros(()), torch.zeros(())
     problem = problem.following(problem.goal.by(margin), problem.ref)
     threat = problem.threat
     moves = [_direction(problem, number, scale) for number, scale in enumerate(scales)]
@@ -121,18 +136,26 @@ def _misleading(problem: Problem, scales: list[float]) -> Tensor:
     key = problem.noise("probe").key
     with seeded(key):
         _, grad = problem.loss_and_grad(x_adv)
-    found, told = [], []
-    for move, scale in zip(moves, scales, strict=True):
-        ends = []
-        for end in (x_adv + move, x_adv - move):
-            with seeded(key):  # the same noise on both sides
-                ends.append(problem.loss(end).double())
-        found.append((ends[0] - ends[1]) / (2 * scale))
-        told.append((flat(grad).double() * flat(move).double()).sum(1) / scale)
-    one, two = torch.stack(found, 1), torch.stack(told, 1)
+    ends = [end for move in moves for end in (x_adv + move, x_adv - move)]
+    losses = _losses(problem, ends, key)
+    length = torch.as_tensor(scales, dtype=torch.float64, device=x_adv.device)
+    one = (losses[:, ::2] - losses[:, 1::2]) / (2 * length)
+    two = torch.stack([(flat(grad).double() * flat(move).double()).sum(1) for move in moves], 1) / length
     cosine = (one * two).sum(1) / (one.norm(dim=1) * two.norm(dim=1))
-    misleads: Tensor = ~(cosine >= _AGREES)
-    return misleads.sum()
+    length_told = two.norm(dim=1)  # a gradient of zero is counted as that, wherever it comes from
+    return (~(cosine >= _AGREES)).sum(), ((length_told > 0) & (length_told < _FAINT * one.norm(dim=1))).sum()
+
+
+def _losses(problem: Problem, points: list[Tensor], key: int) -> Tensor:
+    """The losses at several points of each example in float64, (N, M); of a random model each with the same noise."""
+    at_once = 1 if problem.stochastic else max(1, problem.most // len(problem))
+    everyone, columns = torch.arange(len(problem), device=problem.x.device), []
+    for first in range(0, len(points), at_once):
+        some = points[first : first + at_once]
+        with seeded(key):
+            losses = problem[everyone.repeat(len(some))].loss(torch.cat(some))
+        columns += list(losses.double().reshape(len(some), -1))
+    return torch.stack(columns, 1)
 
 
 def _direction(problem: Problem, number: int, scale: float) -> Tensor:
@@ -150,73 +173,3 @@ def _inside(threat: Threat, x_adv: Tensor, room: Tensor) -> Tensor:
     space = as_rows(room.clamp(max=(high - low) / 2), x_adv)
     assert isinstance(space, Tensor)
     return torch.minimum(torch.maximum(x_adv, low + space), high - space)
-
-
-def raw_runs(problem: Problem, rows: Tensor) -> None:
-    """Whether more steps, more restarts or a larger budget leave more examples robust than less of them does."""
-    if problem.stochastic or not len(rows):
-        return
-    some = problem[rows]
-    little = _solved(problem, rows, PGD(steps=10))
-    _compare(problem, "more-steps-leave-more", little, _solved(problem, rows, PGD(steps=40)))
-    several = torch.stack([_solved(problem, rows, PGD(steps=10), draw) for draw in range(1, 3)]).any(0)
-    _compare(problem, "more-restarts-leave-more", little, several)
-    twice = replace(some.threat, eps=torch.minimum(2 * _budgets(some), _budgets(some, everything(some.threat, some.x))))
-    larger = some.afresh("first", twice)
-    PGD(steps=10).run(larger)
-    _compare(problem, "larger-eps-leaves-more", little, ~larger.open)
-
-
-def _solved(problem: Problem, rows: Tensor, attack: Attack, draw: int = 0) -> Tensor:
-    """Which of the examples an attack solves that starts from nothing; what it finds counts."""
-    some = problem[rows]
-    fresh = some.afresh("first", draw=draw)
-    x_last = attack.run(fresh)
-    fresh.success(x_last)
-    solved = ~fresh.open
-    some[solved].success(fresh.best[solved])
-    return solved
-
-
-def _compare(problem: Problem, name: str, less: Tensor, more: Tensor) -> None:
-    problem.testify(name, (less & ~more).sum(), int((less != more).sum()))
-
-
-def unbounded(problem: Problem, rows: Tensor) -> None:
-    """Whether examples withstand gradients without any budget, from x: of K answers at most one in K may be right by chance.
-
-    Without a budget the norm is a matter of the path alone. Signs it is: along plain gradients even sound nets get stuck.
-    """
-    some = problem[rows]
-    if problem.stochastic or not len(rows) or some.threat.bounds is None:
-        return
-    low, high = some.threat.bounds
-    fresh = some.afresh("first", Linf(high - low, some.threat.bounds))
-    kinds = 1 + len(problem.goal.parts(some.answer(some.x), some.ref))
-    fresh.success(PGD(steps=40, random_start=False).run(fresh))
-    problem.testify("unbounded-leaves-robust", fresh.open.sum(), len(rows), 1 / max(2, kinds))
-
-
-def survivors(problem: Problem, share: float) -> None:
-    """Break what is left without gradients, by scores and, for a share of it, by decisions; every break counts."""
-    rows = problem.open.nonzero().squeeze(1)
-    attacks = [(Square(queries=_SCORES), 1.0), (RayS(queries=_DECISIONS), share)]
-    attacks = [(attack, part) for attack, part in attacks if attack.fits(problem.threat)]
-    if problem.stochastic or not len(rows) or not attacks:
-        return
-    for attack, part in attacks:
-        some = problem[chosen(problem, repr(attack), part)]
-        some.success(attack.run(some))
-    problem.testify("gradient-free-breaks", (~problem.open[rows]).sum(), len(rows), 0.01)
-
-
-def everything(threat: Threat, x: Tensor) -> Threat:
-    """The same kind of threat with a budget that reaches every valid input."""
-    low, high = threat.bounds or (0.0, 1.0)
-    width, size = high - low, math.prod(x.shape[1:])
-    budgets = {Linf: width, L2: width * size**0.5, L1: width * size, Pixels: math.prod(x.shape[2:])}
-    return replace(threat, eps=budgets[type(threat)])
-
-
-def _budgets(problem: Problem, threat: Threat | None = None) -> Tensor:
-    return torch.as_tensor((threat or problem.threat).eps, dtype=torch.float64).expand(len(problem))

@@ -4,47 +4,75 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 
-from robustkit._random import Noise
 from robustkit._tensors import dot, over
+from robustkit.attacks._fmn import Border
 from robustkit.attacks._locations import told
-from robustkit.attacks._windows import moved
+from robustkit.attacks._windows import moved, numbers
+from robustkit.attacks.fab import FAB, walk
 from robustkit.goals import Goal, Out
 from robustkit.losses import margin
 from robustkit.problem import Problem
+from robustkit.threats import L2, Threat
 
 __all__ = ["Pursuit", "Run", "descend"]
 
-_REACH = 2.0  # the first step of a descent in budgets; the last is next to nothing
 _AT_ONCE = 25  # windows are asked: with few examples left, a step costs its overhead
 _PARTS = 9  # of a goal, the likeliest ones, are looked at
 
 
-def descend(problem: Problem, x_adv: Tensor, steps: int, reach: float = _REACH) -> Tensor:
-    """Of the iterates of gradient descent with steps that shrink like a cosine, the one of lowest loss, (N, *S)."""
+def descend(problem: Problem, x_adv: Tensor, steps: int, reach: float | Tensor | None = None) -> Tensor:
+    """Of the iterates of gradient descent with steps that shrink like a cosine, the one of lowest loss.
+
+    Each step is cut to the box before it is brought into the ball. The other way round, what points out of the box takes part
+    in the shrinking, so that each step gives back some of what was won.
+
+    Args:
+        problem: What to descend on.
+        x_adv: Where to begin, (N, *S).
+        steps: How many.
+        reach: The first step in budgets; one number, or one an example, (N,). None for what suits the threat.
+
+    Returns:
+        Shape (N, *S).
+    """
     x, threat = problem.x, problem.threat
+    reach = _reach(threat) if reach is None else reach
     best, lowest = x_adv, torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
     for step in problem.steps(steps):
         loss, grad = problem.loss_and_grad(x_adv)
         lower = loss < lowest
         best, lowest = torch.where(over(lower, x), x_adv, best), torch.where(lower, loss, lowest)
-        fraction = reach / 2 * (1 + math.cos(math.pi * step / steps))
-        x_adv = threat.project(threat.step(-grad, x_adv, x, fraction), x)
+        length = reach * (1 + math.cos(math.pi * step / steps)) / 2 * threat.budget
+        x_adv = threat.project(threat.clamp(threat.move(-grad, x_adv, x, length)), x)
     return best
 
 
+def _reach(threat: Threat) -> float:
+    """The first step of a descent in budgets that suits a threat; the last is next to nothing."""
+    return 3.0 if type(threat) is L2 else 2.0
+
+
 class Run(NamedTuple):
-    """A descent that is wanted: for which examples (M,), along which goal, with its reference and from where, a row each."""
+    """A descent that is wanted.
+
+    Attributes:
+        rows: For which examples, (M,).
+        goal: Along which goal.
+        ref: With which reference, (M, ...).
+        x_adv: From where, (M, *S).
+        reach: With which first step, in budgets; None for what suits the threat.
+    """
 
     rows: Tensor
     goal: Goal
     ref: Tensor
     x_adv: Tensor
+    reach: float | None = None
 
 
 @final
@@ -65,19 +93,22 @@ class Pursuit:
     def __init__(self, problem: Problem, budget: int | None) -> None:
         self.problem, self.budget = problem, budget
         self.nearest, self.edge = problem.x, torch.full((len(problem),), torch.inf, device=problem.x.device)
-        self.clean = self.edge.clone()
+        self.clean, self._seen = self.edge.clone(), torch.zeros_like(problem.open)
         self.skipped: dict[str, int] = {}
-        self._starts = 0
         self._parts: list[tuple[Goal, Tensor]] = []
         self._order = torch.zeros(len(problem), 0, dtype=torch.int64, device=problem.x.device)
 
     def look(self) -> None:
-        """Take the edges at x, and order the parts of the goal by how much of its edge a linear model would leave of each.
+        """Take the edges of the open examples at x, and order the parts of the goal.
+
+        They come in the order of how much of its edge a linear model would leave of each.
 
         The budget takes from an edge at most what the steepest point of the threat set gains. Parts without any gradient come
         last, in the order in which the goal names them.
         """
-        rows, found = self.problem.open.nonzero().squeeze(1), []
+        rows, found = self.rows("look", 1 + 2 * _PARTS), []
+        if not len(rows):
+            return
         some = self.problem[rows]
         goal = some.goal.by(margin)
 
@@ -89,82 +120,133 @@ class Pursuit:
         for edge, grad in some.gradients(some.x, edges):
             gain = dot(-grad, some.threat.steepest(-grad, some.x) - some.x)
             found.append(torch.where(gain > 0, edge / gain, torch.inf))
-        self.edge = self.clean.clone()
+        self._seen[rows] = True
+        closer = self._seen & (self.clean < self.edge)
+        self.nearest = torch.where(over(closer, self.nearest), self.problem.x, self.nearest)
+        self.edge = torch.where(closer, self.clean, self.edge)
         self._order = torch.zeros(len(self.problem), len(found), dtype=torch.int64, device=rows.device)
         self._order[rows] = torch.stack(found, 1).argsort(dim=1, stable=True)
 
-    def rows(self, name: str, cost: int, within: float = math.inf) -> Tensor:
-        """The open examples that have come within a share of their first edge and can pay for a stage, as indices."""
-        problem = self.problem
-        hopeless = (self.edge > within * self.clean) & (self.clean > 0)
-        wanted = problem.open & ~hopeless
+    def rows(self, name: str, cost: int, within: float | None = None) -> Tensor:
+        """The open examples that can pay for a stage, as indices.
+
+        `within` a share of their first edge they must have come, where one is given; who has not been looked at has not.
+        """
+        problem, wanted = self.problem, self.problem.open
+        if within is not None:
+            hopeless = (self.edge > within * self.clean) & (self.clean > 0)
+            wanted = wanted & self._seen & ~hopeless
         if self.budget is not None:
             affordable = problem.spent + cost <= self.budget
             dear = int((wanted & ~affordable).sum())
             if dear:
                 self.skipped[name] = max(dear, self.skipped.get(name, 0))
-            wanted &= affordable
+            wanted = wanted & affordable
         return wanted.nonzero().squeeze(1)
 
-    def towards(self, rows: Tensor, rank: int) -> Iterator[Run]:
-        """Runs towards the part of this rank of each example, from random points; one for each goal among the parts."""
-        x_adv = self.start(rows)
+    def towards(self, rows: Tensor, rank: int | None, draw: int, share: float = 1.0) -> Iterator[Run]:
+        """Runs from random points towards the part of this rank of each example, one for each goal among the parts.
+
+        `rank` None is the whole goal; the first step is a `share` of the usual one.
+        """
+        if not len(rows):
+            return
+        x_adv, reach = self.start(rows, draw), share * _reach(self.problem.threat)
+        if rank is None:
+            yield Run(rows, self.problem.goal.by(margin), self.problem.ref[rows], x_adv, reach)
+            return
         chosen = self._order[rows, rank]
         groups: list[tuple[Goal, list[int]]] = []
         for number, (goal, _) in enumerate(self._parts):
-            same = next((numbers for known, numbers in groups if known == goal), None)
+            same = next((members for known, members in groups if known == goal), None)
             if same is None:
                 groups.append((goal, [number]))
             else:
                 same.append(number)
-        for goal, numbers in groups:
-            refs = torch.stack([self._parts[number][1] for number in numbers])
+        for goal, members in groups:
+            refs = torch.stack([self._parts[number][1] for number in members])
             place = torch.full((len(self._parts),), -1, device=rows.device)
-            place[numbers] = torch.arange(len(numbers), device=rows.device)
+            place[members] = torch.arange(len(members), device=rows.device)
             mine = place[chosen] >= 0
             if mine.any():
-                yield Run(rows[mine], goal, refs[place[chosen[mine]], rows[mine]], x_adv[mine])
+                yield Run(rows[mine], goal, refs[place[chosen[mine]], rows[mine]], x_adv[mine], reach)
 
     @property
     def parts(self) -> int:
         """How many parts of the goal there are to pursue."""
         return self._order.shape[1]
 
-    def start(self, rows: Tensor) -> Tensor:
-        """Random points of the threat set, others at each call."""
-        self._starts += 1
-        return self.problem[rows].start(self._starts) if len(rows) else self.problem.x[rows]
+    def start(self, rows: Tensor, draw: int) -> Tensor:
+        """Random points of the threat set; draws are numbered, so that none repeats."""
+        return self.problem[rows].start(draw)
 
-    def run(self, runs: Sequence[Run], steps: int, reach: float = _REACH) -> None:
-        """Descents, all of one goal at once; of each example the point that comes nearest is kept."""
-        goals: list[Goal] = []
+    def run(self, runs: Sequence[Run], steps: int) -> None:
+        """Descents, those of one goal side by side; of each example the point that comes nearest is kept."""
+        for group in self._side_by_side(runs):
+            some, x_adv = self._joined(group)
+            usual = _reach(some.threat)
+            reach = [torch.full((len(run.rows),), usual if run.reach is None else run.reach) for run in group]
+            self._take_all(group, descend(some, x_adv, steps, torch.cat(reach).to(some.x)))
+
+    def walk(self, runs: Sequence[Run], steps: int) -> None:
+        """Walks along the border, from x; where one has come beyond it, its nearest point is brought into the threat set."""
+        border = [run._replace(goal=Border(run.goal)) for run in runs]
+        for group in self._side_by_side(border):
+            some, _ = self._joined(group)
+            points, _ = walk(some, steps, FAB())
+            self._take_all(group, some.threat.project(points, some.x))
+
+    def _side_by_side(self, runs: Sequence[Run]) -> list[list[Run]]:
+        """Runs of one goal that may go through the model together."""
+        groups: list[list[Run]] = []
         for run in runs:
-            goals += [] if run.goal in goals else [run.goal]
-        for goal in goals:
-            mine = [run for run in runs if run.goal == goal and len(run.rows)]
-            if mine:
-                some = self.problem[torch.cat([run.rows for run in mine])]
-                some = some.following(goal, torch.cat([run.ref for run in mine]))
-                points = descend(some, torch.cat([run.x_adv for run in mine]), steps, reach)
-                for run in mine:
-                    self.take(run.rows, points[: len(run.rows)])
-                    points = points[len(run.rows) :]
+            same = next((group for group in groups if group[0].goal == run.goal and self._fits(group, run)), None)
+            if same is not None:
+                same.append(run)
+            elif len(run.rows):
+                groups.append([run])
+        return groups
 
-    def search(self, rows: Tensor, queries: int, share: float) -> None:
-        """Change windows at random from the nearest points, as Square does; the best of several is taken if it helps."""
-        problem = self.problem
-        self._starts += 1
-        for query in range(queries // _AT_ONCE):
-            rows = rows[problem.open[rows]]
-            if not len(rows):
-                return
-            many = rows.repeat_interleave(_AT_ONCE)
-            some, at = problem[many], self.nearest[many]
-            noise = _each(some.noise("windows", self._starts, query), _AT_ONCE)
-            candidate = moved(some.threat, at, some.x, share, noise)
-            edge = told(some.goal.edge(some.answer(candidate), some.ref)).reshape(-1, _AT_ONCE)
-            best = edge.argmin(1) + torch.arange(len(rows), device=rows.device) * _AT_ONCE
-            self._keep(rows, candidate[best], edge.amin(1))
+    def _fits(self, group: Sequence[Run], run: Run) -> bool:
+        """Whether as many images may go through the model at once."""
+        return sum(len(one.rows) for one in (*group, run)) <= self.problem.most
+
+    def _joined(self, group: Sequence[Run]) -> tuple[Problem, Tensor]:
+        """The examples of a group as one problem that follows their goal, and where they begin."""
+        some = self.problem[torch.cat([run.rows for run in group])]
+        x_adv = torch.cat([run.x_adv for run in group])
+        return some.following(group[0].goal, torch.cat([run.ref for run in group])), x_adv
+
+    def _take_all(self, group: Sequence[Run], points: Tensor) -> None:
+        for run in group:
+            self.take(run.rows, points[: len(run.rows)])
+            points = points[len(run.rows) :]
+
+    def search(self, rows: Tensor, queries: int, share: float, draw: int) -> None:
+        """Change windows at random from the nearest points, as Square does; the best of several is taken if it helps.
+
+        Who has gained nothing by half of the queries is let go: where gradients work, windows have nothing to add.
+        """
+        problem, times = self.problem, queries // _AT_ONCE
+        if not (times and len(rows)):
+            return
+        # All numbers at once: those of one query after another would cost more than what is done with them.
+        drawn = problem[rows].noise("windows", draw).uniform(times, _AT_ONCE, numbers(problem.threat, problem.x))
+        idle = torch.zeros_like(rows)
+        for query in range(times):
+            before = self.edge[rows]
+            left = (problem.open[rows] & (idle < (times + 1) // 2)).nonzero().squeeze(1)
+            for some in torch.split(left, max(1, problem.most // _AT_ONCE)) if len(left) else ():
+                self._look_around(rows[some], drawn[some, query].flatten(0, 1), share)
+            idle = torch.where(self.edge[rows] < before, 0, idle + 1)
+
+    def _look_around(self, rows: Tensor, drawn: Tensor, share: float) -> None:
+        many = rows.repeat_interleave(_AT_ONCE)
+        some, at = self.problem[many], self.nearest[many]
+        candidate = moved(some.threat, at, some.x, share, drawn)
+        edge = told(some.goal.edge(some.answer(candidate), some.ref)).reshape(-1, _AT_ONCE)
+        best = edge.argmin(1) + torch.arange(len(rows), device=rows.device) * _AT_ONCE
+        self._keep(rows, candidate[best], edge.amin(1))
 
     def take(self, rows: Tensor, x_adv: Tensor) -> None:
         """Ask at points (M, *S) of the examples `rows` (M,), and keep those that are nearer."""
@@ -183,9 +265,3 @@ class Pursuit:
 def _spread(wanted: Tensor, rows: Tensor, like: Tensor) -> Tensor:
     """References of the examples `rows` in a tensor with a row for each of all examples."""
     return torch.zeros(len(like), *wanted.shape[1:], dtype=wanted.dtype, device=wanted.device).index_copy(0, rows, wanted)
-
-
-def _each(noise: Noise, copies: int) -> Noise:
-    """Noise of its own for each copy of an example, copies side by side."""
-    copy = torch.arange(copies, device=noise.ids.device).repeat(len(noise.ids) // copies)
-    return replace(noise, ids=noise.ids * copies + copy)

@@ -15,7 +15,7 @@ from robustkit._random import Noise
 from robustkit._tensors import over
 from robustkit.threats import L2, Linf, Threat
 
-__all__ = ["moved", "sides", "start"]
+__all__ = ["moved", "numbers", "sides", "start"]
 
 _TILES = 5  # of the L2 start, along the shorter side
 _CANCELLED = 1e-6  # so short a sum of two unit vectors is rounding
@@ -26,7 +26,12 @@ def start(threat: Threat, x: Tensor, noise: Noise) -> Tensor:
     return _WAYS[type(threat)][0](threat, _images(x), noise).reshape(x.shape)
 
 
-def moved(threat: Threat, x_adv: Tensor, x: Tensor, share: float, noise: Noise) -> Tensor:
+def numbers(threat: Threat, x: Tensor) -> int:
+    """How many random numbers `moved` needs for each example."""
+    return (5 if type(threat) is L2 else 2) + _images(x[:1]).shape[1]
+
+
+def moved(threat: Threat, x_adv: Tensor, x: Tensor, share: float, drawn: Tensor) -> Tensor:
     """`x_adv` (N, *S) with a random window of each changed, so that the whole budget is spent, box aside.
 
     Args:
@@ -34,9 +39,9 @@ def moved(threat: Threat, x_adv: Tensor, x: Tensor, share: float, noise: Noise) 
         x_adv: Where the search stands.
         x: The unchanged inputs.
         share: Which share of the image the window covers, in (0, 1].
-        noise: Of this query.
+        drawn: Uniform numbers in [0, 1), (N, `numbers`): where, and in which colours.
     """
-    return _WAYS[type(threat)][1](threat, _images(x_adv), _images(x), share, noise).reshape(x.shape)
+    return _WAYS[type(threat)][1](threat, _images(x_adv), _images(x), share, drawn).reshape(x.shape)
 
 
 def sides(share: float, height: int, width: int, least: int = 1) -> tuple[int, int]:
@@ -71,9 +76,8 @@ def _stripes(threat: Threat, x: Tensor, noise: Noise) -> Tensor:
     return threat.steepest(_signs(noise.uniform(channels, 1, width), x).expand_as(x), x)
 
 
-def _coloured(threat: Threat, x_adv: Tensor, x: Tensor, share: float, noise: Noise) -> Tensor:
+def _coloured(threat: Threat, x_adv: Tensor, x: Tensor, share: float, drawn: Tensor) -> Tensor:
     """A window in one colour, each channel at one end of the ball (algorithm 2); never the image that was there."""
-    drawn = noise.uniform(2 + x.shape[1])
     inside = _positions(drawn[:, :2], sides(share, x.shape[2], x.shape[3]), x)[0]
     colour = _signs(drawn[:, 2:], x)[:, :, None, None].expand_as(x)
     ends, opposite = threat.steepest(colour, x), threat.steepest(-colour, x)
@@ -96,10 +100,9 @@ def _tiles(threat: Threat, x: Tensor, noise: Noise) -> Tensor:
     return threat.project(threat.step(change.to(x), x, x, 1.0), x)
 
 
-def _shifted(threat: Threat, x_adv: Tensor, x: Tensor, share: float, noise: Noise) -> Tensor:
+def _shifted(threat: Threat, x_adv: Tensor, x: Tensor, share: float, drawn: Tensor) -> Tensor:
     """What a second window had, and what the budget has left, goes to a bump on top of a first one (algorithm 3)."""
     size = sides(share, x.shape[2], x.shape[3], least=3)
-    drawn = noise.uniform(5 + x.shape[1])
     here, rows, columns = _positions(drawn[:, :2], size, x)
     there = _positions(drawn[:, 2:4], size, x)[0]
     bump = _bumps(*size, x)[_turned(drawn[:, 4])[:, None, None], rows[:, :, None], columns[:, None, :]]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from robustkit.attack import Attack
 from robustkit.attacks import _probes as probes
+from robustkit.attacks import _trials as trials
 from robustkit.attacks._checks import positive
 from robustkit.problem import Problem
 
@@ -35,11 +36,11 @@ class Audit(Attack):
     def run(self, problem: Problem) -> Tensor:
         """One probe after another."""
         probes.answers(problem)
-        probes.company(problem)
         probes.ordinary(problem)
         probes.agreement(problem, probes.chosen(problem, "agreement", 1.0))
-        probes.small_steps(problem, probes.chosen(problem, "small", self.share))
-        probes.raw_runs(problem, probes.chosen(problem, "raw", self.share, left=False))
-        probes.unbounded(problem, probes.chosen(problem, "unbounded", self.share))
-        probes.survivors(problem, self.share)
+        probes.small_steps(problem, probes.chosen(problem, "small", 1.0))
+        trials.raw_runs(problem, probes.chosen(problem, "raw", self.share, left=False))
+        trials.unbounded(problem, probes.chosen(problem, "unbounded", self.share))
+        trials.binarised(problem, probes.chosen(problem, "binarised", self.share, left=False))
+        trials.survivors(problem, self.share)
         return problem.best

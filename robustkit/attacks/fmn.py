@@ -39,7 +39,7 @@ class FMN(Attack):
 
     Here it is otherwise:
 
-    - No ball exceeds the budget: a success beyond it is worth nothing.
+    - A success beyond the budget is worth nothing, but balls may exceed it: the way along the border starts outside.
     - A step is alpha of the way that a linear model would ask for: from x to the best point of the present ball inside the
       box (there: alpha in input units along the gradient, whatever the norm, the range of the inputs and the size of the
       ball). Without a box this is the direction of the gradient for L2, as there, and its signs for Linf. Coordinates that

@@ -17,6 +17,7 @@ from robustkit.problem import Problem
 __all__ = ["PixelSearch"]
 
 _FINALISTS = 4  # locations at which all extreme colours are tried, for one pixel
+_TRIED = -1e300  # the promise of a candidate that was asked before
 _SHELF = 32  # promising locations among which a search that is stuck draws a new set
 
 
@@ -131,13 +132,15 @@ class _Search:
         """Take the pixel of one slot out of each set, and ask about those that promise most in its place."""
         kept = [i for i in range(self._count) if i != slot]
         places, tints = self._places[:, kept], self._tints[:, kept]
-        promise = self._field.promise().masked_fill(self._tried[:, slot], -torch.inf)
+        # What was tried comes last, and what must not be asked at all after that.
+        promise = self._field.promise().masked_fill(self._tried[:, slot], _TRIED)
         without = self._single
         if kept:
             for shift in (0, self._locations):
                 promise.scatter_(1, places + shift, -torch.inf)
+            self._leave_out_own(promise, slot)
             without = self._ask(1, lambda rows, _: self._paint(rows, places[rows], tints[rows]))[:, 0]
-        many = min(self._at_once, most - bool(kept), 2 * (self._locations - len(kept)), self._untried)
+        many = min(self._at_once, most - bool(kept), 2 * (self._locations - len(kept)) - bool(kept), self._untried)
         candidates = promise.argsort(dim=1, descending=True, stable=True)[:, :many]
         losses = self._try(candidates, places, tints, without)
         self._tried[:, slot].scatter_(1, candidates, True)
@@ -145,6 +148,15 @@ class _Search:
         self._idle = torch.where(better, 0, self._idle + 1)
         self._untried -= many if self._count == 1 else 0
         self._tried[:, kept] &= ~better[:, None, None]
+
+    def _leave_out_own(self, promise: Tensor, slot: int) -> None:
+        """Forbid the pixel that stands in the slot: its loss is known, and told in another batch it may be a rounding lower.
+
+        A set that was drawn anew has not been asked about yet, so there it may come back.
+        """
+        own = (self._places[:, slot] + self._tints[:, slot] * self._locations).unsqueeze(1)
+        there = promise.gather(1, own)
+        promise.scatter_(1, own, torch.where(self._value.isfinite().unsqueeze(1), -torch.inf, there))
 
     def _kick(self, turn: int) -> None:
         """Draw a set anew among the promising locations where a round through all its pixels changed nothing."""

@@ -12,7 +12,7 @@ from robustkit._tensors import over
 from robustkit.attack import Attack
 from robustkit.attacks._checks import at_least, positive
 from robustkit.attacks._locations import told
-from robustkit.attacks._windows import moved, start
+from robustkit.attacks._windows import moved, numbers, start
 from robustkit.errors import ArgumentError
 from robustkit.problem import Problem
 from robustkit.threats import L2, Linf, Threat
@@ -74,7 +74,13 @@ class Square(Attack):
         for query in left.steps(self.queries - 1):
             still = left.open
             rows, left, x_adv, value = rows[still], left[still], x_adv[still], value[still]
-            candidate = moved(left.threat, x_adv, left.x, self.share(query + 1), left.noise("query", query + 1))
+            candidate = moved(
+                left.threat,
+                x_adv,
+                left.x,
+                self.share(query + 1),
+                left.noise("query", query + 1).uniform(numbers(left.threat, left.x)),
+            )
             loss = told(left.loss(candidate))
             better = loss < value
             x_adv, value = torch.where(over(better, x_adv), candidate, x_adv), torch.where(better, loss, value)

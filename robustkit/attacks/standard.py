@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count, cycle, islice
 from typing import ClassVar, Final, final
 
 from torch import Tensor
@@ -13,6 +15,7 @@ from robustkit.attacks._checks import at_least
 from robustkit.attacks._escalation import escalated
 from robustkit.attacks._pursuit import Pursuit, Run
 from robustkit.attacks.audit import Audit
+from robustkit.audit import lower_bound
 from robustkit.errors import ArgumentError
 from robustkit.losses import margin, probability_margin
 from robustkit.problem import Problem
@@ -20,7 +23,9 @@ from robustkit.threats import L2, Linf, Threat
 
 __all__ = ["STAGES", "Standard"]
 
-STAGES: Final = ("descent", "parts", "windows", "others", "polish", "restarts")
+STAGES: Final = ("descent", "parts", "border", "windows", "polish", "restarts")
+_ALL: Final = 9  # parts
+_DRAWS: Final = 100  # random starts of a round at most: they are numbered
 
 
 @final
@@ -30,29 +35,34 @@ class Round:
 
     Attributes:
         within: The share.
-        polish: Steps of each of two descents from the nearest point, short and shorter.
-        restarts: Descents from random points.
-        steps: Of each of them.
-        queries: Of the search over windows.
-        others: Whether the parts of the goal that were not tried on all examples are tried on these.
+        steps: Of each descent.
+        parts: Up to which rank the parts of the goal are pursued; those before this round have been.
+        polish: First steps of descents from the nearest point, in budgets.
+        restarts: Descents from random points, each in another way.
+        queries: Of the search over windows, which comes before the descents.
+        share: Of an image is what a window covers; as in Square, the nearer, the smaller.
     """
 
     within: float
-    polish: int
-    restarts: int
     steps: int
-    queries: int
-    others: bool = False
+    parts: int
+    polish: tuple[float, ...] = ()
+    restarts: int = 0
+    queries: int = 0
+    share: float = 0.02
 
 
 _ROUNDS: Final = (
-    Round(0.5, 0, 0, 0, 150),
-    Round(0.15, 20, 1, 50, 300, others=True),
-    Round(0.05, 20, 4, 50, 600),
-    Round(0.02, 30, 6, 100, 1500),
+    Round(0.5, 20, 3, queries=150, share=0.05),
+    Round(0.15, 30, _ALL, (0.5, 0.1), 2, 300),
+    Round(0.07, 40, _ALL, (0.5, 0.1), 6, 600),
+    Round(0.035, 50, _ALL, (0.5, 0.1), 12, 1500),
 )
-_SHARE = 0.05  # of an image is what a window covers
-_REACHES = (0.5, 0.1)  # of the two descents of a polish, in budgets
+# Walks along the border, one set after another: towards how many parts, and steps.
+_WALKS: Final = ((1, 20), (3, 40), (_ALL, 80))
+_MISSED: Final = 0.01  # the share that descents may miss without a further set
+# How restarts differ: towards the part of which rank, None for the whole goal, and how much of the usual first step.
+_WAYS: Final = ((None, 1.0), (0, 0.5), (1, 1.0), (None, 0.5), (0, 1.0), (1, 0.5))
 
 
 @final
@@ -64,29 +74,31 @@ class Standard(Attack):
     2. "parts": the same along the margin of one part of the goal after another (for misclassification: towards one other
        class), in the order of how much of the way a linear model would leave, from random points.
     3. Four rounds for those that have come near, the nearer the more: "windows", the random search of the Square attack, but
-       from the nearest point; "others", the parts not tried yet; "polish", short steps from the nearest point; "restarts"
-       towards the two likeliest parts.
+       from the nearest point, for as long as it gains; "parts", those not tried yet; "restarts": short steps from the nearest
+       point, and descents from random points, each in another way.
 
     How near an example is it tells itself: the edge of the goal at the nearest point as a share of that at x. So no result
-    depends on other examples, and none of the numbers on a data set; docs/standard.md has what each stage buys.
+    depends on other examples, and none of the numbers on a data set; docs/standard.md has what each stage buys. The descents of
+    a round go through the model side by side, as far as `Target.batch_size` allows.
 
     Attributes:
         steps: Of each descent.
         parts: How many parts of the goal are tried on every example.
         budget: The most forwards that an example may cost, a gradient counted as two; None for no bound. Stages that would
             exceed it are skipped, and a note says for how many examples.
-        skip: A stage to leave out, to see what it buys; "" for none.
+        skip: A stage to leave out, to see what it buys; "" for none. "polish" are the restarts from the nearest point.
+        audit: Whether it is asked if the number may be believed, and more is done where it may not.
 
     Sources: the margin of probabilities: Xie et al. 2024 (https://arxiv.org/abs/2411.15210); one class after another: Gowal et
     al. 2019 (https://arxiv.org/abs/1910.09338); effort where the margin is small: Liu et al. 2022
     (https://arxiv.org/abs/2203.05154); windows: Andriushchenko et al. 2020 (https://arxiv.org/abs/1912.00049). The order by a
-    linear model, the search from the nearest point and the rounds are ours.
+    linear model, the search from the nearest point, the steps that stay in the box and the rounds are ours.
     """
 
     serves: ClassVar[tuple[type[Threat], ...]] = (Linf, L2)
 
     steps: int = 20
-    parts: int = 3
+    parts: int = 1
     budget: int | None = None
     skip: str = ""
     audit: bool = True
@@ -101,43 +113,73 @@ class Standard(Attack):
     def run(self, problem: Problem) -> Tensor:
         """The stages in their order."""
         pursuit, x_adv = Pursuit(problem, self.budget), None
+        with problem.stage("descent"):
+            rows = self._wanting("descent", pursuit.rows("descent", _cost(self.steps)))
+            goal = problem.goal.by(probability_margin)
+            pursuit.run([Run(rows, goal, problem.ref[rows], pursuit.start(rows, 0))], self.steps)
         with problem.stage("look"):
             pursuit.look()
-        with problem.stage("descent"):
-            rows = self._rows(pursuit, "descent", 3 * self.steps + 1)
-            goal = problem.goal.by(probability_margin)
-            pursuit.run([Run(rows, goal, problem.ref[rows], pursuit.start(rows))], self.steps)
-        with problem.stage("parts"):
-            for rank in range(min(self.parts, pursuit.parts)):
-                rows = self._rows(pursuit, "parts", 3 * self.steps + 1)
-                pursuit.run(list(pursuit.towards(rows, rank)), self.steps)
-        for one in _ROUNDS:
-            self._round(problem, pursuit, one)
+        tried = 0
+        for number, one in enumerate((Round(math.inf, self.steps, self.parts), *_ROUNDS), start=1):
+            ranks = range(tried, max(tried, min(one.parts, pursuit.parts)))
+            self._round(pursuit, one, number, ranks)
+            tried = ranks.stop
+            if number == 1:
+                with problem.stage("border"):
+                    self._walks(pursuit)
         if self.audit:
             with problem.stage("audit"):
                 Audit().run(problem)
             x_adv = escalated(problem)
-        for name, count in pursuit.skipped.items():
-            problem.tell("budget", f"{self.budget} was too little for {name} on {count} examples")
+        for name, dear in pursuit.skipped.items():
+            problem.tell("budget", f"{self.budget} was too little for {name} on {dear} examples")
         return pursuit.nearest if x_adv is None else x_adv
 
-    def _round(self, problem: Problem, pursuit: Pursuit, one: Round) -> None:
-        with problem.stage("windows"):
-            pursuit.search(self._rows(pursuit, "windows", one.queries, one.within), one.queries, _SHARE)
-        others = range(self.parts, pursuit.parts) if one.others else range(0)
-        with problem.stage("others"):
-            rows = self._rows(pursuit, "others", len(others) * (3 * self.steps + 1), one.within)
-            pursuit.run([run for rank in others if len(rows) for run in pursuit.towards(rows, rank)], self.steps)
-        with problem.stage("polish"):
-            for reach in _REACHES if one.polish else ():
-                rows = self._rows(pursuit, "polish", 3 * one.polish + 1, one.within)
-                goal = problem.goal.by(margin)
-                pursuit.run([Run(rows, goal, problem.ref[rows], pursuit.nearest[rows])], one.polish, reach)
-        with problem.stage("restarts"):
-            rows = self._rows(pursuit, "restarts", (3 * one.steps + 1) * one.restarts, one.within)
-            ranks = [number % min(2, pursuit.parts) for number in range(one.restarts)] if len(rows) else []
-            pursuit.run([run for rank in ranks for run in pursuit.towards(rows, rank)], one.steps)
+    def _round(self, pursuit: Pursuit, one: Round, number: int, ranks: range) -> None:
+        with pursuit.problem.stage("windows"):
+            rows = self._wanting("windows", pursuit.rows("windows", one.queries, one.within))
+            pursuit.search(rows, one.queries, one.share, number)
+        name = "restarts" if one.restarts else "parts"
+        with pursuit.problem.stage(name):
+            kinds = {"parts": len(ranks), "polish": len(one.polish), "restarts": one.restarts}
+            kinds.pop(self.skip, None)
+            rows = pursuit.rows(name, sum(kinds.values()) * _cost(one.steps), one.within)
+            draws = count(_DRAWS * number)
+            pursuit.run([run for kind in kinds for run in _runs(pursuit, one, rows, kind, ranks, draws)], one.steps)
 
-    def _rows(self, pursuit: Pursuit, stage: str, cost: int, within: float = math.inf) -> Tensor:
-        rows = pursuit.rows(stage, cost, within)
+    def _walks(self, pursuit: Pursuit) -> None:
+        """Along the border towards the likeliest part of the goal; longer, and towards more of them, where that finds much.
+
+        Descents see what is inside of the budget, walks come from outside. Where the model is flat around x they find many that
+        descents have missed; where it is not, none.
+        """
+        problem, surprises = pursuit.problem, 0
+        for most, steps in _WALKS if self.skip != "border" else ():
+            ranks = range(min(most, pursuit.parts))
+            rows = pursuit.rows("border", len(ranks) * _cost(steps), math.inf)
+            pursuit.walk([run for rank in ranks for run in pursuit.towards(rows, rank, 0)], steps)
+            if lower_bound(int((~problem.open[rows]).sum()), len(rows)) <= _MISSED:
+                break
+            surprises += 1
+        problem.testify("border-breaks", min(1, surprises), 1)
+
+    def _wanting(self, stage: str, rows: Tensor) -> Tensor:
         return rows[:0] if stage == self.skip else rows
+
+
+def _runs(pursuit: Pursuit, one: Round, rows: Tensor, kind: str, ranks: range, draws: Iterator[int]) -> Iterator[Run]:
+    whole, ref = pursuit.problem.goal.by(margin), pursuit.problem.ref[rows]
+    if kind == "parts":
+        for number in ranks:
+            yield from pursuit.towards(rows, number, next(draws))
+    elif kind == "polish":
+        yield from (Run(rows, whole, ref, pursuit.nearest[rows], reach) for reach in one.polish)
+    else:
+        for way, share in islice(cycle(_WAYS), one.restarts):
+            rank = None if way is None else min(way, pursuit.parts - 1)
+            yield from pursuit.towards(rows, rank, next(draws), share)
+
+
+def _cost(steps: int) -> int:
+    """Of a descent in forwards: one a step and a gradient, which counts as two, and one for the question at its best point."""
+    return 3 * steps + 1

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from robustkit.attack import Attack
 from robustkit.bench import specs
+from robustkit.bench.defences import described
 from robustkit.bench.executors import Executor, Processes, Serial
 from robustkit.bench.folder import open_folder, results_of
 from robustkit.bench.loaded import Loaded, Trial, load
 from robustkit.bench.picture import Picture
-from robustkit.bench.plan import Case, Plan
+from robustkit.bench.plan import NONE, Case, Plan
 from robustkit.bench.runner import Outcome, outcomes
 from robustkit.bench.show.live import Live
 from robustkit.bench.show.notebook import fragment
@@ -120,7 +121,8 @@ def evaluate(model: Model | Mapping[str, Model], data: Any, *, threat: Threat | 
     Args:
         model: Maps images (N, C, H, W) to logits (N, classes), with the normalisation inside (`robustkit.Normalize`): a
             module, a function, or a `Target`, which says how many images go through it at once and how a defence may be
-            differentiated. Several as a dictionary: {"plain": a, "trained against PGD": b}.
+            differentiated: `Quantise(8).guard(model)` is attacked along every view. Several as a dictionary:
+            {"plain": a, "trained against PGD": b}.
         data: A pair of tensors or arrays (x, y), x inside the bounds of the threat and y whole numbers from 0; a DataLoader
             or anything else that yields pairs of tensors, which are put together in memory; or a `robustkit.data.Data`.
         threat: What may change, one or several: `Linf(8 / 255)`, or "linf:8/255".
@@ -145,8 +147,9 @@ def evaluate(model: Model | Mapping[str, Model], data: Any, *, threat: Threat | 
     threats = [_meant("threat", one, Threat, specs.threat, specs.threat_words) for one in _several(threat)]
     meant = [_meant("attacks", one, Attack, specs.attack, repr) for one in _several(attacks)]
     goals = [_meant("goals", one, str, specs.goal, str)[0] for one in _several(goals)]
+    behind = {name: described(target) or NONE for name, target in targets.items()}
     trials = [
-        Trial(Case(name, told, word, goal), attack, one, specs.goal(goal))
+        Trial(Case(name, told, word, goal, behind[name]), attack, one, specs.goal(goal))
         for name in targets
         for told, one in threats
         for word, attack in meant
@@ -167,7 +170,8 @@ def _loaded(targets: Mapping[str, Target], held: Data, trials: Sequence[Trial], 
     plan = Plan(cases, held.spec, seed=seed, block=max(_BLOCK, most), batch_size=most, device=str(next(iter(devices), "cpu")),
                 threads=torch.get_num_threads())  # fmt: skip
     try:
-        subjects = {name: Subject(name, target, held, plan, weights=target.module) for name, target in targets.items()}
+        attacked = {case.subject: targets[case.model] for case in cases}
+        subjects = {name: Subject(name, target, held, plan, weights=target.module) for name, target in attacked.items()}
     except Exception as error:
         error.add_note(
             f"robustkit had shown a model images of shape (N, {', '.join(map(str, held.shape[1:]))}), as they were given"

@@ -22,16 +22,19 @@ from robustkit.attack import Attack
 from robustkit.attacks.universal import UniversalAttack
 from robustkit.bench import plugins, specs
 from robustkit.bench.block import Block, Task
+from robustkit.bench.defences import described
 from robustkit.bench.environment import environment
 from robustkit.bench.picture import Picture
 from robustkit.bench.plan import Case, Plan
 from robustkit.bench.plugins import Plugin
+from robustkit.bench.record import Record
 from robustkit.bench.request import command_of
 from robustkit.bench.specs import Aim
 from robustkit.bench.spread import Learned, Spread, learn
 from robustkit.bench.starts import Finds, read_finds
 from robustkit.bench.store import Store
-from robustkit.bench.subject import Subject, is_pinned, load_subject
+from robustkit.bench.subject import Subject, is_pinned, load_subjects
+from robustkit.bench.views import attacked, on_every_view
 from robustkit.data import Data
 from robustkit.errors import ArgumentError
 from robustkit.goals import Misclassify
@@ -76,8 +79,9 @@ def load(plan: Plan) -> Loaded:
     ]
     with threads(plan.threads):
         whole = real_data.load(plan.data)
-        data, finds = whole.part(plan.offset, plan.limit), read_finds(plan.start_from, whole)
-        return Loaded(plan, data, {spec: load_subject(spec, data, plan) for spec in plan.models}, trials, finds=finds)
+        data = whole.part(plan.offset, plan.limit)
+        finds = read_finds(plan.start_from, whole, range(plan.offset, plan.offset + len(data)))
+        return Loaded(plan, data, load_subjects(data, plan), trials, finds=finds)
 
 
 @final
@@ -133,7 +137,7 @@ class Loaded:
             with plugins.blamed(trial.plugin, trial.case.attack):
                 specs.check_served(trial.case.attack, trial.attack, trial.case.threat, trial.threat)
             white = trial.attack.access == "white"
-            subjects[trial.case.model].check(trial.case, trial.threat, trial.aim.wanted, white)
+            subjects[trial.case.subject].check(trial.case, trial.threat, trial.aim.wanted, white)
         self.weights = {spec: subject.hash for spec, subject in subjects.items()}
         self.fingerprints = {spec: subject.fingerprint for spec, subject in subjects.items()}
         self.plan, self.trials = replace(plan, pins=hashes), tuple(trials)
@@ -164,6 +168,12 @@ class Loaded:
         learns = isinstance(self.trials[case].attack, UniversalAttack) and self._pool is None
         return range(len(self) // 2 if learns else 0, len(self))
 
+    def ways(self, case: int) -> Record:
+        """What a record tells of the ways in which a case was attacked: the defence with every field, and the views."""
+        trial = self.trials[case]
+        target = self._subjects[trial.case.subject].target
+        return {"defence_recipe": described(target), "views": list(attacked(trial.attack, target))}
+
     def tasks(self) -> list[Task]:
         """All blocks; the first of every case before the others, since then it is known what each costs."""
         starts = [self.images(case)[:: self.plan.block] for case in range(len(self.trials))]
@@ -178,13 +188,13 @@ class Loaded:
             groups.setdefault((*self._sweep(task.case), task.first), []).append(task)
         return [tuple(sorted(group, key=lambda task: self._order(task.case))) for group in groups.values()]
 
-    def glance(self, model: str) -> float:
-        """Seconds that a model takes for one clean image, in blocks."""
-        subject, rows = self._subjects[model], slice(0, min(self.plan.block, len(self)))
+    def glance(self, subject: str) -> float:
+        """Seconds that one clean image takes, in blocks."""
+        one, rows = self._subjects[subject], slice(0, min(self.plan.block, len(self)))
         x, y = self._data.images(rows), self._data.y[rows]
         with threads(self.plan.threads):
             started = time.perf_counter()
-            subject.logits(x, y, 0, "glance")
+            one.logits(x, y, 0, "glance")
             return (time.perf_counter() - started) / len(x)
 
     def measure(self, task: Task) -> Block:
@@ -211,7 +221,7 @@ class Loaded:
         trial = self.trials[case]
         if isinstance(trial.attack, UniversalAttack):
             return (case,)
-        return trial.case.model, trial.case.attack, trial.case.goal, type(trial.threat), trial.threat.bounds
+        return trial.case.subject, trial.case.attack, trial.case.goal, type(trial.threat), trial.threat.bounds
 
     def _order(self, case: int) -> tuple[float, str]:
         trial = self.trials[case]
@@ -239,7 +249,7 @@ class Loaded:
         trial, plan = self.trials[case], self.plan
         asked = {
             "case": asdict(trial.case), "recipe": [repr(trial.attack), repr(trial.threat)], "data": plan.pins[plan.data],
-            "model": self.fingerprints[trial.case.model],
+            "model": self.fingerprints[trial.case.subject],
             "rows": [plan.offset + first, plan.offset + last], "seed": plan.seed, "block": plan.block,
             "batch_size": plan.batch_size, "device": plan.device, "normalize": plan.normalize,
             "save_adversarial": plan.save_adversarial, "environment": self.environment,
@@ -257,7 +267,7 @@ class Loaded:
 
     def _measured(self, task: Task) -> Block:
         trial, plan, rows = self.trials[task.case], self.plan, task.rows
-        subject, attack = self._subjects[trial.case.model], trial.attack
+        subject, attack = self._subjects[trial.case.subject], trial.attack
         learned = self._learned(task.case) if isinstance(attack, UniversalAttack) else None
         ids = torch.arange(task.first, task.last) + plan.offset
         starts = self._starts(task, ids) if learned is None else None
@@ -269,8 +279,8 @@ class Loaded:
         key = Noise(plan.seed, ids).at("model", int(ids[0])).key
         with reseeded(subject.target.generators, key), plugins.blamed(trial.plugin, trial.case.attack):
             attack = attack if learned is None else learned.perturbation
-            result = attack(subject.target, x, ref, goal=trial.aim.goal, threat=trial.threat, seed=plan.seed, ids=ids,
-                            keep=_kept(attack), starts=starts)  # fmt: skip
+            result = on_every_view(attack, subject.target, x, ref, goal=trial.aim.goal, threat=trial.threat, seed=plan.seed,
+                                   ids=ids, keep=_kept(attack), starts=starts)  # fmt: skip
         if trial.aim.goal == Misclassify():
             after = ~result.success.cpu()
         else:
@@ -288,10 +298,10 @@ class Loaded:
     def _starts(self, task: Task, ids: Tensor) -> Tensor | None:
         """Where the attack may begin, (n, *S): what a smaller eps has found, else the best that earlier runs have."""
         trial, below = self.trials[task.case], self._below(task)
-        if below is None and not self._finds.finds:
+        if below is None and not self._finds.hashes:
             return None
         x = self._data.images(task.rows)
-        starts = self._finds.images(trial.case.goal, trial.threat, self.plan.pins[trial.case.model], ids, x)
+        starts = self._finds.images(trial.case.goal, trial.threat, self.plan.pins[trial.case.subject], ids, x)
         if below is not None:
             block = self._at_hand.get(below)
             if block is None or block.images is None:
@@ -327,14 +337,14 @@ class Loaded:
     def _learn(self, trial: Trial, pool: Data) -> Learned:
         assert isinstance(trial.attack, UniversalAttack)
         with threads(self.plan.threads), plugins.blamed(trial.plugin, trial.case.attack):
-            subject = self._subjects[trial.case.model]
+            subject = self._subjects[trial.case.subject]
             return learn(trial.attack, subject, trial.aim, trial.threat, pool, self.plan)
 
     def _spread(self, task: Task, learned: Learned, x: Tensor, x_adv: Tensor, labels: Tensor) -> Spread:
         """What the change does to the predictions; what it is, with the first block of its case."""
         trial, plan = self.trials[task.case], self.plan
-        others = [subject for spec, subject in self._subjects.items() if spec != trial.case.model]
-        seen = Spread.seen(self._subjects[trial.case.model], others, x, x_adv, labels, first=task.first,
+        others = [subject for spec, subject in self._subjects.items() if spec != trial.case.subject]
+        seen = Spread.seen(self._subjects[trial.case.subject], others, x, x_adv, labels, first=task.first,
                            threat=trial.threat, seed=plan.seed)  # fmt: skip
         if task.first != self.images(task.case).start:
             return seen
@@ -357,7 +367,7 @@ class Loaded:
         change = None if spread is None or spread.delta is None else spread.delta.numpy()
         return tuple(
             Picture(
-                case.model, case.attack, case.goal, case.threat, self.plan.offset + rows.start + int(i), before[k].numpy(),
+                case.subject, case.attack, case.goal, case.threat, self.plan.offset + rows.start + int(i), before[k].numpy(),
                 after[k].numpy(), names[int(labels[k])], _name(names, int(said[0].indices[k])), float(said[0].values[k]),
                 _name(names, int(said[1].indices[k])), float(said[1].values[k]), float(result.size[i]),
                 bool(result.success[i]), change,

@@ -45,7 +45,7 @@ def read(path: Path) -> Run:
     """
     try:
         results = json.loads((path / "results.json").read_text(encoding="utf-8"))
-        records = [(Case(r["model"], r["threat"], r["attack"], r["goal"]), int(r["n"])) for r in results["records"]]
+        records = [(Case.of(r), int(r["n"])) for r in results["records"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArgumentError(
             f"run={str(path)!r} holds no readable results.json ({error}); name a folder that robustkit bench has written"

@@ -19,7 +19,7 @@ class Picture:
     """One attacked image, before and after, C being 1 or 3.
 
     Attributes:
-        model: The model's spec, as in the record that the picture belongs to.
+        model: The model's spec, as in the record that the picture belongs to, and the defence that it stands behind.
         attack: The attack's spec, likewise.
         goal: The goal's spec, likewise.
         threat: The threat's spec, likewise.

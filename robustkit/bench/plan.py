@@ -4,22 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
 
 from robustkit.errors import ArgumentError
 
 __all__ = ["Case", "Plan", "default_plan", "pairs", "product"]
 
+NONE = "none"  # the word for no defence
+
 
 @final
 @dataclass(frozen=True)
 class Case:
-    """One row of the table: a model under one attack with one goal in one threat."""
+    """One row of the table: a model, perhaps behind a defence, under one attack with one goal in one threat."""
 
     model: str
     threat: str
     attack: str
     goal: str = "misclassify"
+    defence: str = NONE
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Case:
+        """The case of a record of results.json."""
+        return cls(record["model"], record["threat"], record["attack"], record["goal"], record["defence"] or NONE)
+
+    @property
+    def defended(self) -> str | None:
+        """The defence; None where there is none."""
+        return None if self.defence == NONE else self.defence
+
+    @property
+    def subject(self) -> str:
+        """What is attacked, in words: the model, or the model behind its defence."""
+        return self.model if self.defence == NONE else f"{self.model} behind {self.defence}"
 
 
 @final
@@ -41,7 +59,7 @@ class Plan:
         normalize: MEAN,STD to be put before the models that a factory makes; each one number, or one a channel with ":"
             between them. None where they normalise for themselves.
         save_adversarial: Whether all attacked images are written, and not only those that are solved.
-        start_from: Folders of earlier runs on the same images; attacks begin at what was found there.
+        start_from: Folders of earlier runs on the same images, or files of adversarial images; attacks begin at what is there.
         pins: Hashes of the data, the models and the earlier runs that the plan was made with, by spec; others are refused.
     """
 
@@ -76,10 +94,17 @@ class Plan:
         return tuple(dict.fromkeys(case.model for case in self.cases))
 
 
-def product(models: Iterable[str], threats: Iterable[str], attacks: Iterable[tuple[str, str]]) -> tuple[Case, ...]:
-    """Every model under every threat with every (attack, goal), each once."""
-    threats, attacks = tuple(threats), tuple(attacks)
-    cases = (Case(model, threat, attack, goal) for model in models for threat in threats for attack, goal in attacks)
+def product(models: Iterable[str], threats: Iterable[str], attacks: Iterable[tuple[str, str]],
+            defences: Iterable[str] = (NONE,)) -> tuple[Case, ...]:  # fmt: skip
+    """Every model behind every defence under every threat with every (attack, goal), each once."""
+    threats, attacks, defences = tuple(threats), tuple(attacks), tuple(defences)
+    cases = (
+        Case(model, threat, attack, goal, defence)
+        for model in models
+        for defence in defences
+        for threat in threats
+        for attack, goal in attacks
+    )
     return tuple(dict.fromkeys(cases))
 
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import tomli_w
 
-from robustkit.bench.plan import Case, Plan, pairs, product
+from robustkit.bench.plan import NONE, Case, Plan, pairs, product
 from robustkit.errors import ArgumentError
 
 __all__ = ["plan_text", "read_plan"]
 
 Table = Mapping[str, Any]  # Any: what TOML holds; each value is checked before it is used
 
-_LISTS = ("models", "threats", "attacks", "goals")
+_LISTS = ("models", "defences", "threats", "attacks", "goals")
 _SETTINGS = tuple(field.name for field in fields(Plan) if field.name not in ("cases", "pins", "start_from"))
 _KINDS: tuple[tuple[type, str], ...] = ((bool, "true or false"), (int, "a whole number"), (str, "a string"))
 _HEAD = "# What `robustkit bench --plan` ran. The hashes hold it to the data and the weights that it ran on.\n\n"
@@ -44,9 +44,9 @@ def read_plan(path: Path) -> Plan:
     """The plan in a TOML file.
 
     Top level: `data`, and if wanted offset, limit, seed, block, batch_size, device, threads, normalize, save_adversarial.
-    Lists `models`, `threats`, `attacks` and `goals` stand for every combination of theirs; `[[cases]]` with model, threat,
-    attack and goal for single ones; a list `start_from` names earlier runs; `[hashes]` holds the run to data, weights and
-    those runs.
+    Lists `models`, `defences`, `threats`, `attacks` and `goals` stand for every combination of theirs; `[[cases]]` with
+    model, threat, attack, goal and defence for single ones; a list `start_from` names earlier runs; `[hashes]` holds the run to
+    data, weights and those runs.
 
     Raises:
         ArgumentError: The file cannot be read, is no TOML, or holds a name or a value that means nothing.
@@ -90,8 +90,9 @@ def _combined(table: Table) -> tuple[Case, ...]:
     return tuple(
         case
         for model in lists["models"]
+        for defence in lists["defences"] or [NONE]
         for threat in lists["threats"]
-        for case in product([model], [threat], pairs(threat, lists["attacks"], lists["goals"]))
+        for case in product([model], [threat], pairs(threat, lists["attacks"], lists["goals"]), [defence])
     )
 
 
@@ -102,7 +103,7 @@ def _single(table: Table) -> list[Case]:
     names = tuple(field.name for field in fields(Case))
     for number, row in enumerate(rows, start=1):
         _check_names(row, names, f"case {number}")
-        missing = [name for name in names if name not in row and name != "goal"]
+        missing = [name for name in names if name not in row and name not in ("goal", "defence")]
         if missing:
             raise ArgumentError(f"case {number} has no {missing[0]}; it needs model, threat and attack")
     return [Case(**{name: _value(row, name, str) for name in row}) for row in rows]

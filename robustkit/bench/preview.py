@@ -69,7 +69,7 @@ def preview(loaded: Loaded) -> list[Preview]:
 def _tried(loaded: Loaded, index: int) -> Preview:
     images, case = loaded.images(index), loaded.trials[index].case
     n = len(images)
-    count = min(n, loaded.plan.block, max(LEAST, math.floor(GLANCE / loaded.glance(case.model))))
+    count = min(n, loaded.plan.block, max(LEAST, math.floor(GLANCE / loaded.glance(case.subject))))
     block = loaded.measure(Task(index, images.start, images.start + count, "preview"))
     once = block.spread.learned if block.spread is not None else None  # what does not grow with the images
     low, high = wilson(n // 2, n)  # a share of one half has the widest interval

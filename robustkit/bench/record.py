@@ -61,7 +61,7 @@ def make_record(case: Case, plan: Plan, *, attack: Attack, result: Result, clean
     flags = _once((*(flag for flag in result.flags if flag.name not in again), *flat, *alarms))
     notes = _once((*(note for note in result.notes if note.name not in again), *([] if flat else _flat_note(result)), *facts))
     return {
-        "model": case.model, "data": plan.data, "defence": None, "goal": case.goal, "threat": case.threat,
+        "model": case.model, "data": plan.data, "defence": case.defended, "goal": case.goal, "threat": case.threat,
         "attack": case.attack, "recipe": repr(attack), "seed": plan.seed, "n": n,
         "clean_accuracy": float(clean.mean()), "robust_accuracy": float(robust.mean()),
         "success_rate": float(result.success.double().mean()), "low": low, "high": high,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, final
 
 from robustkit.bench import specs
-from robustkit.bench.plan import Plan, default_plan, pairs, product
+from robustkit.bench.plan import NONE, Plan, default_plan, pairs, product
 from robustkit.bench.plan_file import read_plan
 from robustkit.errors import ArgumentError
 
@@ -37,6 +37,7 @@ class Request:
     normalize: str | None = None
     save_adversarial: bool | None = None
     start_from: list[str] | None = None
+    defence: list[str] | None = None
 
     def given(self) -> dict[str, Any]:  # Any: the type is that of the field
         """What was asked for, by name."""
@@ -55,7 +56,7 @@ class Request:
         return shlex.join(words)
 
 
-_LISTS = ("model", "threat", "attack", "goal")
+_LISTS = ("model", "defence", "threat", "attack", "goal")
 _SETTINGS = ("offset", "limit", "seed", "block", "batch_size", "device", "threads", "normalize", "save_adversarial",
              "start_from")  # fmt: skip
 
@@ -90,8 +91,9 @@ def plan_of(request: Request) -> Plan:
     if any(name in given for name in _LISTS):
         threats = request.threat or dict.fromkeys(case.threat for case in cases)
         every = (
-            product([model], [threat], _attacks_of(request, threat))
+            product([model], [threat], _attacks_of(request, threat), [defence])
             for model in request.model or default.models
+            for defence in request.defence or [NONE]
             for threat in threats
         )
         cases = tuple(dict.fromkeys(case for some in every for case in some))
@@ -126,6 +128,7 @@ def _requests(plan: Plan) -> Iterator[Request]:
     yield Request(data=None if plan.data == default_plan().data else plan.data, **settings)
     settings |= {} if plan.limit is None else {"limit": plan.limit}
     lists: dict[str, Any] = {name: list(dict.fromkeys(getattr(case, name) for case in plan.cases)) for name in _LISTS}
-    if lists["goal"] == ["misclassify"]:
-        del lists["goal"]
+    for name, usual in (("goal", "misclassify"), ("defence", NONE)):
+        if lists[name] == [usual]:
+            del lists[name]
     yield Request(data=plan.data, **lists, **settings)

@@ -97,7 +97,8 @@ def _outcome(loaded: Loaded, store: Store, tasks: Sequence[Task], case: int) -> 
         seconds += block.seconds
     result = room.told(told)
     record = make_record(trial.case, loaded.plan, attack=trial.attack, result=result, clean=clean, robust=robust,
-                         seconds=seconds, model_hash=loaded.weights[trial.case.model])  # fmt: skip
+                         seconds=seconds, model_hash=loaded.weights[trial.case.subject])  # fmt: skip
+    record |= loaded.ways(case)
     if spreads:
         record |= spread_facts(record, spreads, loaded.labels(case), loaded.classes)
     return Outcome(case, record, tuple(pictures), robust)

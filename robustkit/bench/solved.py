@@ -30,7 +30,7 @@ def solvers(run: Run) -> Solvers:
     cases = read_plan(run.path / "plan.toml").cases
     found = []
     for record in run.results["records"]:
-        case = Case(record["model"], record["threat"], record["attack"], record["goal"])
+        case = Case.of(record)
         found.append(np.concatenate([_of_block(file) for file in files_of(run.path, cases.index(case))]))
     return tuple(found)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from robustkit.attack import Attack
 from robustkit.attacks import (
     APGD,
+    FAB,
     FGSM,
     FMN,
     L1APGD,
@@ -39,8 +40,8 @@ from robustkit.target import Fn
 from robustkit.threats import L1, L2, Linf, Pixels, Threat
 
 __all__ = [
-    "GOALS", "THREATS", "Aim", "attack", "attack_names", "check_served", "goal", "number", "packages", "plugin", "plugins",
-    "served", "serves", "settable", "threat", "threat_words", "written",
+    "GOALS", "THREATS", "Aim", "attack", "attack_names", "check_served", "goal", "number", "packages", "plugin",
+    "plugins", "read_value", "served", "serves", "settable", "threat", "threat_words", "written",
 ]  # fmt: skip
 
 THREATS: tuple[tuple[str, type[Threat], str], ...] = (
@@ -111,6 +112,7 @@ def attack_names() -> dict[str, tuple[type[Attack], dict[str, Any]]]:
         "l1apgd": (L1APGD, {}),
         "standard": (Standard, {}),
         "deepfool": (DeepFool, {}),
+        "fab": (FAB, {}),
         "fmn": (FMN, {}),
         "square": (Square, {}),
         "rays": (RayS, {}),
@@ -155,7 +157,7 @@ def attack(spec: str) -> Attack:
             raise ArgumentError(f"attack {spec!r}: {item!r} is no field=value of {name}; its fields: {there}")
         if field in chosen:
             raise ArgumentError(f"attack {spec!r}: {field} is given twice; leave one out")
-        chosen[field] = _value(hints[field], value, f"attack {spec!r}: {field}")
+        chosen[field] = read_value(hints[field], value, f"attack {spec!r}: {field}")
     missing = [field for field, held in known.items() if _default(held) is MISSING and field not in preset | chosen]
     if missing:
         raise ArgumentError(f"attack {spec!r}: {missing[0]} is missing; write {name}:{missing[0]}=VALUE")
@@ -240,7 +242,8 @@ def _words_for(hint: Any) -> list[str]:
     return [*words, "none"] if words and None in _choices(hint).values() else words
 
 
-def _value(hint: Any, text: str, name: str) -> Any:  # Any: the type is that of the field
+def read_value(hint: Any, text: str, name: str) -> Any:  # Any: the type is that of the field
+    """What a text means for a field of a type; `name` says which, where it means nothing."""
     choices, kinds, words = _choices(hint), _kinds(hint), _words_for(hint)
     if not words:
         raise ArgumentError(f"{name}={text!r} cannot be written on the command line; give it in Python, to robustkit.evaluate")

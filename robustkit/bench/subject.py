@@ -11,17 +11,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from robustkit._outputs import asked_alone
 from robustkit._random import Noise
 from robustkit._world import is_out_of_memory, reseeded, seeded
+from robustkit.bench.defences import guarded
 from robustkit.bench.models import load_model, model_hash
 from robustkit.bench.plan import Case, Plan
 from robustkit.data import Data
+from robustkit.defence import guards_of
 from robustkit.errors import ArgumentError, RobustkitError
 from robustkit.goals import Misclassify
-from robustkit.target import Target
+from robustkit.target import Fn, Target
 from robustkit.threats import Pixels
 
-__all__ = ["Subject", "is_pinned", "load_subject"]
+__all__ = ["Subject", "is_pinned", "load_subject", "load_subjects"]
 
 
 @final
@@ -49,6 +52,16 @@ def load_subject(spec: str, data: Data, plan: Plan) -> Subject:
     return Subject(spec, Target(_Told(spec, model), model, batch_size=plan.batch_size), data, plan, weights=model)
 
 
+def load_subjects(data: Data, plan: Plan) -> dict[str, Subject]:
+    """What the cases of a plan attack: each model once, as it is or behind each of its defences, by the words for it."""
+    plain = {spec: load_subject(spec, data, plan) for spec in plan.models}
+    found: dict[str, Subject] = {}
+    for case in plan.cases:
+        if case.subject not in found:
+            found[case.subject] = plain[case.model] if case.defended is None else plain[case.model].behind(case)
+    return found
+
+
 @final
 class Subject:
     """A model on some data.
@@ -73,11 +86,19 @@ class Subject:
         self._clean[0, rows.stop] = (~Misclassify().success(logits, data.y[rows])).numpy()
         # All labels, though only the first images were shown: a run is not to stop hours later.
         self._checked(logits[:1].expand(2, -1), torch.stack([data.y.min(), data.y.max()]))
-        self.hash = model_hash(weights if weights is not None else nn.Module())
+        self._weights = weights if weights is not None else nn.Module()
+        self.hash = model_hash(self._weights)
         self.pin = f"{self.hash} {logits.double().mean():.5g} {logits.double().std(correction=0):.5g}"
         # Elsewhere sums are formed in an order that changes from run to run.
         said = logits.double().numpy().tobytes() if plan.device == "cpu" else b""
         self.fingerprint = hashlib.sha256(self.hash.encode() + said).hexdigest()[:16]
+
+    def behind(self, case: Case) -> Subject:
+        """The same model behind the defence of a case; the hash is that of both."""
+        target = guarded(case.defence, self.target, self._plan.device)
+        guards = [guard for guard in guards_of(target) if guard.state_dict()]
+        weights = nn.ModuleList([self._weights, *guards]) if guards else self._weights
+        return Subject(case.subject, target, self.data, self._plan, weights=weights)
 
     def clean(self, rows: slice) -> NDArray[np.bool_]:
         """Which images of a block it classifies correctly without an attack; asked once, whatever the number of cases."""
@@ -103,7 +124,7 @@ class Subject:
             with self.target.held(), seeded(noise.key), reseeded(self.target.generators, noise.key):
                 batches = [slice(start, start + size) for start in range(0, len(x), size)]
                 # A copy goes in: a model may write to its input.
-                return torch.cat([self._checked(fn(x[part].to(device, copy=True)), y[part]) for part in batches])
+                return torch.cat([self._checked(_asked(fn, x[part].to(device, copy=True)), y[part]) for part in batches])
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -143,13 +164,20 @@ class Subject:
         # Two images need little memory, and suffice for layers that cannot do with one.
         x = self.data.images(slice(0, min(self.target.batch_size, 2))).to(self._plan.device).requires_grad_()
         with self.target.held(), seeded(self._plan.seed):
-            out = self.target.view(x.clone()).sum()
-            try:
-                if out.requires_grad:
-                    torch.autograd.grad(out, x, allow_unused=True)
-            except Exception as error:
-                told = _failed(self.spec, "has a gradient that raised", x, error)
-                raise ArgumentError(told + "; its operations must be differentiable") from error
+            for name, view in self.target.views.items():
+                out = _asked(view, x.clone()).sum()
+                try:
+                    if out.requires_grad:
+                        torch.autograd.grad(out, x, allow_unused=True)
+                except Exception as error:
+                    along = "" if len(self.target.views) == 1 else f" along view {name!r}"
+                    told = _failed(self.spec, f"has a gradient{along} that raised", x, error)
+                    raise ArgumentError(told + "; its operations must be differentiable") from error
+
+
+def _asked(fn: Fn, x: Tensor) -> Any:
+    """What is said of some images, of one also where the model cannot do with one; attacks tell of that."""
+    return asked_alone(fn, x)[0] if len(x) == 1 else fn(x)
 
 
 def is_pinned(found: str, wanted: str) -> bool:

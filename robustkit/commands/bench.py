@@ -167,8 +167,9 @@ def _promised(loaded: Loaded) -> Run:
     nobody = [np.zeros(len(loaded.images(case)), np.bool_) for case in range(len(loaded.trials))]
     records = [
         {
-            **asdict(trial.case), "data": plan.data, "defence": None, "recipe": repr(trial.attack), "seed": plan.seed,
-            "n": len(robust), "clean_accuracy": 0.0, "robust_accuracy": 0.0, "flags": [], "data_hash": plan.pins[plan.data],
+            **asdict(trial.case), "data": plan.data, "defence": trial.case.defended, "recipe": repr(trial.attack),
+            "seed": plan.seed, "n": len(robust), "clean_accuracy": 0.0, "robust_accuracy": 0.0, "flags": [],
+            "data_hash": plan.pins[plan.data],
         }
         for trial, robust in zip(loaded.trials, nobody, strict=True)
     ]  # fmt: skip

@@ -12,14 +12,15 @@ from rich.text import Text
 
 from robustkit import data, zoo
 from robustkit.attack import Attack
-from robustkit.bench import models, specs
+from robustkit.bench import defences, models, specs
+from robustkit.bench.plan import NONE
 from robustkit.errors import ArgumentError
 
 __all__ = ["list_command"]
 
 
 def list_command() -> None:
-    """Print models, data, threats, attacks with their fields and defaults, and goals.
+    """Print models, data, defences, threats, attacks with their fields and defaults, and goals.
 
     Attacks of other packages are loaded for that; what is wrong with one goes to standard error, in one line.
     """
@@ -36,10 +37,18 @@ def _names() -> dict[str, list[str]]:
     return {
         "models": [*(f"zoo:{name}" for name in zoo.names()), *models.FORMS[1:]],
         "data": list(data.FORMS),
+        "defences": [
+            *(name if name == NONE else f"{name}:{_fields(name)}" for name in (NONE, *defences.DEFENCES)),
+            *defences.FORMS[-2:],
+        ],
         "threats": [example for *_, example in specs.THREATS],
         "attacks": [*(_attack(name, *told) for name, told in specs.attack_names().items()), *_theirs()],
         "goals": list(specs.GOALS),
     }
+
+
+def _fields(name: str) -> str:
+    return ",".join(f"{field}={value}" for field, value in defences.settable(name).items())
 
 
 def _theirs() -> Iterator[str]:

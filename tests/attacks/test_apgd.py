@@ -97,7 +97,7 @@ class _Told(Goal):
     values: object
 
     def loss(self, out, ref):
-        return out.sum(1) * 0.01 * 0 + next(self.values) + (out.sum(1) - out.sum(1).detach())
+        return out.sum(1) * 0.01 * 0 + next(self.values, 9.0) + (out.sum(1) - out.sum(1).detach())
 
     def success(self, out, ref):
         return torch.zeros(len(out), dtype=torch.bool)

@@ -1,6 +1,7 @@
 import copy
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from torch.nn import functional
 from robustkit import L1, L2, Attack, Linf, Misclassify, Pixels, Target
 from robustkit.attacks import Standard, _escalation
 from robustkit.attacks import _probes as probes
+from robustkit.attacks import _trials as trials
 from robustkit.attacks.audit import Audit
 from robustkit.errors import ArgumentError
 
@@ -66,15 +68,15 @@ def small_steps(problem):
 
 
 def raw_runs(problem):
-    probes.raw_runs(problem, everyone(problem))
+    trials.raw_runs(problem, everyone(problem))
 
 
 def unbounded(problem):
-    probes.unbounded(problem, everyone(problem))
+    trials.unbounded(problem, everyone(problem))
 
 
 def survivors(problem):
-    probes.survivors(problem, 1.0)
+    trials.survivors(problem, 1.0)
 
 
 # The models that the probes are for.
@@ -101,6 +103,19 @@ class Flip(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return -grad
+
+
+class Scaled(torch.autograd.Function):
+    """The identity, with another derivative."""
+
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.scale = scale
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.scale, None
 
 
 class Broken(torch.autograd.Function):
@@ -172,9 +187,13 @@ def test_each_probe_flags_the_model_that_it_is_for_and_not_a_sound_one(flag, pro
     assert flag in seen(result)
 
 
-def test_an_infinite_minus_for_a_class_that_is_closed_is_defined():
+def test_an_infinite_minus_for_a_class_that_is_closed_is_undefined():
     closed = Masked(after=lambda out: torch.cat([out, torch.full((len(out), 1), -torch.inf)], 1))
-    assert raised(ask(probes.answers, closed)) == set()
+    assert raised(ask(probes.answers, closed)) == {"undefined-outputs"}
+
+
+def test_log_probabilities_are_no_probabilities():
+    assert names(ask(probes.answers, Masked(after=lambda out: out.log_softmax(1))).notes) == set()
 
 
 def test_probabilities_are_noted():
@@ -190,9 +209,23 @@ def test_probabilities_are_noted():
     ("bounds", "told"), [((0.0, 1.0), False), ((0.0, 255.0), False), ((-1.0, 1.0), False), ((-2.1, 2.6), True), (None, False)]
 )
 def test_an_unusual_range_is_noted(bounds, told):
-    result = ask(lambda p: probes.ordinary(p.threat, p), threat=Linf(0.1, bounds=bounds))
+    result = ask(probes.ordinary, threat=Linf(0.1, bounds=bounds))
     assert ("unusual-range" in names(result.notes)) is told
     assert raised(result) == set()
+
+
+@pytest.mark.parametrize(
+    ("shift", "scale", "told"), [(0.5, 0.2, True), (0.3, 0.3, True), (0.0, 1.0, False), (0.0, 1 / 255, False)]
+)
+def test_images_without_bounds_that_look_normalised_are_noted(shift, scale, told):
+    """Of values from 0.2 to 0.8: standardised in two ways, as they are, and as bytes."""
+    x = (X - shift) / scale
+    result = ask(probes.ordinary, threat=Linf(0.1, bounds=None), x=x)
+    hits, of = seen(result)["unusual-range"]
+    assert (hits > 0.9 * of) is told
+    assert told or not hits
+    # Latent vectors have no such range.
+    assert "unusual-range" not in seen(ask(probes.ordinary, lambda z: z[:, :3], threat=Linf(0.1, bounds=None), x=X.flatten(1)))
 
 
 # How the gradient is compared.
@@ -210,8 +243,13 @@ def test_of_a_linear_model_every_gradient_agrees_and_of_a_flipped_one_none(threa
         return Flip.apply(x.flatten(1)) @ weight
 
     y = linear(X).argmax(1)
-    for model, hits in ((linear, 0), (flipped, N)):
-        assert seen(ask(agreement, model, threat=threat, y=y)) == {"gradients-disagree": (hits, N)}
+
+    def faint(x):
+        return Scaled.apply(x.flatten(1), 0.005) @ weight
+
+    for model, hits, next_to_nothing in ((linear, 0, 0), (flipped, N, 0), (faint, 0, N)):
+        found = {"gradients-disagree": (hits, N), "faint-gradients": (next_to_nothing, N)}
+        assert seen(ask(agreement, model, threat=threat, y=y)) == found
 
 
 def test_float64_is_asked_only_where_the_model_can_be_copied_to_it():
@@ -235,68 +273,6 @@ def test_a_kink_is_no_wrong_derivative():
         torch.manual_seed(3)
         model = nn.Sequential(nn.Flatten(), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 3)).eval()
     assert seen(ask(small_steps, model, y=model(X).argmax(1))) == {"small-steps-disagree": (0, N)}
-
-
-# Less and more.
-
-
-def zigzag(x):
-    """Of one pixel: up for 0.7 of a period, down for 0.3, and up again, with its highest point at the end of the budget.
-
-    Ten steps of PGD are a period each, so they see the same slope again and again and walk to the end; forty are a quarter of
-    one, too short to leap over the way down. Class 1 wins on the last peak alone.
-    """
-    period = 0.25 * EPS
-    t = (x[:, 0, 0, 0] - 0.5 - EPS) / period + 0.7
-    whole = t.detach().floor()
-    part = t - whole
-    height = 0.4 * whole + torch.where(part < 0.7, part, 1.4 - part)
-    return torch.stack([torch.full_like(height, 0.5), height], 1)
-
-
-def test_a_model_on_which_more_steps_leave_more():
-    x = torch.full((N, 1, 4, 4), 0.5)
-    result = ask(raw_runs, zigzag, x=x, y=torch.zeros(N, dtype=torch.int64))
-    assert "more-steps-leave-more" in raised(result)
-    hits, of = seen(result)["more-steps-leave-more"]
-    # A random start lies on a way up with 0.7; forty steps arrive from the last of eight periods alone.
-    assert 0.3 * N < hits <= of < 0.9 * N
-
-
-def test_a_model_that_gives_up_its_secret_but_once():
-    """After the first run it answers the same to everything: all that asks for more finds less."""
-    tired = Counter(lambda out, calls: out if calls < 12 else 0 * out + torch.eye(3)[Y[: len(out)]])
-    result = ask(raw_runs, tired, threat=Linf(0.3))
-    assert raised(result) == {"more-steps-leave-more", "more-restarts-leave-more", "larger-eps-leaves-more"}
-    fine = ask(raw_runs, threat=Linf(0.3))
-    assert raised(fine) == set()
-    assert seen(fine)["more-restarts-leave-more"][0] <= 3
-
-
-def test_what_a_probe_breaks_counts():
-    """Raw runs start from nothing, yet their finds are those of the run."""
-    result = ask(raw_runs, threat=Linf(0.3))
-    assert result.success.any()
-    assert Linf(0.3).contains(result.x_adv, X).all()
-    assert (SOUND(result.x_adv).argmax(1) != Y)[result.success].all()
-
-
-def test_without_a_budget_every_point_is_in_reach():
-    zero, one = torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4)
-    for threat in (Linf(0.1), L2(0.1), L1(0.1), Pixels(1)):
-        all_of_it = probes.everything(threat, zero)
-        assert all_of_it.contains(one, zero).all()
-        torch.testing.assert_close(all_of_it.size(one, zero), torch.full((2,), float(all_of_it.eps), dtype=torch.float64))
-    wide = probes.everything(Linf(0.1, bounds=(-1.0, 3.0)), zero)
-    assert wide.eps == 4.0
-    assert wide.bounds == (-1.0, 3.0)
-
-
-def test_a_sound_model_withstands_nothing_without_a_budget():
-    for threat in (Linf(EPS), L2(0.3), L1(0.5), Pixels(2)):
-        hits, of = seen(ask(unbounded, threat=threat))["unbounded-leaves-robust"]
-        assert of == N
-        assert hits <= 3
 
 
 # Who is asked, and at what price.
@@ -325,15 +301,38 @@ def test_what_is_chosen_depends_on_no_other_example():
     assert found[len(x), "one"] != found[len(x), "two"]
 
 
-def test_of_a_random_model_only_its_answers_are_looked_at_and_its_mean_gradient():
-    class Noisy(nn.Module):
-        def forward(self, x):
-            return SOUND(x) + 1e-3 * torch.randn(len(x), 3)
+class Noisy(nn.Module):
+    """A net in front of noise that `torch` can seed, or that nobody can."""
 
-    result = Audit()(Noisy(), X, Y, threat=Linf(EPS))
-    answers = {"undefined-outputs", "saturated-outputs", "probabilities"}
-    assert set(seen(result)) == {*answers, "unusual-range", "gradients-disagree"}
+    def __init__(self, noise):
+        super().__init__()
+        self.net, self.noise = copy.deepcopy(SOUND), noise
+
+    def forward(self, x):
+        return self.net(x) + 1e-3 * self.noise(len(x), 3)
+
+
+def unseeded(*shape):
+    return torch.from_numpy(np.random.default_rng().normal(size=shape)).float()
+
+
+def test_what_can_be_asked_of_a_random_model_is_asked():
+    result = Audit(share=1.0)(Noisy(torch.randn), X, Y, threat=Linf(EPS))
+    answers = {"undefined-outputs", "saturated-outputs", "probabilities", "unseeded-noise", "unusual-range"}
+    gradients = {"gradients-disagree", "faint-gradients"}
+    trials = {"more-steps-leave-more", "more-restarts-leave-more", "larger-eps-leaves-more", "unbounded-leaves-robust"}
+    assert set(seen(result)) == answers | gradients | trials
     assert raised(result) == set()
+    assert names(result.notes) == {"stochastic-target"}
+
+
+def test_noise_that_nobody_can_seed_is_noted():
+    def seen_of(noise):
+        return seen(ask(probes.company, Target(Noisy(noise), stochastic=True)))["unseeded-noise"]
+
+    assert seen_of(torch.randn) == (0, N)
+    hits, of = seen_of(unseeded)
+    assert hits > of / 2
 
 
 @pytest.mark.parametrize("attack", [Audit(), Standard()])
@@ -364,8 +363,8 @@ def test_the_audit_bears_the_corners_of_the_input_space(x, model):
 
 @pytest.mark.parametrize("threat", [Linf(EPS), L2(0.3)])
 def test_the_whole_evaluation_believes_a_sound_model_and_doubts_a_masked_one(threat, monkeypatch):
-    monkeypatch.setattr(_escalation, "_SCORES", 25)  # enough to see that it is done
-    monkeypatch.setattr(_escalation, "_DECISIONS", 25)
+    for effort in ("_SCORES", "_DECISIONS", "_WINDOWS"):
+        monkeypatch.setattr(_escalation, effort, 25)  # enough to see that it is done
     sound = Standard()(SOUND, X, Y, threat=threat)
     assert names(sound.flags) == set()
     assert "escalated" not in names(sound.notes)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from robustkit import L2, Attack, Linf, Misclassify
+from robustkit import L2, Attack, Linf, Misclassify, Target
 from robustkit.attacks import Standard
 from robustkit.attacks._pursuit import Pursuit, descend
 from robustkit.goals import ClassifyAs, Goal
@@ -67,11 +67,11 @@ def by_hand(start, steps, reach, norm, eps):
         loss = right - out.scatter(1, Y[:, None], -torch.inf).amax(1)
         (grad,) = torch.autograd.grad(loss.sum(), x_adv)
         visited.append((loss.detach(), x_adv.detach()))
-        length = eps * reach * (1 + math.cos(math.pi * step / steps)) / 2
+        length = eps * float(reach) * (1 + math.cos(math.pi * step / steps)) / 2
         if norm is Linf:
             x_adv = X + (x_adv.detach() - length * grad.sign() - X).clamp(-eps, eps)
-        else:
-            change = x_adv.detach() - length * grad / grad.flatten(1).norm(dim=1)[:, None, None, None] - X
+        else:  # what the box cuts off is not taken from the ball
+            change = (x_adv.detach() - length * grad / grad.flatten(1).norm(dim=1)[:, None, None, None]).clamp(0, 1) - X
             x_adv = X + change * (eps / change.flatten(1).norm(dim=1)).clamp(max=1)[:, None, None, None]
         x_adv = x_adv.clamp(0, 1)
     best = torch.stack([loss for loss, _ in visited]).argmin(0)
@@ -85,6 +85,33 @@ def test_descend_is_the_best_iterate_of_a_loop_with_cosine_steps(norm, eps, reac
     ours, result = ask(lambda p: descend(p, start, 7, reach), NET, X, Y, norm(eps))
     torch.testing.assert_close(ours, by_hand(start, 7, reach, norm, eps), rtol=0, atol=1e-12)
     assert (result.backwards == 7).all()
+
+
+def test_each_example_has_a_first_step_of_its_own():
+    reach = torch.tensor([0.5, 2.0, 1.0]).repeat(3)
+    ours, _ = ask(lambda p: descend(p, X, 7, reach.to(p.x)), NET, X, Y, Linf(0.3))
+    for value in (0.5, 1.0, 2.0):
+        some = reach == value
+        torch.testing.assert_close(ours[some], by_hand(X, 7, value, Linf, 0.3)[some], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("norm", "usual"), [(Linf, 2.0), (L2, 3.0)])
+def test_the_usual_first_step_is_that_of_the_threat(norm, usual):
+    ends = [ask(lambda p, r=reach: descend(p, X, 5, r), NET, X, Y, norm(0.3))[0] for reach in (None, usual, 2.5)]
+    assert torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[0], ends[2])
+
+
+def test_a_step_along_the_edge_of_the_box_loses_nothing_of_the_ball():
+    """Of the steepest direction (1, 3) the box forbids the second part: all of the budget goes to the first."""
+    x = torch.tensor([[0.5, 1.0]], dtype=torch.float64)
+    slope = torch.tensor([1.0, 3.0], dtype=torch.float64)
+
+    def model(x):
+        return torch.stack([torch.zeros_like(x[:, 0]), (x - 1) @ slope], 1)
+
+    ours, _ = ask(lambda p: descend(p, p.x, 30), model, x, torch.zeros(1, dtype=torch.int64), L2(0.2))
+    torch.testing.assert_close(ours, torch.tensor([[0.7, 1.0]], dtype=torch.float64), rtol=0, atol=1e-9)
 
 
 def test_the_last_iterate_is_not_always_the_best_one():
@@ -110,7 +137,7 @@ def ranks(pursuit, rows):
     columns = []
     for rank in range(pursuit.parts):
         column = torch.full((len(rows),), -1)
-        for run in pursuit.towards(rows, rank):
+        for run in pursuit.towards(rows, rank, rank):
             assert run.goal == ClassifyAs(margin)
             column[torch.isin(rows, run.rows)] = run.ref
         columns.append(column)
@@ -204,7 +231,7 @@ def test_parts_of_different_goals_are_run_in_one_group_for_each_goal():
 
     def question(problem):
         pursuit = pursuit_of(problem)
-        return [list(pursuit.towards(rows, rank)) for rank in range(pursuit.parts)]
+        return [list(pursuit.towards(rows, rank, rank)) for rank in range(pursuit.parts)]
 
     runs, _ = ask(question, lambda x: x * slope, x, ref, Linf(0.1), goal=AnyOf(3.0))
     wanted = torch.stack([ref, ref + 3.0, 2 * ref], 1)
@@ -226,7 +253,7 @@ def test_runs_of_two_goals_at_once_keep_what_comes_nearest():
 
     def question(problem):
         pursuit, rows = pursuit_of(problem), torch.tensor([3, 1])
-        pursuit.run([run for rank in range(3) for run in pursuit.towards(rows, rank)], 5)
+        pursuit.run([run for rank in range(3) for run in pursuit.towards(rows, rank, rank)], 5)
         return pursuit.edge, pursuit.nearest
 
     (edge, nearest), _ = ask(question, lambda x: x * slope - 1, x, ref, Linf(0.1), goal=AnyOf())
@@ -277,9 +304,9 @@ def test_rows_are_those_that_can_pay_and_the_most_that_could_not_are_remembered(
 def test_search_never_loses_ground_and_stays_inside(threat):
     def question(problem):
         pursuit, path = pursuit_of(problem), []
-        for _ in range(4):
+        for number in range(4):
             path.append((pursuit.edge.clone(), pursuit.nearest.clone()))
-            pursuit.search(torch.arange(1, 9), 50, 0.05)
+            pursuit.search(torch.arange(1, 9), 50, 0.05, number)
         return [*path, (pursuit.edge, pursuit.nearest)]
 
     path, result = ask(question, NET, X, Y, threat)
@@ -290,7 +317,56 @@ def test_search_never_loses_ground_and_stays_inside(threat):
         assert threat.contains(nearest, X).all()
         torch.testing.assert_close(edge.double(), -margin(NET(nearest), Y).detach(), rtol=1e-6, atol=1e-6)
     assert torch.equal(path[-1][1][0], X[0])  # who was not named stays where it was
-    assert result.forwards.tolist() == [2] + [2 + 4 * 50] * 8
+    assert result.forwards[0] == 2
+    assert (result.forwards[1:] <= 2 + 4 * 50).all()
+
+
+@pytest.mark.parametrize(("queries", "asked"), [(25, 25), (50, 25), (75, 50), (150, 75), (600, 300)])
+def test_who_gains_nothing_by_half_of_the_queries_is_let_go(queries, asked):
+    """One row of the model grows with the mean, so that some window of each asking helps; the other is constant."""
+
+    def model(x):
+        wave = (x - X[:2].to(x)[: len(x)].mean() + 5).flatten(1).mean(1) * torch.where(x[:, 0, 0, 0] > 0.5, 1.0, 0.0)
+        return torch.stack([torch.full_like(wave, 9.0), wave], 1)
+
+    x = torch.full((2, 1, 8, 8), 0.25, dtype=torch.float64)
+    x[1] = 0.75
+
+    def question(problem):
+        pursuit = pursuit_of(problem)
+        before = problem.spent.clone()
+        pursuit.search(torch.arange(2), queries, 0.05, 0)
+        return problem.spent - before
+
+    spent, _ = ask(question, model, x, torch.zeros(2, dtype=torch.int64), Linf(0.1))
+    assert spent[0] == asked
+    assert spent[1] >= spent[0]
+    assert queries < 150 or spent[1] == queries
+
+
+def test_no_more_images_at_once_than_the_target_allows():
+    """Three runs of nine rows and a search over 25 windows; the look is one pass over all."""
+    seen = []
+
+    def model(x):
+        seen.append(len(x))
+        return linear(x)
+
+    def question(problem):
+        pursuit, rows = pursuit_of(problem), torch.arange(9)
+        pursuit.run([run for rank in range(3) for run in pursuit.towards(rows, rank, rank)], 4)
+        pursuit.search(rows, 50, 0.05, 0)
+        return [run.rows.tolist() for run in pursuit.towards(rows, 0, 0)]
+
+    def largest(most):
+        seen.clear()
+        _, result = ask(question, Target(model, batch_size=most), POINTS[:9], CLASS[:9], Linf(0.01, bounds=None))
+        return max(seen), result.backwards.tolist()
+
+    few, many = largest(30), largest(1000)
+    assert few[0] == 27
+    assert many[0] == 9 * 25
+    assert few[1] == many[1] == [4 + 3 * 4] * 9
 
 
 def test_a_worse_point_is_not_taken():

@@ -171,7 +171,9 @@ def test_l2_is_the_algorithm_of_the_paper(channels):
     result = Square(queries=50)(net, x, y, goal=Misclassify(margin), threat=L2(eps), seed=3, keep="last")
     for i in range(len(x)):
         image = l2_by_hand(net, x[i], int(y[i]), float(eps[i]), 50, Noise(3, torch.tensor([i])))
-        torch.testing.assert_close(result.x_adv[i], image, rtol=0, atol=1e-9)
+        # What is left of the budget is the root of a difference of squares: where nothing is, a rounding of some 2^-52 of
+        # eps^2, which depends on the order of the sum and so on the processor, comes out as 2^-26 of eps.
+        torch.testing.assert_close(result.x_adv[i], image, rtol=0, atol=2**-25 * float(eps[i]))
 
 
 @pytest.mark.parametrize("queries", [10_000, 1000, 300])

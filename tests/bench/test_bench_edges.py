@@ -1,6 +1,7 @@
 """Corners of the bench that a user comes to sooner or later, and that no other test goes to."""
 
 import json
+import math
 import shutil
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import nn
 
 from robustkit import FGSM, Linf, evaluate, zoo
 from robustkit._world import random_state
-from robustkit.bench import Case, Plan, preview, run
+from robustkit.bench import Case, Plan, preview, run, specs
 from robustkit.bench.block import Block, Task
 from robustkit.bench.folder import open_folder
 from robustkit.bench.loaded import load
@@ -187,3 +188,65 @@ def test_images_of_a_loader_may_be_arrays_of_its_own():
     pairs = [(torch.from_numpy(np.asarray(DIGITS.x[i : i + 10])), DIGITS.y[i : i + 10]) for i in range(0, 30, 10)]
     whole = evaluate(NET, (DIGITS.x[:30], DIGITS.y[:30]), threat=Linf(0.1), attacks=FGSM())
     assert evaluate(NET, pairs, threat=Linf(0.1), attacks=FGSM()).records[0]["data_hash"] == whole.records[0]["data_hash"]
+
+
+class Then(nn.Module):
+    """The shipped net, or its first classes, and a function of what it says."""
+
+    def __init__(self, after, classes=10):
+        super().__init__()
+        self.net, self.after, self.classes = NET, after, classes
+
+    def forward(self, x):
+        return self.after(self.net(x)[:, : self.classes])
+
+
+def record_of(net, images, attack="pgd:steps=3"):
+    return evaluate(net.eval(), images, threat=Linf(0.05), attacks=specs.attack(attack)).records[0]
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("attack", ["standard", "apgd", "apgd:loss=dlr", "fmn", "square:queries=20"])
+def test_two_and_three_classes(classes, attack):
+    keep = (DIGITS.y < classes).nonzero().squeeze(1)[:20]
+    images = DIGITS.images(slice(0, len(DIGITS)))[keep], DIGITS.y[keep]
+    record = record_of(Then(lambda out: out, classes), images, attack)
+    with torch.no_grad():
+        right = NET(images[0])[:, :classes].argmax(1) == images[1]
+    assert record["clean_accuracy"] == float(right.double().mean())
+    assert record["robust_accuracy"] <= record["clean_accuracy"]
+    assert record["flags"] == []
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_no_numbers_are_wrong_answers_and_flagged(value):
+    """Whichever class argmax would name."""
+    images = DIGITS.images(slice(0, 60)), DIGITS.y[:60]
+    record = record_of(Then(lambda out: out.index_fill(1, torch.tensor(9), value)), images)
+    assert (record["clean_accuracy"], record["robust_accuracy"]) == (0.0, 0.0)
+    (flag,) = record["flags"]
+    assert (flag["name"], "60 of 60" in flag["why"]) == ("undefined-outputs", True)
+
+
+def test_probabilities_are_told_under_any_attack():
+    images = DIGITS.images(slice(0, 20)), DIGITS.y[:20]
+    for after, told in ((lambda out: out.softmax(1), ["probabilities"]), (lambda out: out.log_softmax(1), [])):
+        assert [note["name"] for note in record_of(Then(after), images)["notes"]] == told
+
+
+@pytest.mark.parametrize("n", [1, 7])
+def test_a_model_that_cannot_do_with_one_image_is_measured_all_the_same(n, use):
+    """Also where the last batch of the clean accuracy holds a single image."""
+
+    def picky(out):
+        if len(out) == 1:
+            raise ValueError("one is too few")
+        return out
+
+    use(Then(picky))
+    plan = Plan((Case("any", "linf:0.1", "pgd:steps=3"),), "digits", limit=n, batch_size=3)
+    (record,) = run(plan).records
+    use(NET)
+    assert record["robust_accuracy"] == run(plan).records[0]["robust_accuracy"]
+    (note,) = [note for note in record["notes"] if note["name"] == "fails-alone"]
+    assert "one is too few" in note["why"]

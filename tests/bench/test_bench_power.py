@@ -62,11 +62,11 @@ def told(n):
 def test_the_advice_before_a_run_gives_the_interval_and_the_difference_that_it_can_find():
     low, high = wilson(500, 1000)
     text = told(1000)
-    assert f"at most {high - low:.1%} wide, {50 * (high - low):.1f} points to either side at 50 %" in text
+    assert f"at most {100 * (high - low):.1f} points wide, {50 * (high - low):.1f} to either side at 50 %" in text
     assert "interval (Wilson)" in text
     assert "over the choice of images; the rate itself is an upper bound on robustness" in text
-    assert f"a difference of {100 * smallest_difference(1000):.1f} points is found with a chance of 80%" in text
-    assert "if they decide 10% of the images differently" in text
-    assert "Half of that difference would take 3,900." in text
-    assert f"decide {smallest_difference(20):.0%} of the images" in told(20)  # as many as the difference needs
+    assert f"a difference of {100 * smallest_difference(1000):.1f} points is found with a chance of 80 %" in text
+    assert "if they decide 10 % of the images differently" in text
+    assert "Half of that difference would take 3,900 images." in text
+    assert f"decide {100 * smallest_difference(20):.0f} % of the images" in told(20)  # as many as the difference needs
     assert "Too few images to compare two models" in told(5)

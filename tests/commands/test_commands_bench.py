@@ -254,7 +254,7 @@ def test_a_dry_run_tells_what_it_would_take_and_writes_nothing(tmp_path, capsys,
     assert 30 < backwards <= 4 * 30
     assert backwards + 30 <= forwards <= backwards + 3 * 30
     assert "1 case of 30 images" in said
-    assert "at most 33.7% wide" in said  # Wilson's at a half: z / sqrt(n + z * z)
+    assert "at most 33.7 points wide" in " ".join(said.split())  # Wilson's at a half: z / sqrt(n + z * z)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -79,5 +79,5 @@ class Live:
             done = int(self._bar.tasks[self._task].completed)
             self._bar.reset(self._task, completed=done + images, description="resuming", end=end)
         else:
-            words = f"{case.attack} {case.threat} {case.model}"
+            words = f"{case.attack} {case.threat} {case.subject}"
             self._bar.update(self._task, description=words, advance=images, end=end)

@@ -31,7 +31,7 @@ def cost_charts(records: Iterable[Record]) -> list[tuple[str, Chart]]:
             for style, (name, row) in enumerate(zip(names, rows, strict=True))
         )
         widest = max(point.eps for line in lines for point in line.points)
-        axis = "forwards for an image, a gradient as two"
+        axis = "forwards + 2 × backwards, per image"
         charts.append((threat, Chart(axis, data, (model, defence), lines, widest, stairs=True, logarithmic=True)))
     return charts
 

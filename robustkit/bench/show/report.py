@@ -14,6 +14,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from robustkit.bench.picture import Picture
+from robustkit.bench.plan import Case
 from robustkit.bench.show.curves import families
 from robustkit.bench.show.images import png, signed, to_bytes
 from robustkit.bench.show.outlines import cost_charts, eps_charts, stage_tables
@@ -214,7 +215,7 @@ def _gallery(records: Iterable[Record], pictures: Iterable[Picture]) -> list[dic
     Each shows as many as keep the page within some `_MOST` of them, and at least one.
     """
     shown: dict[tuple[str, str, str, str], list[Picture]] = {
-        (record["model"], record["threat"], record["goal"], record["attack"]): []
+        (Case.of(record).subject, record["threat"], record["goal"], record["attack"]): []
         for record in sorted(records, key=lambda record: bool(record["goal"] != _UNTARGETED))
     }
     for picture in pictures:

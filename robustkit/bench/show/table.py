@@ -28,7 +28,7 @@ def preview_table(rows: Sequence[Preview], workers: int) -> Group:
         case = row.case
         name = case.attack if case.goal == "misclassify" else f"{case.attack} → {case.goal}"
         counts = (f"{row.forwards:,}", f"{row.backwards:,}", duration(row.seconds))
-        view.add_row(*(Text(cell) for cell in (case.model, case.threat, name, *counts)))
+        view.add_row(*(Text(cell) for cell in (case.subject, case.threat, name, *counts)))
     whole, n = sum(row.seconds for row in rows), rows[0].images
     tried = sorted({row.tried for row in rows})
     first = f"{tried[0]:,}" if len(tried) == 1 else f"{tried[0]:,} to {tried[-1]:,}"
@@ -44,16 +44,18 @@ def preview_table(rows: Sequence[Preview], workers: int) -> Group:
 def _advice(row: Preview) -> str:
     """What so many images can tell."""
     told = (
-        f"The 95 % interval (Wilson) of a robust accuracy will be at most {row.width:.1%} wide, {100 * row.half_width:.1f} "
-        "points to either side at 50 %, over the choice of images; the rate itself is an upper bound on robustness. "
+        f"The 95 % interval (Wilson) of a robust accuracy will be at most {100 * row.width:.1f} points wide, "
+        f"{100 * row.half_width:.1f} to either side at 50 %, over the choice of images; the rate itself is an upper bound on "
+        "robustness. "
     )
     finds, needs = row.finds, row.half_needs
     if finds is None or needs is None:
         return told + "Too few images to compare two models at all."
     return told + (
-        f"Two models compared image by image: a difference of {100 * finds:.1f} points is found with a chance of {POWER:.0%} "
-        f"(McNemar's exact test at 5 %), if they decide {max(DISCORDANT, finds):.0%} of the images differently; more of these "
-        f"ask for more images. Half of that difference would take {_two_digits(needs):,}."
+        f"Two models compared image by image: a difference of {100 * finds:.1f} points is found with a chance of "
+        f"{100 * POWER:.0f} % (McNemar's exact test at 5 %), if they decide {100 * max(DISCORDANT, finds):.0f} % of the images "
+        f"differently; the more of these, the more images it takes. Half of that difference would take {_two_digits(needs):,} "
+        "images."
     )
 
 
@@ -63,14 +65,16 @@ def _two_digits(count: int) -> int:
 
 
 def table(records: Sequence[dict[str, Any]], together: Sequence[dict[str, Any]] = ()) -> Group:
-    """The records as a table for each model; be-wrong goals first, for they alone say how robust a model is.
+    """The records as a table for each model, or model behind a defence.
+
+    Be-wrong goals come first, for they alone say how robust a model is.
 
     Where several attacks were run in one threat, a last line says what survives all of them.
     """
     parts: list[RenderableType] = []
-    for model in dict.fromkeys(record["model"] for record in records):
-        both = [record for record in together if record["model"] == model and len(record["attacks"]) > 1]
-        parts += _of_model([record for record in records if record["model"] == model], both)
+    for subject in dict.fromkeys(map(_subject, records)):
+        both = [record for record in together if _subject(record) == subject and len(record["attacks"]) > 1]
+        parts += _of_model([record for record in records if _subject(record) == subject], both)
     parts.append(
         Text(
             "robust: right before and after the attack, with its 95 % interval (Wilson) over the choice of images; the rate "
@@ -79,6 +83,10 @@ def table(records: Sequence[dict[str, Any]], together: Sequence[dict[str, Any]] 
         )
     )
     return Group(*parts)
+
+
+def _subject(record: dict[str, Any]) -> str:
+    return f"{record['model']} behind {record['defence']}" if record["defence"] else str(record["model"])
 
 
 def _of_model(records: Sequence[dict[str, Any]], together: Sequence[dict[str, Any]]) -> list[RenderableType]:
@@ -100,7 +108,7 @@ def _of_model(records: Sequence[dict[str, Any]], together: Sequence[dict[str, An
                 interval = Text(f"{record['low']:.1%} – {record['high']:.1%}", "dim")
                 robust = Text(f"{record['robust_accuracy']:.1%}", "bold")
                 view.add_row(Text(threat), Text("all together", "bold"), robust, interval)
-    return [Text.assemble((first["model"], "bold"), right), view, *_told(records)]
+    return [Text.assemble((_subject(first), "bold"), right), view, *_told(records)]
 
 
 def _told(records: Sequence[dict[str, Any]]) -> list[RenderableType]:

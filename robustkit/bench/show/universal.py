@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from robustkit.bench.picture import Picture
+from robustkit.bench.plan import Case
 from robustkit.bench.show.images import png, signed
 
 __all__ = ["perturbations"]
@@ -26,18 +27,23 @@ def perturbations(records: Sequence[Record], pictures: Sequence[Picture], side: 
     universal = [record for record in records if record.get("fooling_held_out") is not None]
     if not universal:
         return None
-    models = dict.fromkeys(record["model"] for record in universal)
+    models = dict.fromkeys(map(_subject, universal))
     for record in universal:
         models |= dict.fromkeys(record.get("transfer") or {})
     return {"models": list(models), "rows": [_row(record, models, pictures, side) for record in universal]}
 
 
 def _row(record: Record, models: Mapping[str, None], pictures: Sequence[Picture], side: int) -> dict[str, Any]:
-    fooled = dict(record.get("transfer") or {}) | {record["model"]: record["fooling_held_out"]}
-    key = tuple(record[name] for name in ("model", "threat", "goal", "attack"))
+    fooled = dict(record.get("transfer") or {}) | {_subject(record): record["fooling_held_out"]}
+    key = _subject(record), *(record[name] for name in ("threat", "goal", "attack"))
     mine = (one for one in pictures if (one.model, one.threat, one.goal, one.attack) == key and one.perturbation is not None)
     picture = next(mine, None)
-    return {"record": record, "fooled": [fooled.get(model) for model in models], "drawn": _drawn(picture, side)}
+    shares = [fooled.get(model) for model in models]
+    return {"record": record, "subject": _subject(record), "fooled": shares, "drawn": _drawn(picture, side)}
+
+
+def _subject(record: Record) -> str:
+    return Case.of(record).subject
 
 
 def _drawn(picture: Picture | None, side: int) -> dict[str, Any] | None:

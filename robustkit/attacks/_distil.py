@@ -1,0 +1,274 @@
+"""Transfer: a small net is taught the answers of a model, attacked by its gradients, and its points are asked of the model.
+
+The copy is smooth where the model is rough: fast waves, steps, noise and flat outputs are averaged away, and what is left is
+what the answers have in common over the threat set. Any goal will do, since the copy answers in the shape of the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from robustkit._random import Noise
+from robustkit._tensors import as_rows, flat
+from robustkit._world import seeded
+from robustkit.attacks._pursuit import descend
+from robustkit.losses import margin
+from robustkit.problem import Problem
+from robustkit.threats import L1, Pixels
+
+__all__ = ["Copy", "Teaching", "asked", "flattened", "rebuilt", "scattered", "strikes", "taught"]
+
+_TILES = (1, 2, 4, 7)  # pixels along the side of a tile of one colour
+_BATCH, _RATE = 64, 2e-3  # of the teaching
+_NUMBERS = 2**26  # of all points together: a quarter of a gigabyte
+_SIDE = 14  # to about so many places per axis the first convolution brings an image
+_AROUND = 8  # further points around each that was found on the copy
+_DESCENT = 20  # steps on the copy
+_PARTS = 4  # ways: the goal, and its likeliest parts
+_WIDEST = 4096  # outputs
+_ENOUGH, _FEWEST = 64, 6  # examples: of fewer more is asked about each, as if there were so many, up to so many times as much
+
+
+@final
+@dataclass(frozen=True)
+class Teaching:
+    """How much effort goes into a copy.
+
+    Attributes:
+        points: Around each example that the model is asked about before the copy is attacked.
+        steps: Of gradient descent in each round, each on 64 answers.
+        rounds: Of attack, questions and further teaching.
+        strikes: Points of the copy that the model is asked about in each round.
+        deep: Convolutions, for images, instead of two hidden layers.
+        walk: The model is asked at each step of a descent on the copy, not only at its end.
+    """
+
+    points: int
+    steps: int
+    rounds: int = 1
+    strikes: int = 2
+    deep: bool = False
+    walk: bool = False
+
+
+def scattered(problem: Problem, draw: int) -> Tensor:
+    """Rough points of the threat set that spend the whole budget, (N, *S): tiles of one to seven pixels, channels up or down.
+
+    The last two axes of any data are height and width; where single places are what is paid for, places are drawn.
+    """
+    x, threat = problem.x, problem.threat
+    if isinstance(threat, L1 | Pixels):
+        return problem.start(3000 + draw)
+    height, width = (1, 1, *x.shape[1:])[-2:]
+    side = _TILES[draw % len(_TILES)]
+    channels, tall, wide = math.prod(x.shape[1:]) // max(1, height * width), -(-height // side), -(-width // side)
+    tiles = problem.noise("scattered", draw).uniform(channels, tall, wide)
+    row, column = (torch.arange(size, device=x.device) // side for size in (height, width))
+    signs = 1 - 2 * (tiles < 0.5).to(x)
+    return threat.steepest(signs.to(x.device)[:, :, row][:, :, :, column].reshape(x.shape), x)
+
+
+def flattened(out: Any) -> Tensor:
+    """An output, one tensor (N, ...) or a tuple of such, as one matrix (N, K)."""
+    parts = out if isinstance(out, tuple | list) else (out,)
+    return torch.cat([flat(part.detach()).float() for part in parts], 1)
+
+
+def rebuilt(rows: Tensor, like: Any) -> Any:
+    """A matrix (N, K) in the shape of the output `like`, which it was made of by `flattened`."""
+    if isinstance(like, Tensor):
+        return rows.reshape(len(rows), *like.shape[1:])
+    sizes = [math.prod(part.shape[1:]) for part in like]
+    return tuple(rebuilt(part, one) for part, one in zip(torch.split(rows, sizes, 1), like, strict=True))
+
+
+@final
+class Copy:
+    """A small net that is taught the answers of a model: by least squares, in units in which they vary by one.
+
+    Source: Papernot et al. 2017, "Practical black-box attacks against machine learning", section 4
+        (https://arxiv.org/abs/1602.02697): the copy is taught anew at the points where it was attacked. There it sees classes;
+        here it sees whatever the goal reads, and squares stand for the cross-entropy, so that it need not know what that is.
+    """
+
+    def __init__(self, x: Tensor, like: Any, noise: Noise, *, deep: bool) -> None:
+        self._like, self._noise = like, noise
+        self._lessons = 0
+        self._points, self._told = x[:0], torch.zeros(0, flattened(like).shape[1], device=x.device)
+        self._middle = x.mean(0)
+        with seeded(noise.key):
+            net = _convolutions if deep and x.dim() == 4 and min(x.shape[2:]) >= 8 else _layers
+            self._net = net(x, self._told.shape[1]).to(x)
+        self._adam = Adam(list(self._net.parameters()))
+        self._mean, self._spread = torch.zeros(2)
+
+    def see(self, points: Tensor, told: Tensor) -> None:
+        """Take note of answers (M, K) at points (M, *S); those that are no numbers teach nothing."""
+        good = told.isfinite().all(1)
+        self._points, self._told = torch.cat([self._points, points[good]]), torch.cat([self._told, told[good]])
+
+    def learn(self, steps: int) -> None:
+        """So many steps of Adam on random answers, always the same ones."""
+        if not len(self._told):
+            return
+        if not self._lessons:
+            self._mean = self._told.mean(0)
+            self._spread = (self._told - self._mean).square().mean().sqrt().clamp(min=1e-12)
+        self._lessons += 1
+        wanted = ((self._told - self._mean) / self._spread).to(self._points)
+        draw = torch.Generator().manual_seed(self._noise.at("lesson", self._lessons).key % 2**63)
+        for _ in range(steps):
+            some = torch.randint(len(wanted), (min(_BATCH, len(wanted)),), generator=draw).to(wanted.device)
+            loss = (self._net(self._points[some] - self._middle) - wanted[some]).square().mean()
+            self._adam.step(loss)
+
+    def __call__(self, x: Tensor) -> Any:
+        """What the model would say, in its own shape and units."""
+        return rebuilt(self._net(x - self._middle) * self._spread + self._mean, self._like)
+
+
+@final
+class Adam:
+    """Kingma & Ba 2015, algorithm 1 (https://arxiv.org/abs/1412.6980); torch's own loads a compiler at first, for 1.5 s."""
+
+    def __init__(self, weights: list[nn.Parameter]) -> None:
+        self._weights, self._count = weights, 0
+        self._first, self._second = ([torch.zeros_like(weight) for weight in weights] for _ in range(2))
+
+    def step(self, loss: Tensor) -> None:
+        """One step down."""
+        self._count += 1
+        grads = torch.autograd.grad(loss, self._weights)
+        unbiased = _RATE * math.sqrt(1 - 0.999**self._count) / (1 - 0.9**self._count)
+        with torch.no_grad():
+            for weight, grad, first, second in zip(self._weights, grads, self._first, self._second, strict=True):
+                first.lerp_(grad, 0.1)
+                second.lerp_(grad.square(), 0.001)
+                weight.addcdiv_(first, second.sqrt().add_(1e-8), value=-unbiased)
+
+
+def _layers(x: Tensor, outputs: int) -> nn.Module:
+    inputs = math.prod(x.shape[1:])
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(inputs, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, outputs)
+    )
+
+
+def _convolutions(x: Tensor, outputs: int) -> nn.Module:
+    stride = max(2, round(max(x.shape[2:]) / _SIDE))
+    first = nn.Conv2d(x.shape[1], 16, 2 * stride, stride, padding=stride // 2)
+    front = nn.Sequential(first, nn.ReLU(), nn.Conv2d(16, 24, 4, stride=2, padding=1), nn.ReLU(), nn.Flatten())
+    size = front(torch.zeros(1, *x.shape[1:])).shape[1]
+    return nn.Sequential(front, nn.Linear(size, 100), nn.ReLU(), nn.Linear(100, outputs))
+
+
+def asked(problem: Problem, rows: Tensor, points: Tensor) -> Any:
+    """What the deployed function says at points (M, *S) of the examples `rows` (M,), in as many batches as it takes."""
+    parts = zip(torch.split(rows, problem.most), torch.split(points, problem.most), strict=True)
+    outs = [problem[some].answer(where) for some, where in parts]
+    if isinstance(outs[0], Tensor):
+        return torch.cat(outs)
+    return tuple(torch.cat(parts) for parts in zip(*outs, strict=True))
+
+
+def taught(problem: Problem, teaching: Teaching) -> Copy | None:
+    """A copy of the model that knows its answers around the examples that are open; None of a model with no such answers.
+
+    What succeeds among the rough points that the model is asked about is kept. The copy learns from all these examples, so what
+    is found on it for one depends on its company.
+    """
+    rows = _left(problem)
+    if not len(rows):
+        return None
+    like = problem[rows].answer(problem.x[rows])
+    try:
+        told = flattened(like)
+    except (AttributeError, TypeError, RuntimeError):  # no tensors with a row each
+        return None
+    if told.shape[1] > _WIDEST or len(told) != len(rows):
+        return None
+    noise = problem.common_noise("copy", int(problem.ids[rows[0]]))
+    copy = Copy(problem.x[rows], like, noise, deep=teaching.deep)
+    copy.see(problem.x[rows], told)
+    many = max(teaching.points, min(_FEWEST * teaching.points, _ENOUGH * teaching.points // len(rows)))
+    for number in range(min(many, _room(problem))):
+        rows = _left(problem)
+        _tell(copy, problem, rows, _rough(problem[rows], number))
+    return copy
+
+
+def strikes(problem: Problem, copy: Copy, teaching: Teaching) -> Iterator[Tensor]:
+    """The points (N, *S) that are found on a copy and asked of the model, one after the other; whatever succeeds is kept."""
+    around = max(0, min(_AROUND, _room(problem) // max(1, teaching.rounds * teaching.strikes) - 1))
+    for turn in range(teaching.rounds):
+        copy.learn(teaching.steps)
+        for strike in range(teaching.strikes):
+            rows, number = _left(problem), 5000 + 100 * (turn * teaching.strikes + strike)
+            if not len(rows):
+                return
+            turned, walk = turn * teaching.strikes + strike, teaching.walk and problem.leaving
+            found = _struck(problem[rows], copy, number, turned, walk=walk)
+            _tell(copy, problem, rows, found)
+            yield problem.x.index_copy(0, rows, found)
+            if turn + 1 < teaching.rounds:
+                _look_around(copy, problem, rows, found, range(number, number + around))
+
+
+def _look_around(copy: Copy, problem: Problem, rows: Tensor, found: Tensor, numbers: range) -> None:
+    """Tell the copy of points half a budget away from those that were found on it."""
+    still = torch.isin(rows, _left(problem))
+    rows, found = rows[still], found[still]
+    for number in numbers if len(rows) else ():
+        some = problem[rows]
+        _tell(copy, problem, rows, some.threat.project(found + 0.5 * (scattered(some, number) - some.x), some.x))
+
+
+def _room(problem: Problem) -> int:
+    """How many points of each example fit into memory."""
+    return max(4, _NUMBERS // max(1, problem.x.numel()))
+
+
+def _struck(problem: Problem, copy: Copy, draw: int, number: int, *, walk: bool) -> Tensor:
+    """Where a descent on the copy ends, from a rough point: towards the goal, in turn towards its likeliest parts.
+
+    With `walk` the model is asked at every step: what has not gone far on the copy may have gone far enough on the model.
+    """
+    fake = problem.aside(torch.arange(len(problem), device=problem.x.device), keep="last", fn=copy)
+    goal = fake.goal.by(margin)
+    with torch.no_grad():
+        ways = [(goal, fake.ref), *goal.parts(copy(fake.x), fake.ref)[: _PARTS - 1]]
+    fake, x_adv = fake.following(*ways[number % len(ways)]), scattered(problem, draw)
+    if not walk:
+        return descend(fake, x_adv, _DESCENT)
+    for step in range(_DESCENT):
+        grad = fake.loss_and_grad(x_adv)[1]
+        fraction = 1 + math.cos(math.pi * step / _DESCENT)
+        x_adv = problem.threat.project(problem.threat.step(-grad, x_adv, problem.x, fraction), problem.x)
+        problem.success(x_adv)
+    return x_adv
+
+
+def _rough(problem: Problem, number: int) -> Tensor:
+    """Rough points, every other one a random part of the way out."""
+    end = scattered(problem, number)
+    if number % 2 == 0:
+        return end
+    part = problem.noise("part", number).uniform().to(problem.x)
+    return problem.x + (end - problem.x) * as_rows(part, problem.x)
+
+
+def _tell(copy: Copy, problem: Problem, rows: Tensor, points: Tensor) -> None:
+    if len(rows):
+        copy.see(points, flattened(asked(problem, rows, points)))
+
+
+def _left(problem: Problem) -> Tensor:
+    """The examples that are worth a question: on a random target all of them, since a success may be luck."""
+    everyone = torch.ones_like(problem.open)
+    return (problem.open if problem.leaving else everyone).nonzero().squeeze(1)

@@ -1,0 +1,98 @@
+"""Fast adaptive boundary attack: a walk along the border, from outside, towards the input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from robustkit._tensors import as_rows, over
+from robustkit.attack import Attack
+from robustkit.attacks._checks import at_least, not_negative, positive
+from robustkit.attacks._fmn import Border
+from robustkit.attacks._planes import onto
+from robustkit.errors import ArgumentError
+from robustkit.losses import margin
+from robustkit.problem import Problem
+from robustkit.threats import L2, Linf, Threat
+
+__all__ = ["FAB", "walk"]
+
+_TINY = 1e-8  # a move so short has no direction
+
+
+@final
+@dataclass(frozen=True)
+class FAB(Attack):
+    """Projects onto the border of the linearised model, from the iterate and from x, and goes between the two.
+
+    It looks for a small change, not for the largest loss inside a budget: `keep="smallest"` shows what it is made for. What is
+    on the way may lie far outside of the budget. That is its strength: where a model is flat around x, as nets with thresholds
+    in their first layer are, only the border itself shows the way along it.
+
+    Attributes:
+        steps: Of a walk along the border of one part of the goal; each is one pass, forward and back.
+        parts: How many parts of the goal, the likeliest at x, are tried; each has a walk of its own, from x.
+        bias: How much of a step goes to the projection of x, at most (alpha_max).
+        overshoot: By which factor moves onto the border are made longer (eta).
+        pull: Where the goal is reached, the share of the change that is kept (beta).
+
+    Source: Croce & Hein 2020, "Minimally distorted adversarial examples with a fast adaptive boundary attack", algorithm 1
+        (https://arxiv.org/abs/1907.02044), in its targeted form. There: 100 steps, pull 0.9. Here the way back and the next
+        projection use the gradient at the point that reached the goal, so that a step is one pass and not two, and there is no
+        final search: on the way back the next steps find the border.
+    """
+
+    serves: ClassVar[tuple[type[Threat], ...]] = (Linf, L2)
+    smallest: ClassVar[bool] = True
+
+    steps: int = 50
+    parts: int = 9
+    bias: float = 0.1
+    overshoot: float = 1.05
+    pull: float = 0.7
+
+    def __post_init__(self) -> None:
+        at_least(1, steps=self.steps, parts=self.parts)
+        positive(pull=self.pull)
+        not_negative(bias=self.bias, overshoot=self.overshoot)
+        for name, value, rule in (("bias", self.bias, self.bias <= 1), ("pull", self.pull, self.pull < 1),
+                                  ("overshoot", self.overshoot, self.overshoot >= 1)):  # fmt: skip
+            if not rule:
+                raise ArgumentError(
+                    f"{name}={value!r} is out of its range: bias is at most 1, pull below 1, overshoot at least 1"
+                )
+
+    def run(self, problem: Problem) -> Tensor:
+        """One walk for each part, from x."""
+        x_adv, smallest = problem.x, torch.full((len(problem),), torch.inf, dtype=torch.float64, device=problem.x.device)
+        goal = problem.goal.by(margin)
+        for part, ref in goal.parts(problem.answer(problem.x), problem.ref)[: self.parts]:
+            points, size = walk(problem.following(Border(part), ref), self.steps, self)
+            nearer = size < smallest
+            x_adv, smallest = torch.where(over(nearer, x_adv), points, x_adv), torch.minimum(size, smallest)
+        return problem.threat.project(x_adv, problem.x)
+
+
+def walk(problem: Problem, steps: int, how: FAB) -> tuple[Tensor, Tensor]:
+    """The nearest points beyond the border that a walk comes to, (N, *S), and how far they are, (N,); x and infinite if none.
+
+    The loss that the problem follows has to be an edge: what it is above, the border is at zero.
+    """
+    x, threat = problem.x, problem.threat
+    at = nearest = x
+    smallest = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
+    for _ in problem.steps(steps):
+        edge, grad = problem.loss_and_grad(at)
+        reached, size = edge < 0, threat.size(at, x)
+        nearer = reached & (size < smallest)
+        nearest, smallest = torch.where(over(nearer, x), at, nearest), torch.where(nearer, size, smallest)
+        back = torch.where(over(reached, x), x + how.pull * (at - x), at)
+        here, there = (edge + (grad * (point - at)).flatten(1).sum(1) for point in (back, x))
+        one, two = onto(threat, back, grad, here), onto(threat, x, grad, there)
+        length = (threat.size(x + one, x).clamp(min=_TINY), threat.size(x + two, x).clamp(min=_TINY))
+        share = as_rows((length[0] / (length[0] + length[1])).clamp(max=how.bias), x)
+        at = threat.clamp((1 - share) * (back + how.overshoot * one) + share * (x + how.overshoot * two))
+    return nearest, smallest

@@ -1,0 +1,175 @@
+"""A copy is taught what the model says, and what fools it is asked of the model."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_probes import EPS, N, X, Y, ask, net
+from torch import nn
+
+from robustkit import L1, L2, Linf, Pixels
+from robustkit._random import Noise
+from robustkit.attacks import _distil
+from robustkit.attacks._distil import Adam, Copy, Teaching, flattened, rebuilt, scattered, strikes, taught
+from robustkit.goals import Goal
+
+NOISE = Noise(0, torch.zeros(1, dtype=torch.int64))
+SHAPES = st.lists(st.lists(st.integers(1, 3), max_size=3), min_size=1, max_size=3)
+
+
+def firm(x):
+    return torch.eye(3)[0].expand(len(x), 3)
+
+
+@given(SHAPES)
+def test_answers_of_any_shape_come_back_as_they_were(shapes):
+    out = tuple(torch.randn(4, *shape) for shape in shapes)
+    back = rebuilt(flattened(out), out)
+    assert all(torch.equal(one, other) for one, other in zip(back, out, strict=True))
+    assert torch.equal(rebuilt(flattened(out[0]), out[0]), out[0])
+
+
+@pytest.mark.parametrize("threat", [Linf(0.1), L2(0.5), L1(1.0), Pixels(2)])
+@pytest.mark.parametrize("shape", [(1, 4, 4), (3, 9, 5), (6,)])
+def test_rough_points_lie_in_the_threat_set_and_spend_its_budget(threat, shape):
+    if len(shape) == 1 and isinstance(threat, Pixels):
+        return
+    x = 0.5 + 0.2 * (torch.rand(5, *shape, generator=torch.Generator().manual_seed(0)) - 0.5)
+    found = []
+
+    def look(problem):
+        found.extend(scattered(problem, draw) for draw in range(4))
+
+    ask(look, firm, threat=threat, x=x, y=torch.zeros(5, dtype=torch.int64))
+    for points in found:
+        assert threat.contains(points, x).all()
+        if isinstance(threat, Linf | L2):
+            torch.testing.assert_close(
+                threat.size(points, x), torch.full((5,), threat.eps, dtype=torch.float64), rtol=1e-4, atol=0
+            )
+    assert not torch.equal(found[0], found[1])
+
+
+def test_tiles_are_as_large_as_they_are_said_to_be():
+    x = torch.full((3, 2, 14, 14), 0.5)
+    found = []
+    ask(lambda p: found.extend(scattered(p, draw) for draw in range(4)), firm, threat=Linf(0.1), x=x,
+        y=torch.zeros(3, dtype=torch.int64))  # fmt: skip
+    for points, side in zip(found, (1, 2, 4, 7), strict=True):
+        inside = torch.arange(1, 14) % side > 0  # neighbours in one tile
+        for steps in (points.diff(dim=2).transpose(2, 3), points.diff(dim=3)):
+            assert not steps[..., inside].any()
+            assert steps[..., ~inside].any()
+
+
+def test_a_linear_model_is_learned():
+    weight = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
+    points = torch.rand(400, 1, 4, 4, generator=torch.Generator().manual_seed(2))
+    told = 100 + 50 * points.flatten(1) @ weight  # in whatever units
+    copy = Copy(points, told, NOISE, deep=False)
+    copy.see(points[:300], told[:300])
+    copy.learn(500)
+    error = (copy(points[300:]) - told[300:]).square().mean()
+    assert error < 0.05 * told.var()
+
+
+def test_what_is_no_number_teaches_nothing_and_the_same_seed_teaches_the_same():
+    points, told = X, X.flatten(1)[:, :3].clone()
+    holes = told.clone()
+    holes[::3] = torch.nan
+    copies = []
+    for answers in (holes, holes):
+        copy = Copy(points, told, NOISE, deep=True)
+        copy.see(points, answers)
+        copy.learn(20)
+        copies.append(copy(points))
+    assert torch.equal(*copies)
+    assert copies[0].isfinite().all()
+    other = Copy(points, told, NOISE.at("other"), deep=True)
+    other.see(points, holes)
+    other.learn(20)
+    assert not torch.equal(other(points), copies[0])
+
+
+class Near(Goal):
+    """Another answer than the reference, by so much."""
+
+    def loss(self, out, ref):
+        return 0.5 - (out[0] - ref).square().sum(1)
+
+    def success(self, out, ref):
+        return self.loss(out, ref) < 0
+
+    def __repr__(self):
+        return "Near()"
+
+
+def blind(x):
+    """A tuple, and no way back."""
+    out = 4 * x.detach().flatten(1)[:, :2]
+    return out, out.sum(1)
+
+
+def test_a_goal_that_reads_a_tuple_is_reached_by_the_copy_and_every_question_counts():
+    """The most that the budget allows is 2 (4 eps)^2."""
+    x, calls = X[:, :, :1, :2].repeat(1, 1, 2, 1), []
+    struck = []
+
+    def model(z):
+        calls.append(len(z))
+        return blind(z)
+
+    def transfer(problem):
+        teaching = Teaching(points=4, steps=200)
+        copy = taught(problem, teaching)
+        before = problem.open.sum()
+        struck.append(
+            (int(before), [problem.threat.contains(point, problem.x).all() for point in strikes(problem, copy, teaching)])
+        )
+
+    eps = 0.15
+    result = ask(transfer, model, x=x, y=blind(x)[0], threat=Linf(eps), goal=Near())
+    assert 32 * eps**2 > 0.5
+    assert result.success.all()
+    assert sum(calls) == int(result.forwards.sum())
+    assert all(struck)
+
+
+def test_with_few_examples_more_is_asked_about_each():
+    asked = {}
+    for count in (1, N):
+
+        def teach(problem):
+            taught(problem, Teaching(points=10, steps=1))
+
+        result = ask(teach, net(), x=X[:count], y=net()(X[:count]).argmax(1), threat=Linf(1e-6))
+        asked[count] = int(result.forwards[0])
+    assert asked[1] - asked[N] == 10 * _distil._FEWEST - 10 * _distil._ENOUGH // N
+
+
+def test_a_model_without_tensors_has_no_copy():
+    found = []
+
+    class Any(Near):
+        def loss(self, out, ref):
+            return ref.sum(1)
+
+    ask(lambda p: found.append(taught(p, Teaching(4, 4))), lambda x: "a word", y=torch.ones(N, 2), goal=Any())
+    assert found == [None]
+    assert isinstance(Copy(X, Y[:, None].float(), NOISE, deep=True)._net, nn.Module)
+    assert EPS > 0
+
+
+def test_the_optimiser_is_adam():
+    """Ten steps beside torch's own; the small number in the denominator stands elsewhere, which is all that differs."""
+    ours, theirs = (nn.Linear(4, 3) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    x, wanted = torch.rand(20, 4, generator=torch.Generator().manual_seed(0)), torch.ones(20, 3)
+    one, other = Adam(list(ours.parameters())), torch.optim.Adam(theirs.parameters(), 2e-3)
+    for _ in range(10):
+        one.step((ours(x) - wanted).square().mean())
+        other.zero_grad()
+        (theirs(x) - wanted).square().mean().backward()
+        other.step()
+    for mine, other_one in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other_one, rtol=1e-4, atol=1e-5)
