@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from robustkit._tensors import over
 from robustkit.attacks._distil import Teaching, strikes, taught
 from robustkit.attacks._locations import told
 from robustkit.attacks._pursuit import descend
-from robustkit.attacks._windows import moved, numbers
+from robustkit.attacks._search import search
 from robustkit.attacks.rays import RayS
 from robustkit.attacks.square import Square
 from robustkit.audit import judged
@@ -30,7 +29,7 @@ _STEPS = 50  # of each further descent
 _DRAWS, _MANY, _FADING, _REACH = 2, 125, 0.95, 2.0  # of a random model: draws a step, steps, what stays of the mean, first step
 _VOTES, _CLEAR, _AGAIN = 16, 0.75, 6  # draws by which its points are compared; descents more where no point is as clear as that
 _SCORES, _DECISIONS = 1500, 500  # queries of each example
-_WINDOWS, _AT_ONCE, _SHARE = 5000, 25, 0.05  # queries of the search from the nearest point, and the share of a window
+_WINDOWS, _SHARE = 5000, 0.05  # queries of the search from the nearest point, and the share of a window
 _COPY = Teaching(points=64, steps=400, rounds=4, strikes=3, deep=True, walk=True)
 _JOINT, _WHOLE = 5, 100  # descents of a whole batch, and their steps
 
@@ -82,27 +81,13 @@ def _further(problem: Problem) -> list[str]:
 
 
 def _search(problem: Problem, points: list[Tensor]) -> None:
-    """Change windows at random, as Square does, but from the point of each example that is nearest to the goal."""
+    """Change windows at random from the point of each example that is nearest to the goal."""
     left = problem.open.nonzero().squeeze(1)
     if not len(left):
         return
     edges = torch.stack([_edge(problem[left], x_adv[left]) for x_adv in points])
-    place = edges.argmin(0)
-    x_adv, edge = torch.stack([point[left] for point in points])[place, torch.arange(len(left))], edges.amin(0)
-    drawn = (
-        problem[left].noise("windows", "escalation").uniform(_WINDOWS // _AT_ONCE, _AT_ONCE, numbers(problem.threat, problem.x))
-    )
-    for query in range(_WINDOWS // _AT_ONCE):
-        still = problem.open[left].nonzero().squeeze(1)
-        for at in torch.split(still, max(1, problem.most // _AT_ONCE)) if len(still) else ():
-            some = problem[left[at].repeat_interleave(_AT_ONCE)]
-            candidate = moved(
-                some.threat, x_adv[at].repeat_interleave(_AT_ONCE, 0), some.x, _SHARE, drawn[at, query].flatten(0, 1)
-            )
-            found, best = _edge(some, candidate).reshape(-1, _AT_ONCE).min(1)
-            candidate = candidate[best + torch.arange(len(at), device=best.device) * _AT_ONCE]
-            x_adv[at] = torch.where(over(found < edge[at], candidate), candidate, x_adv[at])
-            edge[at] = torch.minimum(found, edge[at])
+    nearest = torch.stack([point[left] for point in points])[edges.argmin(0), torch.arange(len(left))]
+    search(problem, left, (nearest, edges.amin(0)), _WINDOWS, _SHARE, "windows", "escalation")
 
 
 def _edge(problem: Problem, x_adv: Tensor) -> Tensor:

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from robustkit._tensors import dot, over
 from robustkit.attacks._fmn import Border
-from robustkit.attacks._locations import told
-from robustkit.attacks._windows import moved, numbers
+from robustkit.attacks._search import search
 from robustkit.attacks.fab import FAB, walk
 from robustkit.goals import Goal, Out
 from robustkit.losses import margin
@@ -21,7 +20,6 @@ from robustkit.threats import L2, Threat
 
 __all__ = ["Pursuit", "Run", "descend"]
 
-_AT_ONCE = 25  # windows are asked: with few examples left, a step costs its overhead
 _PARTS = 9  # of a goal, the likeliest ones, are looked at
 
 
@@ -223,30 +221,12 @@ class Pursuit:
             points = points[len(run.rows) :]
 
     def search(self, rows: Tensor, queries: int, share: float, draw: int) -> None:
-        """Change windows at random from the nearest points, as Square does; the best of several is taken if it helps.
+        """Change windows at random from the nearest points; who has gained nothing by half of the queries is let go.
 
-        Who has gained nothing by half of the queries is let go: where gradients work, windows have nothing to add.
+        Where gradients work, windows have nothing to add.
         """
-        problem, times = self.problem, queries // _AT_ONCE
-        if not (times and len(rows)):
-            return
-        # All numbers at once: those of one query after another would cost more than what is done with them.
-        drawn = problem[rows].noise("windows", draw).uniform(times, _AT_ONCE, numbers(problem.threat, problem.x))
-        idle = torch.zeros_like(rows)
-        for query in range(times):
-            before = self.edge[rows]
-            left = (problem.open[rows] & (idle < (times + 1) // 2)).nonzero().squeeze(1)
-            for some in torch.split(left, max(1, problem.most // _AT_ONCE)) if len(left) else ():
-                self._look_around(rows[some], drawn[some, query].flatten(0, 1), share)
-            idle = torch.where(self.edge[rows] < before, 0, idle + 1)
-
-    def _look_around(self, rows: Tensor, drawn: Tensor, share: float) -> None:
-        many = rows.repeat_interleave(_AT_ONCE)
-        some, at = self.problem[many], self.nearest[many]
-        candidate = moved(some.threat, at, some.x, share, drawn)
-        edge = told(some.goal.edge(some.answer(candidate), some.ref)).reshape(-1, _AT_ONCE)
-        best = edge.argmin(1) + torch.arange(len(rows), device=rows.device) * _AT_ONCE
-        self._keep(rows, candidate[best], edge.amin(1))
+        near = self.nearest[rows], self.edge[rows]
+        self._keep(rows, *search(self.problem, rows, near, queries, share, "windows", draw, patience=0.5))
 
     def take(self, rows: Tensor, x_adv: Tensor) -> None:
         """Ask at points (M, *S) of the examples `rows` (M,), and keep those that are nearer."""

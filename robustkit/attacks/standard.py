@@ -73,13 +73,16 @@ class Standard(Attack):
     1. "descent": along the margin of the probabilities, from a random point, with steps that shrink like a cosine.
     2. "parts": the same along the margin of one part of the goal after another (for misclassification: towards one other
        class), in the order of how much of the way a linear model would leave, from random points.
-    3. Four rounds for those that have come near, the nearer the more: "windows", the random search of the Square attack, but
+    3. "border": a walk along the border from outside, as FAB does; longer ones, towards more parts, where that breaks more than
+       1 % of what descents have left.
+    4. Four rounds for those that have come near, the nearer the more: "windows", the random search of the Square attack, but
        from the nearest point, for as long as it gains; "parts", those not tried yet; "restarts": short steps from the nearest
        point, and descents from random points, each in another way.
 
-    How near an example is it tells itself: the edge of the goal at the nearest point as a share of that at x. So no result
-    depends on other examples, and none of the numbers on a data set; docs/standard.md has what each stage buys. The descents of
-    a round go through the model side by side, as far as `Target.batch_size` allows.
+    How near an example is it tells itself: the edge of the goal at the nearest point as a share of that at x. So none of
+    the numbers depends on a data set, and no result on other examples but for the longer walks and the escalation, which a
+    batch decides on together; docs/standard.md has what each stage buys. The descents of a round go through the model side
+    by side, as far as `Target.batch_size` allows.
 
     Attributes:
         steps: Of each descent.
@@ -89,10 +92,11 @@ class Standard(Attack):
         skip: A stage to leave out, to see what it buys; "" for none. "polish" are the restarts from the nearest point.
         audit: Whether it is asked if the number may be believed, and more is done where it may not.
 
-    Sources: the margin of probabilities: Xie et al. 2024 (https://arxiv.org/abs/2411.15210); one class after another: Gowal et
-    al. 2019 (https://arxiv.org/abs/1910.09338); effort where the margin is small: Liu et al. 2022
-    (https://arxiv.org/abs/2203.05154); windows: Andriushchenko et al. 2020 (https://arxiv.org/abs/1912.00049). The order by a
-    linear model, the search from the nearest point, the steps that stay in the box and the rounds are ours.
+    Sources: the margin of probabilities: Xie et al. 2024 (https://arxiv.org/abs/2411.15210); one class after another: Gowal
+    et al. 2019 (https://arxiv.org/abs/1910.09338); effort where the margin is small: Liu et al. 2022
+    (https://arxiv.org/abs/2203.05154); windows: Andriushchenko et al. 2020 (https://arxiv.org/abs/1912.00049); walks: Croce
+    & Hein 2020 (https://arxiv.org/abs/1907.02044). The order by a linear model, the search from the nearest point, the
+    steps that stay in the box and the rounds are ours.
     """
 
     serves: ClassVar[tuple[type[Threat], ...]] = (Linf, L2)
