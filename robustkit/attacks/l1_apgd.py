@@ -41,8 +41,10 @@ class L1APGD(RestartedAttack):
         point of the ball is a worse one. First a fifth of the coordinates, later two thirds of those in which the best point
         differs from x; lengths from eps down to eps / 10, divided by 1.5.
 
-    Unlike there, a step passes over coordinates at the edge of the box that could only leave it. The runs at three and two
-    times the budget, which the authors put before, are left out: an attack does not leave its threat.
+    Unlike there, the steps up to the first checkpoint, and of every other window after it, pass over coordinates at the edge
+    of the box that could only leave it: all places may go to such, and then nothing moves. The steps in between push these
+    too, as printed: what the change itself has brought to the edge stays there, where the projection would take from it. The
+    runs at three and two times the budget, which the authors put before, are left out: an attack does not leave its threat.
     """
 
     serves: ClassVar[tuple[type[Threat], ...]] = (L1,)
@@ -55,7 +57,7 @@ class L1APGD(RestartedAttack):
         walk, length, count, window = Walk(problem, start), longest, changed / 5, max(1, self.steps // _WINDOW)
         for step in problem.steps(self.steps):
             here = walk.here
-            way = threat.movable(-here.grad, here.x_adv)
+            way = -here.grad if step // window % 2 else threat.movable(-here.grad, here.x_adv)
             walk.to(threat.project(here.x_adv + _sparse_step(way, length, count), x))
             if (step + 1) % window == 0:
                 before, changed = changed, flat(walk.best.x_adv != x).sum(1).double()

@@ -42,6 +42,7 @@ def by_hand(x, y, noise, eps, steps, window):
     best, grad_best, eta, k, changed = value, grad, eps, len(x) / 5, len(x)
     for i in range(steps):
         free = [(g > 0 and p < 1) or (g < 0 and p > 0) for g, p in zip(grad.tolist(), point.tolist(), strict=True)]
+        free = free if i // window % 2 == 0 else [True] * len(x)
         open_ = grad * torch.tensor(free)
         top = sorted(range(len(x)), key=lambda j: -abs(float(open_[j])))[: max(1, math.ceil(k))]
         step = torch.zeros_like(x)
@@ -61,31 +62,33 @@ def by_hand(x, y, noise, eps, steps, window):
     return points, x_best, told
 
 
-@pytest.mark.parametrize(("steps", "window"), [(15, 1), (50, 2)])
+@pytest.mark.parametrize(("steps", "window"), [(12, 1), (50, 2)])
 def test_l1_apgd_is_the_loop_of_the_paper(steps, window):
-    """The first 15 steps one by one: later, what lies at the edge of the box hangs on the last bit."""
+    """The first 12 steps one by one: later, what lies at the edge of the box hangs on the last bit."""
     inputs, threat = [], L1(3.0)
     target = Target(lambda x: (inputs.append(x.detach().clone()), NET(x))[1])
     result = L1APGD(steps=steps)(target, X, Y, threat=threat, keep="last")
     noise = Noise(0, torch.arange(5)).at("start", 0).normal(1, 8, 8).double()
     seen = []
     for i in range(5):
-        points, x_best, told = by_hand(X[i].flatten(), Y[i], noise[i].flatten(), 3.0, 15, window)
-        ours = torch.stack([at[i].flatten() for at in inputs[:16]])
+        points, x_best, told = by_hand(X[i].flatten(), Y[i], noise[i].flatten(), 3.0, 12, window)
+        ours = torch.stack([at[i].flatten() for at in inputs[:13]])
         assert torch.allclose(ours, torch.stack(points), rtol=0, atol=1e-9)
-        assert steps > 15 or torch.allclose(result.x_adv[i].flatten(), x_best, rtol=0, atol=1e-9)
+        assert steps > 12 or torch.allclose(result.x_adv[i].flatten(), x_best, rtol=0, atol=1e-9)
         seen += told
     assert any(seen)
     assert not all(seen)
 
 
-@pytest.mark.parametrize(("eps", "share"), [(0.7, 0.88), (3.0, 0.97), (10.0, 0.98)])
+@pytest.mark.parametrize(("eps", "share"), [(0.7, 0.97), (3.0, 0.99), (10.0, 0.99)])
 def test_on_a_linear_model_the_optimum_of_ball_and_box_is_reached(eps, share):
     """The best coordinates first, each as far as the box goes, until the budget is spent.
 
-    Not quite, where that is one or two coordinates: no step is shorter than a tenth of the budget. Without passing over what
-    is at the edge, the step as printed would come to 74 % on problems like the last.
+    Not quite, where that is one or two coordinates: no step is shorter than a tenth of the budget. It takes both kinds of
+    steps: the printed one alone comes to 73 % of the last, and passing over what is at the edge alone to 92 % of the first
+    and 96 % of the second.
     """
+    torch.manual_seed(1)
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)).double()
     y = net(X).argmax(1)
     way = (net[1].weight[1] - net[1].weight[0]).detach() * (1 - 2.0 * y.double()).unsqueeze(1)
