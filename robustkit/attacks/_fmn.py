@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from robustkit._tensors import norm
+from robustkit.attacks._everything import everything
 from robustkit.goals import Goal, Out
 from robustkit.problem import Problem
 from robustkit.threats import L2, Linf, Pixels, Threat
@@ -87,8 +88,7 @@ def _whole(threat: Threat, x: Tensor, budget: Tensor) -> Tensor:
     """The size of a ball that holds the whole box, (N,); without a box, a hundred budgets."""
     if threat.bounds is None:
         return 100 * budget
-    width, size = threat.bounds[1] - threat.bounds[0], math.prod(x.shape[1:])
-    return torch.full_like(budget, width * (1 if isinstance(threat, Linf) else size**0.5 if isinstance(threat, L2) else size))
+    return torch.full_like(budget, float(everything(threat, x).eps))
 
 
 @final

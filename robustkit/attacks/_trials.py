@@ -5,7 +5,6 @@ Each testifies: in so many of so many cases it was so. What it breaks on the way
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple, final
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from robustkit._tensors import flat
 from robustkit.attacks._distil import Teaching, scattered, strikes, taught
+from robustkit.attacks._everything import everything
 from robustkit.attacks._probes import chosen
 from robustkit.attacks._pursuit import descend
 from robustkit.attacks.pgd import PGD
@@ -22,7 +22,7 @@ from robustkit.attacks.rays import RayS
 from robustkit.attacks.square import Square
 from robustkit.goals import Goal
 from robustkit.problem import Problem
-from robustkit.threats import L1, L2, Linf, Pixels, Threat
+from robustkit.threats import Linf, Threat
 
 __all__ = ["Across", "binarised", "everything", "raw_runs", "survivors", "unbounded"]
 
@@ -237,14 +237,6 @@ def _planes(inner: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
     scale = 2 / (far - near).clamp(min=1e-300)
     planes = torch.cat([normal * scale, -(near + far) / 2 * scale], 1)
     return planes, (gap > 0) & planes.isfinite().all(1)
-
-
-def everything(threat: Threat, x: Tensor) -> Threat:
-    """The same kind of threat with a budget that reaches every valid input."""
-    low, high = threat.bounds or (0.0, 1.0)
-    width, size = high - low, math.prod(x.shape[1:])
-    budgets = {Linf: width, L2: width * size**0.5, L1: width * size, Pixels: math.prod(x.shape[2:])}
-    return replace(threat, eps=budgets[type(threat)])
 
 
 def _budgets(problem: Problem, threat: Threat | None = None) -> Tensor:
