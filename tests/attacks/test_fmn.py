@@ -275,7 +275,7 @@ def test_senseless_fields_are_refused(fields):
 
 
 def test_balls_may_leave_the_budget_and_come_back():
-    """A net with thresholds, trained against Linf, in L2: with balls inside of the budget 33 of these 40 are left, without that bound 12."""
+    """A net with thresholds, trained against Linf, in L2: 12 of these are left, with balls inside of the budget 33."""
     part, net = load("mnist-5k").part(limit=40), zoo.load("mnist-cnn-robust")
     result = FMN()(net, part.x, part.y, threat=L2(2.0), keep="smallest")
     assert (~result.success).sum() <= 22
