@@ -11,7 +11,7 @@ from robustkit.threats import L2, Threat
 __all__ = ["onto"]
 
 _TRIES = 8  # of Newton's method; each fills the coordinates that the last one has overfilled
-_CLOSE = 1e-5  # share of the way that may be left
+_CLOSE = 1e-4  # share of the way that may be left
 
 
 def onto(threat: Threat, x: Tensor, grad: Tensor, value: Tensor) -> Tensor:
@@ -27,21 +27,26 @@ def onto(threat: Threat, x: Tensor, grad: Tensor, value: Tensor) -> Tensor:
         grad: The slopes of a linear function there, (N, *S).
         value: What it is there, (N,).
     """
-    x, slope, value = flat(x), flat(grad), value.unsqueeze(1)
-    sign = -value.sign() * slope.sign()
-    if threat.bounds is None:
-        room = torch.full_like(x, torch.inf)
-    else:
-        room = torch.where(sign > 0, threat.bounds[1] - x, x - threat.bounds[0]).clamp(min=0)
-    weight = torch.where(room > 0, slope.abs(), 0)
+    slope, value = flat(grad), value.unsqueeze(1)
+    sign, weight = slope.sign() * -value.sign(), slope.abs()
     pace = weight if isinstance(threat, L2) else (weight > 0).to(weight)
-    wanted, time = value.abs(), torch.zeros_like(value)
+    gain, wanted = weight * pace, value.abs()
+    if threat.bounds is None:
+        time = wanted / gain.sum(1, keepdim=True)
+        return (sign * pace * torch.where(time.isfinite(), time, 0)).reshape(grad.shape)
+    low, high = threat.bounds
+    room = ((low + high) / 2 - flat(x)).mul_(sign).add_((high - low) / 2).clamp_(min=0)  # where the sign is zero, nothing moves
+    full, most = room / pace, room * weight  # when a coordinate has no room left, and what it has given by then
+    time, left = torch.zeros_like(value), torch.arange(len(value), device=value.device)
     for _ in range(_TRIES):
-        move = time * pace
-        missing = wanted - (weight * torch.minimum(move, room)).sum(1, keepdim=True)
-        speed = torch.where(move < room, weight * pace, 0).sum(1, keepdim=True)
-        missing = torch.where(speed > 0, missing, 0)
-        if not (missing > _CLOSE * wanted).any():
+        free = torch.gt(full, time[left], out=torch.empty_like(full))  # as numbers: a mask would have to be turned into them
+        speed = (gain * free).sum(1, keepdim=True)
+        later = (wanted - (most * (1 - free)).sum(1, keepdim=True)) / speed
+        later = torch.where((speed > 0) & (later > time[left]), later, time[left])
+        more = (later > (1 + _CLOSE) * time[left]).squeeze(1).nonzero().squeeze(1)
+        time[left] = later
+        left, wanted = left[more], wanted[more]
+        if not len(left):
             break
-        time = time + missing.clamp(min=0) / torch.where(speed > 0, speed, 1)
-    return (sign * torch.minimum(time * pace, room).nan_to_num(0.0)).reshape(grad.shape)
+        full, most, gain = (values.index_select(0, more) for values in (full, most, gain))
+    return (sign * torch.minimum(time * pace, room)).reshape(grad.shape)

@@ -8,7 +8,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from robustkit._tensors import as_rows, over
+from robustkit._tensors import as_rows, dot, flat, over
 from robustkit.attack import Attack
 from robustkit.attacks._checks import at_least, not_negative, positive
 from robustkit.attacks._fmn import Border
@@ -67,7 +67,7 @@ class FAB(Attack):
 
     def run(self, problem: Problem) -> Tensor:
         """One walk for each part, from x."""
-        x_adv, smallest = problem.x, torch.full((len(problem),), torch.inf, dtype=torch.float64, device=problem.x.device)
+        x_adv, smallest = problem.x, torch.full((len(problem),), torch.inf, dtype=problem.x.dtype, device=problem.x.device)
         goal = problem.goal.by(margin)
         for part, ref in goal.parts(problem.answer(problem.x), problem.ref)[: self.parts]:
             points, size = walk(problem.following(Border(part), ref), self.steps, self)
@@ -82,17 +82,25 @@ def walk(problem: Problem, steps: int, how: FAB) -> tuple[Tensor, Tensor]:
     The loss that the problem follows has to be an edge: what it is above, the border is at zero.
     """
     x, threat = problem.x, problem.threat
-    at = nearest = x
-    smallest = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
+    at, nearest = x, x.clone()
+    smallest = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
     for _ in problem.steps(steps):
         edge, grad = problem.loss_and_grad(at)
-        reached, size = edge < 0, threat.size(at, x)
+        reached, size = edge < 0, _length(threat, at - x)
         nearer = reached & (size < smallest)
-        nearest, smallest = torch.where(over(nearer, x), at, nearest), torch.where(nearer, size, smallest)
-        back = torch.where(over(reached, x), x + how.pull * (at - x), at)
-        here, there = (edge + (grad * (point - at)).flatten(1).sum(1) for point in (back, x))
-        one, two = onto(threat, back, grad, here), onto(threat, x, grad, there)
-        length = (threat.size(x + one, x).clamp(min=_TINY), threat.size(x + two, x).clamp(min=_TINY))
+        nearest[nearer], smallest[nearer] = at[nearer], size[nearer]
+        # A linear model of the edge at two points: at x, and at the iterate, which goes back part of the way where it is beyond.
+        drawn = reached.to(x) * (1 - how.pull)
+        slope = dot(grad, x - at)
+        back = torch.lerp(at, x, as_rows(drawn, x))
+        one, two = onto(threat, back, grad, edge + drawn * slope), onto(threat, x, grad, edge + slope)
+        length = [_length(threat, move).clamp(min=_TINY) for move in (one, two)]
         share = as_rows((length[0] / (length[0] + length[1])).clamp(max=how.bias), x)
-        at = threat.clamp((1 - share) * (back + how.overshoot * one) + share * (x + how.overshoot * two))
+        at = threat.clamp(torch.lerp(back, x, share) + how.overshoot * torch.lerp(one, two, share))
     return nearest, smallest
+
+
+def _length(threat: Threat, move: Tensor) -> Tensor:
+    """How long each move is, (N, *S) -> (N,), in its own type: to compare moves, not to judge them."""
+    lengths: Tensor = torch.linalg.vector_norm(flat(move), 2 if isinstance(threat, L2) else torch.inf, dim=1)
+    return lengths
