@@ -7,6 +7,7 @@ a table is an image of height one.
 from __future__ import annotations
 
 import math
+from typing import final
 
 import torch
 from torch import Tensor
@@ -78,11 +79,12 @@ def _stripes(threat: Threat, x: Tensor, noise: Noise) -> Tensor:
 
 def _coloured(threat: Threat, x_adv: Tensor, x: Tensor, share: float, drawn: Tensor) -> Tensor:
     """A window in one colour, each channel at one end of the ball (algorithm 2); never the image that was there."""
-    inside = _positions(drawn[:, :2], sides(share, x.shape[2], x.shape[3]), x)[0]
-    colour = _signs(drawn[:, 2:], x)[:, :, None, None].expand_as(x)
-    ends, opposite = threat.steepest(colour, x), threat.steepest(-colour, x)
-    same = ~(inside & (ends != x_adv)).flatten(1).any(1)
-    return torch.where(inside, torch.where(over(same, x), opposite, ends), x_adv)
+    window = _Window(drawn[:, :2], sides(share, x.shape[2], x.shape[3]), x)
+    had, unchanged = window.read(x_adv), window.read(x)
+    colour = _signs(drawn[:, 2:], x)[:, :, None].expand_as(had)
+    ends, opposite = threat.steepest(colour, unchanged), threat.steepest(-colour, unchanged)
+    same = ~(ends != had).flatten(1).any(1)
+    return window.write(x_adv, torch.where(over(same, had), opposite, ends))
 
 
 def _tiles(threat: Threat, x: Tensor, noise: Noise) -> Tensor:
@@ -103,39 +105,53 @@ def _tiles(threat: Threat, x: Tensor, noise: Noise) -> Tensor:
 def _shifted(threat: Threat, x_adv: Tensor, x: Tensor, share: float, drawn: Tensor) -> Tensor:
     """What a second window had, and what the budget has left, goes to a bump on top of a first one (algorithm 3)."""
     size = sides(share, x.shape[2], x.shape[3], least=3)
-    here, rows, columns = _positions(drawn[:, :2], size, x)
-    there = _positions(drawn[:, 2:4], size, x)[0]
-    bump = _bumps(*size, x)[_turned(drawn[:, 4])[:, None, None], rows[:, :, None], columns[:, None, :]]
-    bump = _signs(drawn[:, 5:], bump)[:, :, None, None] * (bump.unsqueeze(1) * here)
-    change = x_adv.double() - x.double()
-    budget = torch.as_tensor(threat.budget, dtype=torch.float64, device=x.device).reshape(-1, 1, 1, 1)
-    unused = (budget.square() - _length(change).square().sum(1, keepdim=True)).clamp(min=0)
-    available = (_length(change * (here | there)).square() + unused / x.shape[1]).sqrt()
-    fresh = bump + _unit(change * here)
+    here, there = _Window(drawn[:, :2], size, x), _Window(drawn[:, 2:4], size, x)
+    change = x_adv - x
+    # What is in a window is reckoned in float64, which costs nothing there.
+    first, second = here.read(change).double(), there.read(change).double() * ~here.covers(there)
+    budget = torch.as_tensor(threat.budget, dtype=torch.float64, device=x.device).reshape(-1, 1, 1)
+    spent = change.flatten(1).square().sum(1, dtype=torch.float64)[:, None, None]
+    unused = (budget.square() - spent).clamp(min=0) / x.shape[1]
+    available = (_length(first).square() + _length(second).square() + unused).sqrt()
+    bump = _signs(drawn[:, 5:], first)[:, :, None] * _bumps(*size, x).flatten(1)[_turned(drawn[:, 4])][:, None]
+    fresh = bump + _unit(first)
     fresh = torch.where(_length(fresh) < _CANCELLED, bump, fresh)
-    return threat.project(x + (change * ~(here | there) + _unit(fresh) * available).to(x), x)
+    emptied = there.write(change, torch.zeros_like(second).to(x))
+    return threat.project(x + here.write(emptied, (_unit(fresh) * available).to(x)), x)
 
 
-def _positions(drawn: Tensor, size: tuple[int, int], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where windows of one size lie.
+@final
+class _Window:
+    """A window of each image, of one size, each at its own place: few pixels, so they are taken out and put back.
 
     Args:
-        drawn: Uniform numbers in [0, 1), (N, 2).
+        drawn: Uniform numbers in [0, 1), (N, 2): where.
         size: Height and width of the windows.
         x: The images, (N, C, H, W).
-
-    Returns:
-        Which pixels are inside, (N, 1, H, W) bool; which row of the window each row of the image is, (N, H), and each column,
-        (N, W); outside of it, the nearest one.
     """
-    at, inside = [], []
-    # In double, since a product in float32 may be rounded up to the first place outside.
-    for uniform, length, whole in zip(drawn.double().unbind(1), size, x.shape[2:], strict=True):
-        first = (uniform * (whole - length + 1)).long()
-        position = torch.arange(whole, device=x.device) - first.unsqueeze(1)
-        at.append(position.clamp(0, length - 1))
-        inside.append(_within(position, length))
-    return inside[0][:, None, :, None] & inside[1][:, None, None, :], at[0], at[1]
+
+    def __init__(self, drawn: Tensor, size: tuple[int, int], x: Tensor) -> None:
+        # In double, since a product in float32 may be rounded up to the first place outside.
+        first = [(at * (whole - length + 1)).long() for at, length, whole in
+                 zip(drawn.double().unbind(1), size, x.shape[2:], strict=True)]  # fmt: skip
+        self._rows, self._columns = (at[:, None] + torch.arange(length, device=x.device) for at, length in
+                                     zip(first, size, strict=True))  # fmt: skip
+        pixels = self._rows[:, :, None] * x.shape[3] + self._columns[:, None, :]
+        self._pixels = pixels.flatten(1)[:, None].expand(-1, x.shape[1], -1)
+
+    def read(self, image: Tensor) -> Tensor:
+        """What is in the window, (N, C, H, W) -> (N, C, pixels)."""
+        return image.flatten(2).gather(2, self._pixels)
+
+    def write(self, image: Tensor, values: Tensor) -> Tensor:
+        """The image with these values, (N, C, pixels), in the window."""
+        return image.flatten(2).scatter(2, self._pixels, values).reshape(image.shape)
+
+    def covers(self, other: _Window) -> Tensor:
+        """Which pixels of another window of this size are in this one too, (N, 1, pixels) bool."""
+        row, column = (_within(theirs - ours[:, :1], ours.shape[1]) for theirs, ours in
+                       ((other._rows, self._rows), (other._columns, self._columns)))  # fmt: skip
+        return (row[:, :, None] & column[:, None, :]).flatten(1)[:, None]
 
 
 def _within(position: Tensor, length: int) -> Tensor:
@@ -147,8 +163,8 @@ def _turned(uniform: Tensor) -> Tensor:
 
 
 def _length(change: Tensor) -> Tensor:
-    """The Euclidean length of each channel, (..., H, W) -> (..., 1, 1)."""
-    return change.square().sum((-2, -1), keepdim=True).sqrt()
+    """The Euclidean length of each channel, (..., pixels) -> (..., 1)."""
+    return change.square().sum(-1, keepdim=True).sqrt()
 
 
 def _unit(change: Tensor) -> Tensor:
@@ -164,7 +180,7 @@ def _bumps(height: int, width: int, x: Tensor) -> Tensor:
 def _bump(height: int, width: int, device: torch.device) -> Tensor:
     """The upper half a hill, the lower half a valley (equation 2); each of length one before they are put together."""
     upper, lower = _hill(height // 2, width, device), _hill(height - height // 2, width, device)
-    return _unit(torch.cat([_unit(upper), -_unit(lower)]))
+    return _unit(torch.cat([_unit(upper.flatten()), -_unit(lower.flatten())])).reshape(height, width)
 
 
 def _hill(height: int, width: int, device: torch.device) -> Tensor:
