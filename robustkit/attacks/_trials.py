@@ -183,7 +183,7 @@ class Across(Goal):
 
 
 def binarised(problem: Problem, rows: Tensor) -> None:
-    """Whether the first descent of the evaluation finds what is there by construction, where the target gives its features.
+    """Whether a descent of the evaluation finds what is there by construction, where the target gives its features.
 
     For each example a plane is put between the features of points inside the ball and those of one point at its edge. That one
     is an adversarial example of the model whose last layer is the plane; who does not find any is too weak for the features.
