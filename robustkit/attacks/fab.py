@@ -21,6 +21,7 @@ from robustkit.threats import L2, Linf, Threat
 __all__ = ["FAB", "walk"]
 
 _TINY = 1e-8  # a move so short has no direction
+_CROWDED = 0.8  # of the examples still walk: the others are let go
 
 
 @final
@@ -81,14 +82,18 @@ def walk(problem: Problem, steps: int, how: FAB) -> tuple[Tensor, Tensor]:
 
     The loss that the problem follows has to be an edge: what it is above, the border is at zero.
     """
-    x, threat = problem.x, problem.threat
-    at, nearest = x, x.clone()
-    smallest = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
+    found, rows = problem.x.clone(), torch.arange(len(problem), device=problem.x.device)
+    smallest = torch.full((len(problem),), torch.inf, dtype=problem.x.dtype, device=problem.x.device)
+    at = problem.x
     for _ in problem.steps(steps):
+        still = problem.open.nonzero().squeeze(1)
+        if len(still) < _CROWDED * len(rows):
+            problem, rows, at = problem[still], rows[still], at[still]
+        x, threat = problem.x, problem.threat
         edge, grad = problem.loss_and_grad(at)
         reached, size = edge < 0, _length(threat, at - x)
-        nearer = reached & (size < smallest)
-        nearest[nearer], smallest[nearer] = at[nearer], size[nearer]
+        nearer = (reached & (size < smallest[rows])).nonzero().squeeze(1)
+        found[rows[nearer]], smallest[rows[nearer]] = at[nearer], size[nearer]
         # A linear model of the edge at two points: at x, and at the iterate, which goes back part of the way where it is beyond.
         drawn = reached.to(x) * (1 - how.pull)
         slope = dot(grad, x - at)
@@ -97,7 +102,7 @@ def walk(problem: Problem, steps: int, how: FAB) -> tuple[Tensor, Tensor]:
         length = [_length(threat, move).clamp(min=_TINY) for move in (one, two)]
         share = as_rows((length[0] / (length[0] + length[1])).clamp(max=how.bias), x)
         at = threat.clamp(torch.lerp(back, x, share) + how.overshoot * torch.lerp(one, two, share))
-    return nearest, smallest
+    return found, smallest
 
 
 def _length(threat: Threat, move: Tensor) -> Tensor:
