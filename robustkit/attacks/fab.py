@@ -94,7 +94,7 @@ def walk(problem: Problem, steps: int, how: FAB) -> tuple[Tensor, Tensor]:
         reached, size = edge < 0, _length(threat, at - x)
         nearer = (reached & (size < smallest[rows])).nonzero().squeeze(1)
         found[rows[nearer]], smallest[rows[nearer]] = at[nearer], size[nearer]
-        # A linear model of the edge at two points: at x, and at the iterate, which goes back part of the way where it is beyond.
+        # The edge of a linear model at two points: at x, and at the iterate, which goes back part of the way if it is beyond.
         drawn = reached.to(x) * (1 - how.pull)
         slope = dot(grad, x - at)
         back = torch.lerp(at, x, as_rows(drawn, x))
