@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from robustkit._behind import module_of
+from robustkit._tensors import amax
 from robustkit._world import held, seeded
 from robustkit.errors import ShapeError
 from robustkit.losses import Loss, cross_entropy, logits_of, margin, targeted
@@ -105,8 +106,7 @@ class Misclassify(Goal):
 
         Of classes that share the first place the one of the lowest number comes first, as `argmax` has it.
         """
-        logits = logits_of(out, ref)
-        return (logits.argmax(1) != ref) | ~logits.isfinite().all(1)
+        return ~_first(logits_of(out, ref), ref)
 
     def by(self, surrogate: Loss) -> Goal:
         """Another surrogate."""
@@ -147,8 +147,7 @@ class ClassifyAs(Goal):
 
     def success(self, out: Out, ref: Tensor) -> Tensor:
         """Where the wanted class comes first and every logit is a finite number."""
-        logits = logits_of(out, ref)
-        return (logits.argmax(1) == ref) & logits.isfinite().all(1)
+        return _first(logits_of(out, ref), ref)
 
     def by(self, surrogate: Loss) -> Goal:
         """Another surrogate, in its form for one wanted class."""
@@ -161,6 +160,11 @@ class ClassifyAs(Goal):
     def check(self, out: Out, ref: Tensor) -> None:
         """Refuse outputs that are no logits, and wanted classes that are no classes of theirs."""
         _check_classes(out, ref)
+
+
+def _first(logits: Tensor, ref: Tensor) -> Tensor:
+    """Where the class `ref` comes first and every logit is a finite number, (N,) bool."""
+    return (logits.argmax(1) == ref) & (amax(logits) < torch.inf)  # of what is no number the largest is none either
 
 
 def _check_classes(out: Out, ref: Tensor) -> None:

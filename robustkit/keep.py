@@ -108,7 +108,7 @@ class Kept:
             return
         worth = reached if self.leaving else torch.ones_like(reached)
         new = worth.nonzero().squeeze(1)
-        if len(new):  # on most steps nobody succeeds
+        if len(new):
             new = new[threat[new].contains(x_adv[new], x[new])]
         if not len(new):
             return

@@ -71,6 +71,7 @@ class Ledger:
 
     def __init__(self, n: int, device: torch.device) -> None:
         self.forwards, self.backwards, self.flat = torch.zeros(3, n, dtype=torch.int64, device=device)
+        self._one = torch.ones(1, dtype=torch.int64, device=device)
         self.solver = torch.full((n,), -1, dtype=torch.int64, device=device)
         self.stages: list[Stage] = []
         self.evidence: list[Evidence] = []
@@ -81,7 +82,8 @@ class Ledger:
         if isinstance(rows, slice):
             count[rows].add_(amount)
         else:
-            count.index_add_(0, rows, torch.as_tensor(amount, device=count.device).expand(len(rows)))
+            amount = amount if isinstance(amount, Tensor) else self._one * amount
+            count.index_add_(0, rows, amount.expand(len(rows)))
 
     @contextmanager
     def stage(self, name: str, solved: Tensor) -> Iterator[None]:

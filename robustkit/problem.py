@@ -435,7 +435,8 @@ class Problem:
         reached = goal.success(out, ref[at])
         if loss is None and self._kept.weighing:
             loss = goal.loss(out, ref[at])
-        self._kept.offer(self._in_ledger(at), x_adv[at].detach(), self.x[at], self.threat[at], reached, loss)
+        if self._kept.weighing or (self._kept.judging and reached.any()):  # on most steps nobody succeeds
+            self._kept.offer(self._in_ledger(at), x_adv[at].detach(), self.x[at], self.threat[at], reached, loss)
         return reached
 
     @property

@@ -18,6 +18,7 @@ from robustkit._random import Noise
 from robustkit._tensors import as_rows, flat
 from robustkit._world import seeded
 from robustkit.attacks._pursuit import descend
+from robustkit.goals import Goal
 from robustkit.losses import margin
 from robustkit.problem import Problem
 from robustkit.threats import L1, Pixels
@@ -25,13 +26,13 @@ from robustkit.threats import L1, Pixels
 __all__ = ["Copy", "Teaching", "asked", "flattened", "rebuilt", "scattered", "strikes", "taught"]
 
 _TILES = (1, 2, 4, 7)  # pixels along the side of a tile of one colour
-_BATCH, _RATE = 64, 2e-3  # of the teaching
 _NUMBERS = 2**26  # of all points together: a quarter of a gigabyte
 _SIDE = 14  # to about so many places per axis the first convolution brings an image
 _AROUND = 8  # further points around each that was found on the copy
 _DESCENT = 20  # steps on the copy
-_PARTS = 4  # ways: the goal, and its likeliest parts
+_PARTS = 4  # of the goal, the likeliest ones, are gone for
 _WIDEST = 4096  # outputs
+_TURN = 100_000  # draws that one copy may use
 _ENOUGH, _FEWEST = 64, 6  # examples: of fewer more is asked about each, as if there were so many, up to so many times as much
 
 
@@ -42,17 +43,23 @@ class Teaching:
 
     Attributes:
         points: Around each example that the model is asked about before the copy is attacked.
-        steps: Of gradient descent in each round, each on 64 answers.
+        steps: Of gradient descent in each round.
+        batch: Answers that a step is taken on. Fewer steps on more of them cost less where a step costs its overhead.
+        rate: The length of a step.
         rounds: Of attack, questions and further teaching.
         strikes: Points of the copy that the model is asked about in each round.
+        company: Where fewer examples are left, solved ones are asked about too, so many in all: few teach a copy little.
         deep: Convolutions, for images, instead of two hidden layers.
         walk: The model is asked at each step of a descent on the copy, not only at its end.
     """
 
     points: int
     steps: int
+    batch: int = 64
+    rate: float = 2e-3
     rounds: int = 1
     strikes: int = 2
+    company: int = 0
     deep: bool = False
     walk: bool = False
 
@@ -113,8 +120,8 @@ class Copy:
         good = told.isfinite().all(1)
         self._points, self._told = torch.cat([self._points, points[good]]), torch.cat([self._told, told[good]])
 
-    def learn(self, steps: int) -> None:
-        """So many steps of Adam on random answers, always the same ones."""
+    def learn(self, teaching: Teaching) -> None:
+        """As many steps of Adam as are taught, on random answers, always the same ones."""
         if not len(self._told):
             return
         if not self._lessons:
@@ -123,10 +130,10 @@ class Copy:
         self._lessons += 1
         wanted = ((self._told - self._mean) / self._spread).to(self._points)
         draw = torch.Generator().manual_seed(self._noise.at("lesson", self._lessons).key % 2**63)
-        for _ in range(steps):
-            some = torch.randint(len(wanted), (min(_BATCH, len(wanted)),), generator=draw).to(wanted.device)
+        for _ in range(teaching.steps):
+            some = torch.randint(len(wanted), (min(teaching.batch, len(wanted)),), generator=draw).to(wanted.device)
             loss = (self._net(self._points[some] - self._middle) - wanted[some]).square().mean()
-            self._adam.step(loss)
+            self._adam.step(loss, teaching.rate)
 
     def __call__(self, x: Tensor) -> Any:
         """What the model would say, in its own shape and units."""
@@ -141,11 +148,11 @@ class Adam:
         self._weights, self._count = weights, 0
         self._first, self._second = ([torch.zeros_like(weight) for weight in weights] for _ in range(2))
 
-    def step(self, loss: Tensor) -> None:
-        """One step down."""
+    def step(self, loss: Tensor, rate: float) -> None:
+        """One step down, of about this length in each weight."""
         self._count += 1
         grads = torch.autograd.grad(loss, self._weights)
-        unbiased = _RATE * math.sqrt(1 - 0.999**self._count) / (1 - 0.9**self._count)
+        unbiased = rate * math.sqrt(1 - 0.999**self._count) / (1 - 0.9**self._count)
         with torch.no_grad():
             for weight, grad, first, second in zip(self._weights, grads, self._first, self._second, strict=True):
                 first.lerp_(grad, 0.1)
@@ -177,8 +184,10 @@ def asked(problem: Problem, rows: Tensor, points: Tensor) -> Any:
     return tuple(torch.cat(parts) for parts in zip(*outs, strict=True))
 
 
-def taught(problem: Problem, teaching: Teaching) -> Copy | None:
+def taught(problem: Problem, teaching: Teaching, turn: int = 0) -> Copy | None:
     """A copy of the model that knows its answers around the examples that are open; None of a model with no such answers.
+
+    Each `turn` has points of its own.
 
     What succeeds among the rough points that the model is asked about is kept. The copy learns from all these examples, so what
     is found on it for one depends on its company.
@@ -193,31 +202,36 @@ def taught(problem: Problem, teaching: Teaching) -> Copy | None:
         return None
     if told.shape[1] > _WIDEST or len(told) != len(rows):
         return None
-    noise = problem.common_noise("copy", int(problem.ids[rows[0]]))
+    noise = problem.common_noise("copy", int(problem.ids[rows[0]]), turn)
     copy = Copy(problem.x[rows], like, noise, deep=teaching.deep)
     copy.see(problem.x[rows], told)
-    many = max(teaching.points, min(_FEWEST * teaching.points, _ENOUGH * teaching.points // len(rows)))
+    many = max(teaching.points, min(_FEWEST * teaching.points, _ENOUGH * teaching.points // max(len(rows), teaching.company)))
     for number in range(min(many, _room(problem))):
-        rows = _left(problem)
-        _tell(copy, problem, rows, _rough(problem[rows], number))
+        rows = _beside(problem, _left(problem), teaching.company)
+        _tell(copy, problem, rows, _rough(problem[rows], _TURN * turn + number))
     return copy
 
 
-def strikes(problem: Problem, copy: Copy, teaching: Teaching) -> Iterator[Tensor]:
+def strikes(problem: Problem, copy: Copy, teaching: Teaching, turn: int = 0) -> Iterator[Tensor]:
     """The points (N, *S) that are found on a copy and asked of the model, one after the other; whatever succeeds is kept."""
     around = max(0, min(_AROUND, _room(problem) // max(1, teaching.rounds * teaching.strikes) - 1))
-    for turn in range(teaching.rounds):
-        copy.learn(teaching.steps)
-        for strike in range(teaching.strikes):
-            rows, number = _left(problem), 5000 + 100 * (turn * teaching.strikes + strike)
-            if not len(rows):
-                return
-            turned, walk = turn * teaching.strikes + strike, teaching.walk and problem.leaving
-            found = _struck(problem[rows], copy, number, turned, walk=walk)
-            _tell(copy, problem, rows, found)
-            yield problem.x.index_copy(0, rows, found)
-            if turn + 1 < teaching.rounds:
-                _look_around(copy, problem, rows, found, range(number, number + around))
+    for lesson in range(teaching.rounds):
+        copy.learn(teaching)
+        rows = _left(problem)
+        if not len(rows):
+            return
+        numbers = range(lesson * teaching.strikes, (lesson + 1) * teaching.strikes)
+        found = _struck(problem, rows, copy, numbers, turn, walk=teaching.walk and problem.leaving)
+        _tell(copy, problem, rows.repeat(len(numbers)), torch.cat(found))
+        yield from (problem.x.index_copy(0, rows, points) for points in found)
+        for number, points in zip(numbers, found, strict=True) if lesson + 1 < teaching.rounds else ():
+            first = _draw(turn, number)
+            _look_around(copy, problem, rows, points, range(first, first + around))
+
+
+def _draw(turn: int, number: int) -> int:
+    """The first of a hundred random draws that belong to one strike."""
+    return _TURN * turn + 5000 + 100 * number
 
 
 def _look_around(copy: Copy, problem: Problem, rows: Tensor, found: Tensor, numbers: range) -> None:
@@ -234,24 +248,34 @@ def _room(problem: Problem) -> int:
     return max(4, _NUMBERS // max(1, problem.x.numel()))
 
 
-def _struck(problem: Problem, copy: Copy, draw: int, number: int, *, walk: bool) -> Tensor:
-    """Where a descent on the copy ends, from a rough point: towards the goal, in turn towards its likeliest parts.
+def _struck(problem: Problem, rows: Tensor, copy: Copy, numbers: range, turn: int, *, walk: bool) -> list[Tensor]:
+    """Where descents on the copy end, side by side, each from a rough point: in turn towards the likeliest parts of the goal.
 
     With `walk` the model is asked at every step: what has not gone far on the copy may have gone far enough on the model.
     """
-    fake = problem.aside(torch.arange(len(problem), device=problem.x.device), keep="last", fn=copy)
-    goal = fake.goal.by(margin)
-    with torch.no_grad():
-        ways = [(goal, fake.ref), *goal.parts(copy(fake.x), fake.ref)[: _PARTS - 1]]
-    fake, x_adv = fake.following(*ways[number % len(ways)]), scattered(problem, draw)
+    some, everyone = problem[rows], rows.repeat(len(numbers))
+    fake = problem.aside(everyone, keep="last", fn=copy)
+    x_adv = torch.cat([scattered(some, _draw(turn, number)) for number in numbers])
+    goal, refs = _ways(some.goal.by(margin), copy, some)
+    fake = fake.following(goal, torch.cat([refs[number % len(refs)] for number in numbers]))
     if not walk:
-        return descend(fake, x_adv, _DESCENT)
+        return list(torch.split(descend(fake, x_adv, _DESCENT), len(rows)))
     for step in range(_DESCENT):
         grad = fake.loss_and_grad(x_adv)[1]
         fraction = 1 + math.cos(math.pi * step / _DESCENT)
-        x_adv = problem.threat.project(problem.threat.step(-grad, x_adv, problem.x, fraction), problem.x)
-        problem.success(x_adv)
-    return x_adv
+        x_adv = fake.threat.project(fake.threat.step(-grad, x_adv, fake.x, fraction), fake.x)
+        for part, where in zip(*(torch.split(each, problem.most) for each in (everyone, x_adv)), strict=True):
+            problem[part].success(where)
+    return list(torch.split(x_adv, len(rows)))
+
+
+@torch.no_grad()
+def _ways(goal: Goal, copy: Copy, problem: Problem) -> tuple[Goal, list[Tensor]]:
+    """A goal that is one of the likeliest parts, by its reference, and these references; if there is none such, the whole."""
+    parts = goal.parts(copy(problem.x), problem.ref)[:_PARTS]
+    if any(part != parts[0][0] for part, _ in parts):
+        return goal, [problem.ref]
+    return parts[0][0], [ref for _, ref in parts]
 
 
 def _rough(problem: Problem, number: int) -> Tensor:
@@ -266,6 +290,13 @@ def _rough(problem: Problem, number: int) -> Tensor:
 def _tell(copy: Copy, problem: Problem, rows: Tensor, points: Tensor) -> None:
     if len(rows):
         copy.see(points, flattened(asked(problem, rows, points)))
+
+
+def _beside(problem: Problem, rows: Tensor, company: int) -> Tensor:
+    """These examples, and so many solved ones that there are `company` in all."""
+    others = torch.ones_like(problem.open)
+    others[rows] = False
+    return torch.cat([rows, others.nonzero().squeeze(1)[: max(0, company - len(rows))]])
 
 
 def _left(problem: Problem) -> Tensor:

@@ -28,9 +28,10 @@ __all__ = ["escalated"]
 _STEPS = 50  # of each further descent
 _DRAWS, _MANY, _FADING, _REACH = 2, 125, 0.95, 2.0  # of a random model: draws a step, steps, what stays of the mean, first step
 _VOTES, _CLEAR, _AGAIN = 16, 0.75, 6  # draws by which its points are compared; descents more where no point is as clear as that
-_SCORES, _DECISIONS = 1500, 500  # queries of each example
+_TURNS = ((1500, 500), (5000, 5000))  # queries of scores and of decisions for each example; the second where the first helps
 _WINDOWS, _SHARE = 5000, 0.05  # queries of the search from the nearest point, and the share of a window
-_COPY = Teaching(points=64, steps=400, rounds=4, strikes=3, deep=True, walk=True)
+_COPY = Teaching(points=64, steps=400, rounds=4, strikes=3, company=100, deep=True, walk=True)
+_WORTH = 0.1  # of what was left a turn must break, for another one
 _JOINT, _WHOLE = 5, 100  # descents of a whole batch, and their steps
 
 
@@ -66,28 +67,37 @@ def _further(problem: Problem) -> list[str]:
         goal = problem.goal.by(margin)
         problem.success(descend(through.following(goal, problem.ref), problem.start(2001 + number), _STEPS))
         done.append(f"view {view}")
-    copy = taught(problem, _COPY)
+    for turn, (scores, decisions) in enumerate(_TURNS):
+        left = int(problem.open.sum())
+        done += _without_gradients(problem, turn, scores, decisions)
+        if not 0 < int(problem.open.sum()) <= (1 - _WORTH) * left:
+            break
+    return done
+
+
+def _without_gradients(problem: Problem, turn: int, scores: int, decisions: int) -> list[str]:
+    done, copy = [], taught(problem, _COPY, turn)
     if copy is not None:
         done.append(f"transfer from a copy taught at {_COPY.points} points of each example")
-        points = [problem.x, *strikes(problem, copy, _COPY)]
+        points = [problem.x, *strikes(problem, copy, _COPY, turn)]
         if isinstance(problem.threat, Linf | L2):
-            _search(problem, points)
+            _search(problem, points, turn)
             done.append(f"{_WINDOWS} windows from the nearest of its points")
-    for attack in (Square(queries=_SCORES), RayS(queries=_DECISIONS)):
+    for attack in (Square(queries=scores), RayS(queries=decisions)):
         if attack.fits(problem.threat) and problem.open.any():
             problem.success(attack.run(problem))
             done.append(repr(attack))
     return done
 
 
-def _search(problem: Problem, points: list[Tensor]) -> None:
+def _search(problem: Problem, points: list[Tensor], turn: int) -> None:
     """Change windows at random from the point of each example that is nearest to the goal."""
     left = problem.open.nonzero().squeeze(1)
     if not len(left):
         return
     edges = torch.stack([_edge(problem[left], x_adv[left]) for x_adv in points])
     nearest = torch.stack([point[left] for point in points])[edges.argmin(0), torch.arange(len(left))]
-    search(problem, left, (nearest, edges.amin(0)), _WINDOWS, _SHARE, "windows", "escalation")
+    search(problem, left, (nearest, edges.amin(0)), _WINDOWS, _SHARE, "windows", "escalation", turn)
 
 
 def _edge(problem: Problem, x_adv: Tensor) -> Tensor:

@@ -8,10 +8,21 @@ from torch import Tensor
 from robustkit._tensors import flat
 from robustkit.threats import L2, Threat
 
-__all__ = ["onto"]
+__all__ = ["far", "onto"]
 
 _TRIES = 8  # of Newton's method; each fills the coordinates that the last one has overfilled
 _CLOSE = 1e-4  # share of the way that may be left
+
+
+def far(threat: Threat, move: Tensor) -> Tensor:
+    """How far each move goes, (N, *S) -> (N,), in its own type: to compare moves, not to judge them.
+
+    Args:
+        threat: Linf or L2: what is far.
+        move: The moves.
+    """
+    lengths: Tensor = torch.linalg.vector_norm(flat(move), 2 if isinstance(threat, L2) else torch.inf, dim=1)
+    return lengths
 
 
 def onto(threat: Threat, x: Tensor, grad: Tensor, value: Tensor) -> Tensor:
@@ -37,16 +48,18 @@ def onto(threat: Threat, x: Tensor, grad: Tensor, value: Tensor) -> Tensor:
     low, high = threat.bounds
     room = ((low + high) / 2 - flat(x)).mul_(sign).add_((high - low) / 2).clamp_(min=0)  # where the sign is zero, nothing moves
     full, most = room / pace, room * weight  # when a coordinate has no room left, and what it has given by then
+    short = most.sum(1, keepdim=True) <= wanted  # all room together is not enough
     time, left = torch.zeros_like(value), torch.arange(len(value), device=value.device)
+    more = (~short).squeeze(1).nonzero().squeeze(1)
     for _ in range(_TRIES):
+        left, wanted = left[more], wanted[more]
+        if not len(left):
+            break
+        full, most, gain = (values.index_select(0, more) for values in (full, most, gain))
         free = torch.gt(full, time[left], out=torch.empty_like(full))  # as numbers: a mask would have to be turned into them
         speed = (gain * free).sum(1, keepdim=True)
         later = (wanted - (most * (1 - free)).sum(1, keepdim=True)) / speed
         later = torch.where((speed > 0) & (later > time[left]), later, time[left])
         more = (later > (1 + _CLOSE) * time[left]).squeeze(1).nonzero().squeeze(1)
         time[left] = later
-        left, wanted = left[more], wanted[more]
-        if not len(left):
-            break
-        full, most, gain = (values.index_select(0, more) for values in (full, most, gain))
-    return (sign * torch.minimum(time * pace, room)).reshape(grad.shape)
+    return (sign * torch.where(short, room, torch.minimum(time * pace, room))).reshape(grad.shape)

@@ -184,7 +184,7 @@ class Pursuit:
             some, x_adv = self._joined(group)
             usual = _reach(some.threat)
             reach = [torch.full((len(run.rows),), usual if run.reach is None else run.reach) for run in group]
-            self._take_all(group, descend(some, x_adv, steps, torch.cat(reach).to(some.x)))
+            self.take(group, descend(some, x_adv, steps, torch.cat(reach).to(some.x)))
 
     def walk(self, runs: Sequence[Run], steps: int) -> None:
         """Walks along the border, from x; where one has come beyond it, its nearest point is brought into the threat set."""
@@ -192,7 +192,7 @@ class Pursuit:
         for group in self._side_by_side(border):
             some, _ = self._joined(group)
             points, _ = walk(some, steps, FAB())
-            self._take_all(group, some.threat.project(points, some.x))
+            self.take(group, some.threat.project(points, some.x))
 
     def _side_by_side(self, runs: Sequence[Run]) -> list[list[Run]]:
         """Runs of one goal that may go through the model together."""
@@ -215,10 +215,14 @@ class Pursuit:
         x_adv = torch.cat([run.x_adv for run in group])
         return some.following(group[0].goal, torch.cat([run.ref for run in group])), x_adv
 
-    def _take_all(self, group: Sequence[Run], points: Tensor) -> None:
-        for run in group:
-            self.take(run.rows, points[: len(run.rows)])
-            points = points[len(run.rows) :]
+    def take(self, group: Sequence[Run], points: Tensor) -> None:
+        """Ask at the points (M, *S) that runs have come to, all at once, and keep of each example the nearest."""
+        rows = torch.cat([run.rows for run in group])
+        sizes = [len(run.rows) for run in group]
+        for run, found, edge in zip(
+            group, torch.split(points, sizes), torch.split(self._edges(rows, points), sizes), strict=True
+        ):
+            self._keep(run.rows, found, edge)
 
     def search(self, rows: Tensor, queries: int, share: float, draw: int) -> None:
         """Change windows at random from the nearest points; who has gained nothing by half of the queries is let go.
@@ -228,13 +232,14 @@ class Pursuit:
         near = self.nearest[rows], self.edge[rows]
         self._keep(rows, *search(self.problem, rows, near, queries, share, "windows", draw, patience=0.5))
 
-    def take(self, rows: Tensor, x_adv: Tensor) -> None:
-        """Ask at points (M, *S) of the examples `rows` (M,), and keep those that are nearer."""
-        left = self.problem.open[rows]
-        rows, x_adv = rows[left], x_adv[left]
-        if len(rows):
-            some = self.problem[rows]
-            self._keep(rows, x_adv, some.goal.edge(some.answer(x_adv), some.ref))
+    def _edges(self, rows: Tensor, x_adv: Tensor) -> Tensor:
+        """The edges at points (M, *S) of the examples `rows` (M,), which are asked about all at once; infinite where solved."""
+        edges = torch.full((len(rows),), torch.inf, dtype=self.problem.x.dtype, device=rows.device)
+        left = self.problem.open[rows].nonzero().squeeze(1)
+        if len(left):
+            some = self.problem[rows[left]]
+            edges[left] = some.goal.edge(some.answer(x_adv[left]), some.ref).to(edges)
+        return edges
 
     def _keep(self, rows: Tensor, x_adv: Tensor, edge: Tensor) -> None:
         nearer = edge < self.edge[rows]

@@ -31,7 +31,7 @@ _REACH: Final = 2.5  # that length in budgets
 _CLOSER = 0.1  # of the way that a run has gone: so much more says that it was not at its end
 _FREE = 12  # steps without a budget
 _SCORES, _DECISIONS = 24, 24  # queries without gradients
-_COPY = Teaching(points=12, steps=60)
+_COPY = Teaching(points=12, steps=30, batch=128, rate=3e-3)
 _INNER, _OUTER = 24, 8  # points inside and at the edge of the ball, between which a readout is put
 _INSIDE = 0.75  # of the way out lie the inner ones
 _RIDGE = 1e-2  # of the mean variance of the features

@@ -8,11 +8,11 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from robustkit._tensors import as_rows, dot, flat, over
+from robustkit._tensors import as_rows, dot, over
 from robustkit.attack import Attack
 from robustkit.attacks._checks import at_least, not_negative, positive
 from robustkit.attacks._fmn import Border
-from robustkit.attacks._planes import onto
+from robustkit.attacks._planes import far, onto
 from robustkit.errors import ArgumentError
 from robustkit.losses import margin
 from robustkit.problem import Problem
@@ -91,7 +91,7 @@ def walk(problem: Problem, steps: int, how: FAB) -> tuple[Tensor, Tensor]:
             problem, rows, at = problem[still], rows[still], at[still]
         x, threat = problem.x, problem.threat
         edge, grad = problem.loss_and_grad(at)
-        reached, size = edge < 0, _length(threat, at - x)
+        reached, size = edge < 0, far(threat, at - x)
         nearer = (reached & (size < smallest[rows])).nonzero().squeeze(1)
         found[rows[nearer]], smallest[rows[nearer]] = at[nearer], size[nearer]
         # The edge of a linear model at two points: at x, and at the iterate, which goes back part of the way if it is beyond.
@@ -99,13 +99,7 @@ def walk(problem: Problem, steps: int, how: FAB) -> tuple[Tensor, Tensor]:
         slope = dot(grad, x - at)
         back = torch.lerp(at, x, as_rows(drawn, x))
         one, two = onto(threat, back, grad, edge + drawn * slope), onto(threat, x, grad, edge + slope)
-        length = [_length(threat, move).clamp(min=_TINY) for move in (one, two)]
+        length = [far(threat, move).clamp(min=_TINY) for move in (one, two)]
         share = as_rows((length[0] / (length[0] + length[1])).clamp(max=how.bias), x)
         at = threat.clamp(torch.lerp(back, x, share) + how.overshoot * torch.lerp(one, two, share))
     return found, smallest
-
-
-def _length(threat: Threat, move: Tensor) -> Tensor:
-    """How long each move is, (N, *S) -> (N,), in its own type: to compare moves, not to judge them."""
-    lengths: Tensor = torch.linalg.vector_norm(flat(move), 2 if isinstance(threat, L2) else torch.inf, dim=1)
-    return lengths

@@ -59,7 +59,7 @@ _ROUNDS: Final = (
     Round(0.035, 50, _ALL, (0.5, 0.1), 12, 1500),
 )
 # Walks along the border, one set after another: towards how many parts, and steps.
-_WALKS: Final = ((1, 20), (3, 40), (_ALL, 80))
+_WALKS: Final = ((1, 20), (2, 40), (_ALL, 80))
 _MISSED: Final = 0.01  # the share that descents may miss without a further set
 # How restarts differ: towards the part of which rank, None for the whole goal, and how much of the usual first step.
 _WAYS: Final = ((None, 1.0), (0, 0.5), (1, 1.0), (None, 0.5), (0, 1.0), (1, 0.5))

@@ -1,5 +1,7 @@
 """A copy is taught what the model says, and what fools it is asked of the model."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,11 +9,12 @@ from hypothesis import strategies as st
 from test_probes import EPS, N, X, Y, ask, net
 from torch import nn
 
-from robustkit import L1, L2, Linf, Pixels
+from robustkit import L1, L2, ClassifyAs, Linf, Misclassify, Pixels
 from robustkit._random import Noise
 from robustkit.attacks import _distil
 from robustkit.attacks._distil import Adam, Copy, Teaching, flattened, rebuilt, scattered, strikes, taught
 from robustkit.goals import Goal
+from robustkit.losses import margin
 
 NOISE = Noise(0, torch.zeros(1, dtype=torch.int64))
 SHAPES = st.lists(st.lists(st.integers(1, 3), max_size=3), min_size=1, max_size=3)
@@ -68,7 +71,7 @@ def test_a_linear_model_is_learned():
     told = 100 + 50 * points.flatten(1) @ weight  # in whatever units
     copy = Copy(points, told, NOISE, deep=False)
     copy.see(points[:300], told[:300])
-    copy.learn(500)
+    copy.learn(Teaching(1, steps=500))
     error = (copy(points[300:]) - told[300:]).square().mean()
     assert error < 0.05 * told.var()
 
@@ -81,13 +84,13 @@ def test_what_is_no_number_teaches_nothing_and_the_same_seed_teaches_the_same():
     for answers in (holes, holes):
         copy = Copy(points, told, NOISE, deep=True)
         copy.see(points, answers)
-        copy.learn(20)
+        copy.learn(Teaching(1, steps=20))
         copies.append(copy(points))
     assert torch.equal(*copies)
     assert copies[0].isfinite().all()
     other = Copy(points, told, NOISE.at("other"), deep=True)
     other.see(points, holes)
-    other.learn(20)
+    other.learn(Teaching(1, steps=20))
     assert not torch.equal(other(points), copies[0])
 
 
@@ -167,9 +170,55 @@ def test_the_optimiser_is_adam():
     x, wanted = torch.rand(20, 4, generator=torch.Generator().manual_seed(0)), torch.ones(20, 3)
     one, other = Adam(list(ours.parameters())), torch.optim.Adam(theirs.parameters(), 2e-3)
     for _ in range(10):
-        one.step((ours(x) - wanted).square().mean())
+        one.step((ours(x) - wanted).square().mean(), 2e-3)
         other.zero_grad()
         (theirs(x) - wanted).square().mean().backward()
         other.step()
     for mine, other_one in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine, other_one, rtol=1e-4, atol=1e-5)
+
+
+def hard_and_easy(hard):
+    """A model that calls images bright by their first pixel, above a half; a step of 0.2 takes all but the `hard` ones there."""
+    x = torch.full((N, 1, 4, 4), 0.4)
+    x[:hard] = 0.1
+
+    def bright(z):
+        return torch.stack([torch.zeros(len(z)), z[:, 0, 0, 0] - 0.5], 1)
+
+    return bright, x, torch.zeros(N, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("company", [0, 2, 5])
+def test_solved_examples_keep_a_few_others_company(company):
+    """Two are left; up to the number that is wished for, solved ones are asked about at each point too."""
+    bright, x, y = hard_and_easy(2)
+    counts = []
+
+    def teach(problem):
+        problem.success(problem.x + 0.2)
+        before = problem.spent
+        taught(problem, Teaching(points=10, steps=1, company=company))
+        counts.append(problem.spent - before)
+
+    ask(teach, bright, x=x, y=y, threat=Linf(0.2))
+    many = min(10 * _distil._FEWEST, 10 * _distil._ENOUGH // max(2, company))
+    assert counts[0].tolist() == [many + 1] * 2 + [many] * max(0, company - 2) + [0] * (N - max(2, company))
+
+
+def test_strikes_go_for_the_likeliest_parts_or_for_the_whole():
+    model = net()
+    out = model(X)
+    found = []
+
+    def ways(problem):
+        found.append(_distil._ways(Misclassify(margin), model, problem))
+
+    ask(ways, model, y=Y, threat=Linf(1e-6))
+    goal, refs = found[0]
+    others = out.scatter(1, Y[:, None], -torch.inf).argsort(1, descending=True)
+    assert goal == ClassifyAs().by(margin)
+    assert torch.equal(torch.stack(refs, 1), others[:, : len(refs)])
+    assert len(refs) == min(_distil._PARTS, out.shape[1] - 1)
+    whole = Near()
+    assert _distil._ways(whole, model, SimpleNamespace(x=X, ref=Y)) == (whole, [Y])

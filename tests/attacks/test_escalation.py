@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_distil import hard_and_easy
 from test_probes import EPS, SOUND, N, X, Y, ask, everyone
 from torch import nn
 
@@ -125,3 +126,18 @@ def test_a_view_that_tells_the_truth_is_used():
     assert "view straight" in why
     best = Standard(audit=False)(SOUND, X, Y, threat=Linf(EPS))
     assert (~result.success).sum() <= (~best.success).sum() + 1
+
+
+@pytest.mark.parametrize(("hard", "turns"), [(N, 1), (N - 3, 2), (0, 1)])
+def test_what_is_left_is_tried_harder_only_where_the_first_turn_helps(hard, turns, monkeypatch):
+    """Of what nothing breaks no more is asked, nor where nothing is left."""
+    monkeypatch.setattr(_escalation, "_TURNS", ((25, 25), (50, 40)))
+    monkeypatch.setattr(_escalation, "_WINDOWS", 25)
+    monkeypatch.setattr(_escalation, "_COPY", Teaching(points=4, steps=10))
+    bright, x, y = hard_and_easy(hard)
+    done = []
+    result = ask(lambda problem: done.extend(_escalation._further(problem)), bright, x=x, y=y, threat=Linf(0.2))
+    assert int((~result.success).sum()) == hard
+    assert sum(what.startswith("transfer") for what in done) == turns
+    assert ("Square(queries=50, p=0.8)" in done) is (turns == 2)
+    assert ("RayS(queries=40, tolerance=0.001)" in done) is (turns == 2)

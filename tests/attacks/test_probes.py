@@ -363,8 +363,8 @@ def test_the_audit_bears_the_corners_of_the_input_space(x, model):
 
 @pytest.mark.parametrize("threat", [Linf(EPS), L2(0.3)])
 def test_the_whole_evaluation_believes_a_sound_model_and_doubts_a_masked_one(threat, monkeypatch):
-    for effort in ("_SCORES", "_DECISIONS", "_WINDOWS"):
-        monkeypatch.setattr(_escalation, effort, 25)  # enough to see that it is done
+    monkeypatch.setattr(_escalation, "_TURNS", ((25, 25),))  # enough to see that it is done
+    monkeypatch.setattr(_escalation, "_WINDOWS", 25)
     sound = Standard()(SOUND, X, Y, threat=threat)
     assert names(sound.flags) == set()
     assert "escalated" not in names(sound.notes)

@@ -8,7 +8,7 @@ from torch import nn
 
 from robustkit import L2, Attack, Linf, Misclassify, Target
 from robustkit.attacks import Standard
-from robustkit.attacks._pursuit import Pursuit, descend
+from robustkit.attacks._pursuit import Pursuit, Run, descend
 from robustkit.goals import ClassifyAs, Goal
 from robustkit.losses import margin
 
@@ -373,7 +373,7 @@ def test_a_worse_point_is_not_taken():
     def question(problem):
         pursuit = pursuit_of(problem)
         up = problem.threat.steepest(problem.loss_and_grad(problem.x)[1], problem.x)
-        pursuit.take(torch.arange(9), up)
+        pursuit.take([Run(torch.arange(9), problem.goal, problem.ref, problem.x)], up)
         return pursuit.nearest
 
     nearest, _ = ask(question, NET, X, Y, Linf(0.01))
