@@ -277,15 +277,15 @@ ENTRIES = (
 # From `python tests/cabinet.py` with torch 2.13 on a CPU: everything from seed 0, transfer for the mark from seeds 0 to 2 too.
 # In the end of each line: what flags the naive run raised, and the best single way. Where `Standard` is lower, the mark is its.
 FIGURES = {
-    "rounded": Figures(clean=99, naive=99, transfer=6, mark=6),  # flat-gradients; transfer 0: 6
+    "rounded": Figures(clean=99, naive=99, transfer=6, mark=4),  # flat-gradients; transfer 0: 6
     "detached": Figures(clean=99, naive=98, transfer=1, mark=0),  # flat-gradients; transfer 0: 1
-    "stairs": Figures(clean=99, naive=97, transfer=6, mark=6),  # no flag; transfer 0: 6
+    "stairs": Figures(clean=99, naive=97, transfer=6, mark=4),  # no flag; transfer 0: 6
     "scaled": Figures(clean=99, naive=98, transfer=1, mark=0),  # flat-gradients; transfer 0: 1
     "hot": Figures(clean=99, naive=97, transfer=1, mark=0),  # flat-gradients; transfer 0: 1
     "probabilities": Figures(clean=99, naive=79, transfer=1, mark=1),  # flat-gradients; transfer 0: 1
     "one-hot": Figures(clean=99, naive=98, transfer=1, mark=1),  # flat-gradients; transfer 0: 1
     "rippled": Figures(clean=99, naive=79, transfer=1, mark=0),  # no flag; substitute cross-entropy: 0
-    "winners": Figures(clean=92, naive=39, transfer=50, mark=13),  # no flag; squares: 31
+    "winners": Figures(clean=92, naive=39, transfer=50, mark=12),  # no flag; squares: 31
     "nan-gradient": Figures(clean=99, naive=98, transfer=1, mark=0),  # flat-gradients; transfer 0: 1
     "nan-output": Figures(clean=97, naive=0, transfer=0, mark=0),  # no flag; transfer 0: 0
     "sign": Figures(clean=96, naive=96, transfer=0, mark=0),  # flat-gradients; transfer 0: 0
@@ -299,22 +299,22 @@ FIGURES = {
 # What `Standard` with seed 0 reports of a hundred, and the alarms beside `flat-gradients`.
 ALARMS = ("gradient-free-breaks", "transfer-breaks", "gradients-disagree", "small-steps-disagree", "unbounded-leaves-robust")
 STANDARD = {
-    "rounded": (6, ALARMS),
+    "rounded": (4, ALARMS),
     "detached": (0, ALARMS),
-    "stairs": (6, ("gradient-free-breaks", "transfer-breaks", "gradients-disagree", "unbounded-leaves-robust")),
+    "stairs": (4, ("gradient-free-breaks", "transfer-breaks", "gradients-disagree", "unbounded-leaves-robust")),
     "scaled": (0, ("saturated-outputs",)),
     "hot": (0, ("saturated-outputs",)),
-    "probabilities": (5, (*ALARMS, "saturated-outputs")),
-    "one-hot": (5, (*ALARMS, "saturated-outputs")),
-    "rippled": (2, ("gradients-disagree",)),
-    "winners": (13, ("gradients-disagree",)),
+    "probabilities": (1, (*ALARMS, "saturated-outputs")),
+    "one-hot": (1, (*ALARMS, "saturated-outputs")),
+    "rippled": (2, ("transfer-breaks", "gradients-disagree")),
+    "winners": (12, ("gradients-disagree",)),
     "nan-gradient": (0, ALARMS),
     "nan-output": (0, ("undefined-outputs",)),
-    "sign": (0, ("gradient-free-breaks", "gradients-disagree", "unbounded-leaves-robust")),
+    "sign": (0, ("gradient-free-breaks", "transfer-breaks", "gradients-disagree", "unbounded-leaves-robust")),
     "batch-norm": (0, ("batch-dependent",)),
-    "noisy": (1, ("gradients-disagree",)),
-    "resized": (5, ("gradients-disagree",)),
-    "dropout": (16, ()),  # the gradient is sound, but random: nothing is hidden from who averages
+    "noisy": (2, ("gradients-disagree",)),
+    "resized": (6, ("gradients-disagree",)),
+    "dropout": (15, ()),  # the gradient is sound, but random: nothing is hidden from who averages
 }
 # What it reports of the first `FEW`, where that does not take long.
 LEFT = {"detached": 0, "scaled": 0, "hot": 0, "one-hot": 0, "nan-gradient": 0, "nan-output": 0, "sign": 0, "batch-norm": 0,

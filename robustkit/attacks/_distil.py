@@ -207,13 +207,19 @@ def taught(problem: Problem, teaching: Teaching, turn: int = 0) -> Copy | None:
     copy.see(problem.x[rows], told)
     many = max(teaching.points, min(_FEWEST * teaching.points, _ENOUGH * teaching.points // max(len(rows), teaching.company)))
     for number in range(min(many, _room(problem))):
-        rows = _beside(problem, _left(problem), teaching.company)
+        left = _left(problem)
+        if not len(left):
+            break
+        rows = _beside(problem, left, teaching.company)
         _tell(copy, problem, rows, _rough(problem[rows], _TURN * turn + number))
     return copy
 
 
 def strikes(problem: Problem, copy: Copy, teaching: Teaching, turn: int = 0) -> Iterator[Tensor]:
-    """The points (N, *S) that are found on a copy and asked of the model, one after the other; whatever succeeds is kept."""
+    """The points (N, *S) that are found on a copy and asked of the model, one after the other; what succeeds is kept.
+
+    The strikes of a round go side by side, before the copy is taught what came of them.
+    """
     around = max(0, min(_AROUND, _room(problem) // max(1, teaching.rounds * teaching.strikes) - 1))
     for lesson in range(teaching.rounds):
         copy.learn(teaching)

@@ -179,7 +179,7 @@ def test_the_optimiser_is_adam():
 
 
 def hard_and_easy(hard):
-    """A model that calls images bright by their first pixel, above a half; a step of 0.2 takes all but the `hard` ones there."""
+    """A model that calls images bright by their first pixel; a step of 0.2 makes all bright but the `hard` ones."""
     x = torch.full((N, 1, 4, 4), 0.4)
     x[:hard] = 0.1
 
