@@ -24,11 +24,13 @@ class Sign:
         name: Of the evidence, and of the flag or note.
         seen: One line, with {hits}, {of} and {limit} for the numbers.
         advice: What it means, or what to do.
+        least: Cases, for a note: of fewer a share says nothing.
     """
 
     name: str
     seen: str
     advice: str
+    least: int = 1
 
     def remark(self, one: Evidence) -> Remark:
         """The evidence in one line."""
@@ -63,7 +65,7 @@ FLAGS: Final = (
          "an example's answer must depend on itself alone (batch norm in training mode?)"),
     Sign("saturated-outputs", "{hits} of {of} answers leave no difference between any but the first class",
          "rounded or huge outputs hide the gradient; attack the logits before them"),
-    Sign("undefined-outputs", "{hits} of {of} answers hold NaN or plus infinity", "they count as wrong"),
+    Sign("undefined-outputs", "{hits} of {of} answers hold NaN or an infinity", "they count as wrong"),
     Sign("tied-outputs", "{hits} of {of} final answers give the first place to two classes",
          "right by the order of the classes alone"),
     Sign("broken-autograd", "{hits} of {of} gradient queries ended in an error of autograd", "they count as zero"),
@@ -80,7 +82,8 @@ NOTES: Final = (
          "another view may serve better"),
     Sign("unseeded-noise", "{hits} of {of} rows of a random model were answered otherwise with the same seed",
          "the run cannot be repeated to the last digit"),
-    Sign("plateau", "a restart with half the step got markedly closer on {hits} of {of} examples", "more steps may still help"),
+    Sign("plateau", "a restart with half the step got markedly closer on {hits} of {of} examples",
+         "more steps may still help", least=5),
 )  # fmt: skip
 
 
@@ -98,14 +101,13 @@ def judged(evidence: Iterable[Evidence]) -> tuple[list[Remark], list[Remark]]:
     """The flags and the notes that follow from the evidence, summed by name.
 
     A flag is raised where the share of hits is too large for a sound model, by an exact one-sided binomial test; Holm's
-    correction over all of them keeps the chance of any false alarm at 5 %. A note is told where most cases were hits.
+    correction over all of them keeps the chance of any false alarm at 5 %. A note is told where most cases were hits, of cases
+    enough.
     """
     sums = {one.name: one for one in summed(evidence)}
     flags = _holm([(sign, sums[sign.name]) for sign in FLAGS if sign.name in sums])
-    notes = [
-        sign.remark(sums[sign.name]) for sign in NOTES if sign.name in sums and 2 * sums[sign.name].hits > sums[sign.name].of
-    ]
-    return flags, notes
+    notes = [(sign, sums[sign.name]) for sign in NOTES if sign.name in sums]
+    return flags, [sign.remark(one) for sign, one in notes if 2 * one.hits > one.of >= sign.least]
 
 
 def _holm(tests: Sequence[tuple[Sign, Evidence]]) -> list[Remark]:

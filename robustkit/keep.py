@@ -107,6 +107,8 @@ class Kept:
         if not self.judging:
             return
         worth = reached if self.leaving else torch.ones_like(reached)
+        if self.leaving and self.keep == "first":
+            worth = worth & self.open[rows]  # who has left may be asked again, for the sake of others; the first success stays
         new = worth.nonzero().squeeze(1)
         if len(new):
             new = new[threat[new].contains(x_adv[new], x[new])]

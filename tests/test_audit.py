@@ -85,3 +85,8 @@ def test_the_order_of_the_evidence_does_not_matter(signs, random):
     evidence = [Evidence(sign.name, random.randint(0, 20), 20, random.choice([0.01, 0.5])) for sign in signs]
     shuffled = random.sample(evidence, len(evidence))
     assert judged(evidence) == judged(shuffled)
+
+
+def test_a_share_of_a_few_examples_is_not_worth_a_note():
+    assert [[note.name for note in judged([Evidence("plateau", hits, hits)])[1]] for hits in (4, 5)] == [[], ["plateau"]]
+    assert [note.name for note in judged([Evidence("border-breaks", 1, 1)])[1]] == ["border-breaks"]  # of batches one is enough

@@ -187,10 +187,8 @@ def asked(problem: Problem, rows: Tensor, points: Tensor) -> Any:
 def taught(problem: Problem, teaching: Teaching, turn: int = 0) -> Copy | None:
     """A copy of the model that knows its answers around the examples that are open; None of a model with no such answers.
 
-    Each `turn` has points of its own.
-
-    What succeeds among the rough points that the model is asked about is kept. The copy learns from all these examples, so what
-    is found on it for one depends on its company.
+    Where these are few it learns from solved ones too, the first ones. Each `turn` has points of its own. What succeeds among
+    the rough points that the model is asked about is kept. What is found on a copy for one example depends on its company.
     """
     rows = _left(problem)
     if not len(rows):
@@ -205,7 +203,8 @@ def taught(problem: Problem, teaching: Teaching, turn: int = 0) -> Copy | None:
     noise = problem.common_noise("copy", int(problem.ids[rows[0]]), turn)
     copy = Copy(problem.x[rows], like, noise, deep=teaching.deep)
     copy.see(problem.x[rows], told)
-    many = max(teaching.points, min(_FEWEST * teaching.points, _ENOUGH * teaching.points // max(len(rows), teaching.company)))
+    asked_about = max(len(rows), min(teaching.company, len(problem)))
+    many = max(teaching.points, min(_FEWEST * teaching.points, _ENOUGH * teaching.points // asked_about))
     for number in range(min(many, _room(problem))):
         left = _left(problem)
         if not len(left):
@@ -279,7 +278,7 @@ def _struck(problem: Problem, rows: Tensor, copy: Copy, numbers: range, turn: in
 def _ways(goal: Goal, copy: Copy, problem: Problem) -> tuple[Goal, list[Tensor]]:
     """A goal that is one of the likeliest parts, by its reference, and these references; if there is none such, the whole."""
     parts = goal.parts(copy(problem.x), problem.ref)[:_PARTS]
-    if any(part != parts[0][0] for part, _ in parts):
+    if not parts or any(part != parts[0][0] for part, _ in parts):
         return goal, [problem.ref]
     return parts[0][0], [ref for _, ref in parts]
 

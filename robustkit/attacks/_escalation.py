@@ -23,7 +23,7 @@ from robustkit.losses import margin
 from robustkit.problem import Problem
 from robustkit.threats import L2, Linf
 
-__all__ = ["escalated"]
+__all__ = ["escalated", "suspicions"]
 
 _STEPS = 50  # of each further descent
 _DRAWS, _MANY, _FADING, _REACH = 2, 125, 0.95, 2.0  # of a random model: draws a step, steps, what stays of the mean, first step
@@ -35,15 +35,20 @@ _WORTH = 0.1  # of what was left a turn must break, for another one
 _JOINT, _WHOLE = 5, 100  # descents of a whole batch, and their steps
 
 
-def escalated(problem: Problem) -> Tensor | None:
-    """Points that a further search ends at, (N, *S), or None where there was no reason for one; a note tells what was done."""
+def suspicions(problem: Problem) -> list[str]:
+    """Why a further search is called for, by name; empty where nothing calls for it."""
     reasons = [flag.name for flag in judged(problem.evidence)[0]]
     flat, asked = problem.flat[problem.open].sum(), (problem.spent[problem.open]).sum()
     if 6 * flat > asked:  # about half of the gradient queries
         reasons.append("flat-gradients")
     if problem.stochastic:
         reasons.append("stochastic-target")
-    left = int(problem.open.sum())
+    return reasons
+
+
+def escalated(problem: Problem) -> Tensor | None:
+    """Points that a further search ends at, (N, *S), or None where there was no reason for one; a note tells what was done."""
+    reasons, left = suspicions(problem), int(problem.open.sum())
     if not reasons or not (left or "batch-dependent" in reasons):
         return None
     x_adv = None
@@ -69,7 +74,8 @@ def _further(problem: Problem) -> list[str]:
         done.append(f"view {view}")
     for turn, (scores, decisions) in enumerate(_TURNS):
         left = int(problem.open.sum())
-        done += _without_gradients(problem, turn, scores, decisions)
+        found = _without_gradients(problem, turn, scores, decisions)
+        done += found if turn == 0 else [f"all that once more with {scores} scores and {decisions} decisions of each"]
         if not 0 < int(problem.open.sum()) <= (1 - _WORTH) * left:
             break
     return done

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from robustkit._tensors import flat
+from robustkit._tensors import amax, flat
 from robustkit.threats import L2, Threat
 
 __all__ = ["far", "onto"]
 
+_EXTREME = 1e-10  # slopes
 _TRIES = 8  # of Newton's method; each fills the coordinates that the last one has overfilled
 _CLOSE = 1e-4  # share of the way that may be left
 
@@ -26,7 +27,7 @@ def far(threat: Threat, move: Tensor) -> Tensor:
 
 
 def onto(threat: Threat, x: Tensor, grad: Tensor, value: Tensor) -> Tensor:
-    """The smallest move from `x` inside the box to where value + grad . move is zero, (N, *S).
+    """The smallest move from `x` inside the box, but for rounding, to where value + grad . move is zero, (N, *S).
 
     A coordinate moves by t in Linf and by t times its slope in L2, as far as it has room. How much of the value they take
     together is concave and piecewise linear in t, so Newton's method comes from below and never goes too far. Where the box
@@ -39,6 +40,10 @@ def onto(threat: Threat, x: Tensor, grad: Tensor, value: Tensor) -> Tensor:
         value: What it is there, (N,).
     """
     slope, value = flat(grad), value.unsqueeze(1)
+    largest = amax(slope).unsqueeze(1)
+    # Slopes whose squares would vanish or overflow are scaled first.
+    scale = torch.where((largest > 0) & ((largest < _EXTREME) | (largest > 1 / _EXTREME)), largest, 1)
+    slope, value = slope / scale, value / scale
     sign, weight = slope.sign() * -value.sign(), slope.abs()
     pace = weight if isinstance(threat, L2) else (weight > 0).to(weight)
     gain, wanted = weight * pace, value.abs()

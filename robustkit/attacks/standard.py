@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, cycle, islice
 from typing import ClassVar, Final, final
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from robustkit.attack import Attack
 from robustkit.attacks._checks import at_least
-from robustkit.attacks._escalation import escalated
+from robustkit.attacks._escalation import escalated, suspicions
 from robustkit.attacks._pursuit import Pursuit, Run
 from robustkit.attacks.audit import Audit
 from robustkit.audit import lower_bound
@@ -25,6 +25,7 @@ __all__ = ["STAGES", "Standard"]
 
 STAGES: Final = ("parts", "border", "windows", "polish", "restarts")
 _ALL: Final = 9  # parts
+_AUDIT: Final = 500  # forwards that an example is asked by the audit at most
 _DRAWS: Final = 100  # random starts of a round at most: they are numbered
 
 
@@ -88,7 +89,8 @@ class Standard(Attack):
         steps: Of each descent.
         parts: How many parts of the goal are tried on every example.
         budget: The most forwards that an example may cost, a gradient counted as two; None for no bound. Stages that would
-            exceed it are skipped, and a note says for how many examples.
+            exceed it are skipped, and a note says for how many examples. A target that asks for several draws a gradient, or
+            whose view is not its function, costs more than is reckoned with.
         skip: A stage to leave out, to see what it buys; "" for none. "polish" are the restarts from the nearest point.
         audit: Whether it is asked if the number may be believed, and more is done where it may not.
 
@@ -120,21 +122,27 @@ class Standard(Attack):
             pursuit.look()
         tried = 0
         for number, one in enumerate((Round(math.inf, self.steps, self.parts), *_ROUNDS), start=1):
-            ranks = range(tried, max(tried, min(one.parts, pursuit.parts)))
+            ranks: list[int | None] = list(range(tried, min(one.parts, pursuit.parts)))
+            tried += len(ranks)
+            if number == 1 and pursuit.parts == 1 < self.parts:
+                ranks.append(None)  # of a goal that is its only part, a second descent from elsewhere
             self._round(pursuit, one, number, ranks)
-            tried = ranks.stop
             if number == 1:
                 with problem.stage("border"):
                     self._walks(pursuit)
         if self.audit:
             with problem.stage("audit"):
-                Audit().run(problem)
-            x_adv = escalated(problem)
+                asked = problem if self.budget is None else problem[pursuit.rows("audit", _AUDIT)]
+                Audit().run(asked)
+            if self.budget is None:
+                x_adv = escalated(problem)
+            elif suspicions(problem):
+                pursuit.skipped["escalation"] = int(problem.open.sum())
         for name, dear in pursuit.skipped.items():
             problem.tell("budget", f"{self.budget} was too little for {name} on {dear} examples")
         return pursuit.nearest if x_adv is None else x_adv
 
-    def _round(self, pursuit: Pursuit, one: Round, number: int, ranks: range) -> None:
+    def _round(self, pursuit: Pursuit, one: Round, number: int, ranks: Sequence[int | None]) -> None:
         with pursuit.problem.stage("windows"):
             rows = self._wanting("windows", pursuit.rows("windows", one.queries, one.within))
             pursuit.search(rows, one.queries, one.share, number)
@@ -166,7 +174,9 @@ class Standard(Attack):
         return rows[:0] if stage == self.skip else rows
 
 
-def _runs(pursuit: Pursuit, one: Round, rows: Tensor, kind: str, ranks: range, draws: Iterator[int]) -> Iterator[Run]:
+def _runs(
+    pursuit: Pursuit, one: Round, rows: Tensor, kind: str, ranks: Sequence[int | None], draws: Iterator[int]
+) -> Iterator[Run]:
     whole, ref = pursuit.problem.goal.by(margin), pursuit.problem.ref[rows]
     if kind == "parts":
         for number in ranks:

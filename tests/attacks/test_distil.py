@@ -1,5 +1,6 @@
 """A copy is taught what the model says, and what fools it is asked of the model."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_probes import EPS, N, X, Y, ask, net
+from test_pursuit import AnyOf
 from torch import nn
 
 from robustkit import L1, L2, ClassifyAs, Linf, Misclassify, Pixels
@@ -189,7 +191,7 @@ def hard_and_easy(hard):
     return bright, x, torch.zeros(N, dtype=torch.int64)
 
 
-@pytest.mark.parametrize("company", [0, 2, 5])
+@pytest.mark.parametrize("company", [0, 2, 5, 16, 1000])
 def test_solved_examples_keep_a_few_others_company(company):
     """Two are left; up to the number that is wished for, solved ones are asked about at each point too."""
     bright, x, y = hard_and_easy(2)
@@ -197,13 +199,23 @@ def test_solved_examples_keep_a_few_others_company(company):
 
     def teach(problem):
         problem.success(problem.x + 0.2)
-        before = problem.spent
+        before, kept = problem.spent, problem.best.clone()
         taught(problem, Teaching(points=10, steps=1, company=company))
         counts.append(problem.spent - before)
+        assert torch.equal(problem.best, kept)  # the first success stays
 
-    ask(teach, bright, x=x, y=y, threat=Linf(0.2))
-    many = min(10 * _distil._FEWEST, 10 * _distil._ENOUGH // max(2, company))
-    assert counts[0].tolist() == [many + 1] * 2 + [many] * max(0, company - 2) + [0] * (N - max(2, company))
+    x[-1] = 0.7  # bright without any change
+    result = ask(teach, bright, x=x, y=y, threat=Linf(0.2))
+    assert result.size[-1] == 0
+    asked = min(max(2, company), N)
+    many = min(10 * _distil._FEWEST, 10 * _distil._ENOUGH // asked)
+    assert counts[0].tolist() == [many + 1] * 2 + [many] * (asked - 2) + [0] * (N - asked)
+
+
+@dataclass(frozen=True)
+class NoParts(AnyOf):
+    def parts(self, out, ref):
+        return []
 
 
 def test_strikes_go_for_the_likeliest_parts_or_for_the_whole():
@@ -222,3 +234,37 @@ def test_strikes_go_for_the_likeliest_parts_or_for_the_whole():
     assert len(refs) == min(_distil._PARTS, out.shape[1] - 1)
     whole = Near()
     assert _distil._ways(whole, model, SimpleNamespace(x=X, ref=Y)) == (whole, [Y])
+    for goal in (AnyOf(), NoParts()):
+        assert _distil._ways(goal, model, SimpleNamespace(x=X, ref=Y)) == (goal, [Y])
+
+
+def test_each_turn_asks_at_points_of_its_own():
+    seen = {}
+    for turn in (0, 1):
+        points = []
+
+        def model(z, points=points):
+            points.append(z.detach().clone())
+            return net()(z)
+
+        def both(problem, turn=turn):
+            teaching = Teaching(points=4, steps=1)
+            list(strikes(problem, taught(problem, teaching, turn), teaching, turn))
+
+        ask(both, model, y=net()(X).argmax(1), threat=Linf(1e-6))
+        seen[turn] = [point for point in points if not torch.equal(point, X) and len(point) >= N]
+    assert len(seen[0]) == len(seen[1]) >= 5
+    assert not any(torch.equal(one, other) for one, other in zip(*seen.values(), strict=True))
+
+
+@pytest.mark.parametrize("other", [Teaching(1, steps=4, batch=5), Teaching(1, steps=4, rate=1e-3), Teaching(1, steps=5)])
+def test_batch_rate_and_steps_are_those_of_the_teaching(other):
+    told = X.flatten(1)[:, :3].clone()
+    answers = []
+    for teaching in (Teaching(1, steps=4), Teaching(1, steps=4), other):
+        copy = Copy(X, told, NOISE, deep=False)
+        copy.see(X, told)
+        copy.learn(teaching)
+        answers.append(copy(X))
+    assert torch.equal(answers[0], answers[1])
+    assert not torch.allclose(answers[0], answers[2])

@@ -1,11 +1,16 @@
 """FAB against a loop by hand, and where it sees what descents do not."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
 
-from robustkit import L2, PGD, Linf, Misclassify, data, zoo
+from robustkit import L2, PGD, ClassifyAs, Linf, Misclassify, data, zoo
+from robustkit.attack import Attack
 from robustkit.attacks import FAB
+from robustkit.attacks._fmn import Border
+from robustkit.attacks.fab import walk
 from robustkit.errors import ArgumentError
 from robustkit.losses import margin
 
@@ -84,3 +89,29 @@ def test_where_a_net_is_flat_around_x_the_border_shows_the_way():
 def test_senseless_fields_are_refused(fields):
     with pytest.raises(ArgumentError, match=next(iter(fields))):
         FAB(**fields)
+
+
+def test_a_walk_is_the_same_alone_and_beside_others_who_leave():
+    """Half of them are solved on the way, so that the rest walks on without them."""
+    x = 0.3 + 0.4 * torch.rand(30, 10, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    eps = torch.where(torch.arange(30) % 2 == 0, 5.0, 1e-3).double()
+    found = []
+
+    @dataclass(frozen=True)
+    class Walk(Attack):
+        def run(self, problem):
+            wanted = NET(problem.x).argsort(1, descending=True)[:, 1]
+            asked = problem.following(Border(ClassifyAs().by(margin)), wanted)
+            found.append((*walk(asked, 12, FAB()), (~problem.open).tolist()))
+            return problem.x
+
+    y = NET(x).argmax(1)
+    Walk()(NET, x, y, threat=L2(eps, bounds=None))
+    (points, size, solved), found = found[0], []
+    for row in range(30):
+        Walk()(NET, x[row : row + 1], y[row : row + 1], threat=L2(eps[row : row + 1], bounds=None))
+    assert 8 <= sum(solved) <= 15
+    assert size.isfinite().sum() > sum(solved)
+    torch.testing.assert_close(points, torch.cat([one for one, _, _ in found]))
+    torch.testing.assert_close(size, torch.cat([one for _, one, _ in found]))
+    assert solved == [one for _, _, (one,) in found]

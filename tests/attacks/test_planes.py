@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from robustkit import L2, Linf
-from robustkit.attacks._planes import onto
+from robustkit.attacks._planes import far, onto
 
 
 def dice(*shape, seed=0):
@@ -23,16 +23,39 @@ def bisected(norm, x, grad, value):
     return (x + high * way).clamp(0, 1) - x
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (-2.25, 2.75)])
 @pytest.mark.parametrize("norm", [Linf, L2])
-def test_it_is_the_smallest_move_to_the_plane(norm):
-    x, grad = dice(50, 12), dice(50, 12, seed=1) * 4 - 2
-    reach = (grad.abs() * torch.where(grad > 0, x, 1 - x)).sum(1)  # what the box allows against the slope
-    value = torch.linspace(0.05, 0.9, 50, dtype=torch.float64) * reach
-    ours = onto(norm(0.1), x, grad, value)
-    torch.testing.assert_close(ours, bisected(norm, x, grad, value), rtol=1e-4, atol=1e-4)
-    assert (value + (grad * ours).sum(1)).abs().max() < 1e-3 * value.max()
-    assert ((x + ours >= -1e-12) & (x + ours <= 1 + 1e-12)).all()
-    assert ((x + ours == 0) | (x + ours == 1)).any()  # the box is met
+def test_it_is_the_smallest_move_to_the_plane(norm, bounds, sign):
+    """The same question in any box: positions and moves grow with it, slopes shrink."""
+    low, width = bounds[0], bounds[1] - bounds[0]
+    unit, grad = dice(50, 12), dice(50, 12, seed=1) * 4 - 2
+    unit[:, 0], unit[:, 1] = 0, 1  # at the bounds
+    reach = (grad.abs() * torch.where(sign * grad > 0, unit, 1 - unit)).sum(1)  # what the box allows against the slope
+    value = sign * torch.linspace(0.05, 0.9, 50, dtype=torch.float64) * reach
+    x = low + width * unit
+    ours = onto(norm(0.1, bounds=bounds), x, grad / width, value)
+    torch.testing.assert_close(ours / width, bisected(norm, unit, grad, value), rtol=1e-4, atol=2e-4)
+    assert (value + (grad / width * ours).sum(1)).abs().max() < 1e-3 * value.abs().max()
+    assert ((x + ours >= low - 1e-12) & (x + ours <= bounds[1] + 1e-12)).all()
+    assert (((x + ours - low).abs() < 1e-12) | ((x + ours - bounds[1]).abs() < 1e-12)).any()  # the box is met
+
+
+@pytest.mark.parametrize("bounds", [None, (0.0, 1.0)])
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+@pytest.mark.parametrize("norm", [Linf, L2])
+def test_tiny_and_huge_slopes_are_as_good_as_others(norm, scale, bounds):
+    """Their squares are no float32 numbers."""
+    x, grad, value = torch.full((1, 2), 0.5), torch.tensor([[3.0, -4.0]]), torch.tensor([1.0])
+    ours = onto(norm(0.1, bounds=bounds), x, scale * grad, scale * value)
+    torch.testing.assert_close(ours, onto(norm(0.1, bounds=bounds), x, grad, value))
+    assert ours.abs().min() > 0.05
+
+
+def test_how_far_a_move_goes():
+    move = torch.tensor([[[3.0, -4.0]], [[0.0, 0.0]]])
+    assert far(L2(0.1), move).tolist() == [5.0, 0.0]
+    assert far(Linf(0.1), move).tolist() == [4.0, 0.0]
 
 
 @pytest.mark.parametrize(("norm", "move"), [(L2, [-1.2, 1.6]), (Linf, [-10 / 7, 10 / 7])])

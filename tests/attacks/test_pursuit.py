@@ -380,6 +380,19 @@ def test_a_worse_point_is_not_taken():
     assert torch.equal(nearest, X)
 
 
+def test_who_is_solved_is_not_asked_again():
+    def question(problem):
+        pursuit = pursuit_of(problem)
+        problem.success(problem.x.flip(0))
+        gone, before = ~problem.open, problem.spent
+        pursuit.take([Run(torch.arange(9), problem.goal, problem.ref, problem.x)], problem.x)
+        return gone, problem.spent - before
+
+    (gone, paid), _ = ask(question, NET, X, Y, Linf(10.0, bounds=None), keep="first")
+    assert 0 < gone.sum() < 9
+    assert paid.tolist() == (~gone).long().tolist()
+
+
 # Nobody else matters.
 
 

@@ -157,6 +157,44 @@ def test_the_stages_of_the_cascade_respect_the_budget(budget, stubborn, full):
     assert all(why.startswith(f"{budget} was too little for ") for why in told)
 
 
+@pytest.mark.parametrize("count", [1, 40])
+@pytest.mark.parametrize("budget", [1, 100, 700, 900])
+def test_the_audit_respects_the_budget_too_and_what_it_calls_for_is_told(budget, count):
+    """A model whose gradient is turned round: with a budget there is no escalation, and a note says so.
+
+    The cascade costs 203 (see below), and the audit is reckoned with 500.
+    """
+    model, _, x = linear(10)
+    x, y = x[:count], model(x[:count]).argmax(1)
+
+    def turned(z):
+        out = model(z)
+        return 2 * out.detach() - out
+
+    result = Standard(budget=budget)(turned, x, y, threat=Linf(1e-4))
+    assert (cost(result) <= budget + 1).all()
+    stages = {stage.name: stage.forwards for stage in result.stages}
+    assert bool(stages["audit"]) is (budget >= 703)
+    assert "escalation" not in stages
+    flagged = "gradients-disagree" in {flag.name for flag in result.flags}
+    assert flagged is (budget >= 703 and count == 40)
+    told = {note.why for note in result.notes if note.name == "budget"}
+    assert (f"{budget} was too little for escalation on {int((~result.success).sum())} examples" in told) is flagged
+    assert (f"{budget} was too little for audit on {count} examples" in told) is (budget < 703)
+
+
+@pytest.mark.parametrize("goal", [ClassifyAs(), Misclassify()])
+def test_a_goal_that_is_its_only_part_is_descended_twice(goal):
+    """Two classes, or one wanted class: there is no second part to go for."""
+    model, weight, x = linear(2)
+    y = model(x).argmax(1)
+    threat = Linf(0.5 * float(distance(weight, x, 1).min()))
+    result = BARE(model, x, 1 - y if goal == ClassifyAs() else y, goal=goal, threat=threat)
+    assert next(stage.backwards for stage in result.stages if stage.name == "parts") == 2 * 20 * 40
+    one = Standard(parts=1, audit=False)(model, x, y, threat=threat)
+    assert next(stage.backwards for stage in one.stages if stage.name == "parts") == 20 * 40
+
+
 def test_a_note_says_what_was_skipped_and_for_how_many():
     """Of ten classes by hyperplanes far away: the clean forward costs one, the look 19, two parts 122, a walk 61."""
     model, weight, x = linear(10)
