@@ -85,6 +85,11 @@ class Kept:
         self.stochastic = stochastic if self._declared is None else self._declared
 
     @property
+    def declared(self) -> bool:
+        """Whether the target has said if it is stochastic."""
+        return self._declared is not None
+
+    @property
     def leaving(self) -> bool:
         """Whether solved examples leave the batch: at their first success, or where no change at all was needed."""
         return self.keep in ("first", "smallest") and not self.stochastic

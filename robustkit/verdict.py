@@ -20,6 +20,12 @@ __all__ = ["FRESH_DRAWS", "SELECTION_DRAWS", "told_in_float32", "verdict"]
 SELECTION_DRAWS = 16  # on which a stochastic target's candidates compete
 FRESH_DRAWS = 40  # on which the winner is scored; never searched, so that its rate is no winner's curse
 
+_UNDECLARED = Remark(
+    "undeclared-randomness",
+    "the target draws random numbers, and nobody has said that it should: was dropout left on? Where it is meant, declare "
+    "Target(stochastic=True), or in the bench `stochastic = True` on the module",
+)
+
 Verdict = tuple[Tensor, Tensor, Tensor, list[Remark], list[Remark]]  # x_adv, success, rate, flags, notes
 
 
@@ -60,7 +66,7 @@ def _of_stochastic(problem: Problem, kept: Kept, x_last: Tensor) -> Verdict:
         best = rate if best is None else torch.maximum(rate, best)
     rate = _rate(problem, x_adv, "fresh", FRESH_DRAWS)
     why = f"the target draws random numbers; success means on more than half of {FRESH_DRAWS} fresh draws"
-    return x_adv, rate > 0.5, rate, [], [Remark("stochastic-target", why)]
+    return x_adv, rate > 0.5, rate, [] if kept.declared else [_UNDECLARED], [Remark("stochastic-target", why)]
 
 
 def _of_unsteady(problem: Problem, x_adv: Tensor, lost: int) -> Verdict:

@@ -103,6 +103,15 @@ def test_lucky_draws_are_not_claimed():
     assert [note.name for note in result.notes] == ["stochastic-target"]
 
 
+@pytest.mark.parametrize("declared", [None, True])
+def test_randomness_that_nobody_declared_is_an_alarm(declared):
+    """Dropout that was left on looks like a defence; who means it says so."""
+    target = Target(Wrong(0.3, 0.3), stochastic=declared)
+    result = PGD(steps=5)(target, X, Y, threat=Linf(0.1))
+    assert [flag.name for flag in result.flags] == (["undeclared-randomness"] if declared is None else [])
+    assert [note.name for note in result.notes] == ["stochastic-target"]
+
+
 def test_a_change_that_really_helps_is_claimed():
     result = PGD(steps=10)(Wrong(0.1, 0.9), X, Y, threat=Linf(0.2), keep="best")
     assert result.success.double().mean() > 0.95

@@ -49,7 +49,18 @@ class _Told(nn.Module):
 def load_subject(spec: str, data: Data, plan: Plan) -> Subject:
     """The model that `spec` names on `data`."""
     model = load_model(spec, plan.device, plan.normalize)
-    return Subject(spec, Target(_Told(spec, model), model, batch_size=plan.batch_size), data, plan, weights=model)
+    return Subject(
+        spec,
+        Target(_Told(spec, model), model, batch_size=plan.batch_size, stochastic=_declared(model)),
+        data,
+        plan,
+        weights=model,
+    )
+
+
+def _declared(model: nn.Module) -> bool | None:
+    """True where the model, or one inside, says by an attribute `stochastic` that it is random on purpose; else None."""
+    return True if any(getattr(part, "stochastic", None) is True for part in model.modules()) else None
 
 
 def load_subjects(data: Data, plan: Plan) -> dict[str, Subject]:

@@ -192,10 +192,15 @@ def test_a_stochastic_model_is_told_and_gives_the_same_numbers_again(use):
     assert random_state() == state
     assert timeless(first.record) == timeless(again.record)
     assert [note["name"] for note in first.record["notes"]] == ["stochastic-target"]
+    assert [flag["name"] for flag in first.record["flags"]] == ["train-mode", "undeclared-randomness"]
     torch.testing.assert_close(
         figures(first), figures(measured(case, limit=100)[0]) + figures(measured(case, offset=100, limit=30)[0])
     )
     assert timeless(measured(case, limit=130, seed=1)[0].record) != timeless(first.record) | {"seed": 1}
+    meant = Noisy().eval()
+    meant.stochastic = True
+    use(meant)
+    assert measured(case, limit=10)[0].record["flags"] == []
 
 
 def test_an_output_that_is_no_number_is_a_wrong_answer(use):
