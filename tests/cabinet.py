@@ -317,8 +317,7 @@ STANDARD = {
     "dropout": (15, ("undeclared-randomness",)),  # the gradient is sound, but random: nothing is hidden from who averages
 }
 # What it reports of the first `FEW`, where that does not take long.
-LEFT = {"detached": 0, "scaled": 0, "hot": 0, "one-hot": 0, "nan-gradient": 0, "nan-output": 0, "sign": 0, "batch-norm": 0,
-        "noisy": 0}  # fmt: skip
+LEFT = {"detached": 0, "scaled": 0, "hot": 0, "one-hot": 0, "nan-output": 0, "sign": 0, "batch-norm": 0, "noisy": 0}
 
 
 # How the figures are found.

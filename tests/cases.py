@@ -48,7 +48,7 @@ ATTACKS = [
     AttackRow(APGD(steps=8, loss="dlr", restarts=2), serves=(Linf, L2)),
     AttackRow(APGD(steps=6, loss="targeted-dlr", targets=2), serves=(Linf, L2)),
     AttackRow(L1APGD(steps=25), serves=(L1,)),
-    AttackRow(FAB(steps=30, parts=3), serves=(Linf, L2), exact=(Linf, L2), within=1.02),
+    AttackRow(FAB(steps=20, parts=2), serves=(Linf, L2), exact=(Linf, L2), within=1.02),
     AttackRow(FMN(steps=30), exact=(Linf, L2), within=1.02),
     AttackRow(Square(queries=12), serves=(Linf, L2)),
     AttackRow(RayS(queries=20), serves=(Linf, L2)),

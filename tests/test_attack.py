@@ -122,7 +122,8 @@ def test_a_model_in_training_mode_is_held_in_evaluation_mode_and_flagged():
     assert net.training
     assert [flag.name for flag in held.flags] == ["train-mode"]
     assert calm.flags == ()
-    assert attack(net=Target(net, mode="train")).flags == ()
+    assert attack(net=Target(net, mode="train", stochastic=True)).flags == ()
+    assert [flag.name for flag in attack(net=Target(net, mode="train")).flags] == ["undeclared-randomness"]  # the dropout
 
 
 def test_types_follow_the_input():

@@ -53,7 +53,7 @@ def test_it_runs_outside_the_tree(installed):
     done = python(installed, "-m", "robustkit", "bench", "--limit", "10", "--out", "a run")
     assert done.returncode == 0, done.stderr
     records = json.loads((installed.parent / "a run" / "results.json").read_text())["records"]
-    assert len(records) == 22
+    assert len(records) == 24
     assert (installed.parent / "a run" / "report.html").stat().st_size > 5_000
 
 

@@ -98,7 +98,7 @@ def test_the_checks_of_the_standard_evaluation_are_made_once():
     target = Target(NET, NET, {"exact": NET, "blind": lambda x: NET(x.detach())}, batch_size=8)
     names = [stage.name for stage in run(Standard(), target).stages]
     assert "audit" in names
-    assert "descent along blind" in names
+    assert "parts along blind" in names
     assert not {"audit along blind", "escalation along blind"} & set(names)
 
 
