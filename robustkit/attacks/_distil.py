@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from robustkit._random import Noise
 from robustkit._tensors import as_rows, flat
 from robustkit._world import seeded
+from robustkit.attacks._cosine import cosine
 from robustkit.attacks._pursuit import descend
 from robustkit.goals import Goal
 from robustkit.losses import margin
@@ -267,7 +268,7 @@ def _struck(problem: Problem, rows: Tensor, copy: Copy, numbers: range, turn: in
         return list(torch.split(descend(fake, x_adv, _DESCENT), len(rows)))
     for step in range(_DESCENT):
         grad = fake.loss_and_grad(x_adv)[1]
-        fraction = 1 + math.cos(math.pi * step / _DESCENT)
+        fraction = 2 * cosine(step, _DESCENT)
         x_adv = fake.threat.project(fake.threat.step(-grad, x_adv, fake.x, fraction), fake.x)
         for part, where in zip(*(torch.split(each, problem.most) for each in (everyone, x_adv)), strict=True):
             problem[part].success(where)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import final
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from robustkit.attacks._cosine import cosine
 from robustkit.attacks._distil import Teaching, strikes, taught
 from robustkit.attacks._locations import told
 from robustkit.attacks._pursuit import descend
@@ -156,7 +156,7 @@ def _averaged(problem: Problem, x_adv: Tensor, reach: float) -> Tensor:
     for step in range(_MANY):
         grad = problem.loss_and_grad(x_adv)[1]
         mean = _FADING * mean + grad
-        fraction = reach * (1 + math.cos(math.pi * step / _MANY)) / 2
+        fraction = reach * cosine(step, _MANY)
         x_adv = problem.threat.project(problem.threat.step(-mean, x_adv, problem.x, fraction), problem.x)
     return x_adv
 
@@ -207,6 +207,6 @@ def _jointly(problem: Problem, x_adv: Tensor, reach: float) -> Tensor:
         loss, grad = problem.loss_and_grad(x_adv)
         if float(loss.nan_to_num().sum()) < lowest:
             best, lowest = x_adv, float(loss.nan_to_num().sum())
-        fraction = reach * (1 + math.cos(math.pi * step / _WHOLE)) / 2
+        fraction = reach * cosine(step, _WHOLE)
         x_adv = problem.threat.project(problem.threat.step(-grad, x_adv, problem.x, fraction), problem.x)
     return best

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, final
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from robustkit._tensors import dot, over
+from robustkit.attacks._cosine import cosine
 from robustkit.attacks._fmn import Border
 from robustkit.attacks._search import search
 from robustkit.attacks.fab import FAB, walk
@@ -45,7 +45,7 @@ def descend(problem: Problem, x_adv: Tensor, steps: int, reach: float | Tensor |
         loss, grad = problem.loss_and_grad(x_adv)
         lower = loss < lowest
         best, lowest = torch.where(over(lower, x), x_adv, best), torch.where(lower, loss, lowest)
-        length = reach * (1 + math.cos(math.pi * step / steps)) / 2 * threat.budget
+        length = reach * cosine(step, steps) * threat.budget
         x_adv = threat.project(threat.clamp(threat.move(-grad, x_adv, x, length)), x)
     return best
 

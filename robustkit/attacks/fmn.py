@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from robustkit._tensors import amax, over
 from robustkit.attack import Attack
 from robustkit.attacks._checks import at_least, positive
+from robustkit.attacks._cosine import cosine
 from robustkit.attacks._fmn import Balls, Border, Claims
 from robustkit.errors import ArgumentError
 from robustkit.problem import Problem
@@ -88,7 +88,7 @@ class FMN(Attack):
 
     def annealed(self, first: float, last: float, k: int) -> float:
         """Half a period of the cosine, from `first` at k = 0 towards `last`."""
-        return last + (first - last) * (1 + math.cos(math.pi * k / self.steps)) / 2
+        return last + (first - last) * cosine(k, self.steps)
 
 
 def _way(ball: Threat, grad: Tensor, x_adv: Tensor, x: Tensor) -> Tensor:

@@ -144,8 +144,8 @@ class Standard(Attack):
 
     def _round(self, pursuit: Pursuit, one: Round, number: int, ranks: Sequence[int | None]) -> None:
         with pursuit.problem.stage("windows"):
-            rows = self._wanting("windows", pursuit.rows("windows", one.queries, one.within))
-            pursuit.search(rows, one.queries, one.share, number)
+            rows = pursuit.rows("windows", one.queries, one.within)
+            pursuit.search(rows[:0] if self.skip == "windows" else rows, one.queries, one.share, number)
         name = "restarts" if one.restarts else "parts"
         with pursuit.problem.stage(name):
             kinds = {"parts": len(ranks), "polish": len(one.polish), "restarts": one.restarts}
@@ -169,9 +169,6 @@ class Standard(Attack):
                 break
             surprises += 1
         problem.testify("border-breaks", min(1, surprises), 1)
-
-    def _wanting(self, stage: str, rows: Tensor) -> Tensor:
-        return rows[:0] if stage == self.skip else rows
 
 
 def _runs(
