@@ -19,6 +19,12 @@ DUAL = {Linf: 1, L2: 2, L1: math.inf}
 NORM = {Linf: math.inf, L2: 2, L1: 1}
 
 
+@pytest.fixture(autouse=True)
+def same_dice():
+    """The same numbers whatever ran before: of 410 draws one puts an example next to a hyperplane, 4e-5 away."""
+    torch.manual_seed(0)
+
+
 def linear(weight, bias):
     net = nn.Linear(weight.shape[1], len(weight)).double()
     net.load_state_dict({"weight": weight, "bias": bias})
