@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # More threads than idle cores make small models many times slower.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: bench test check laws kills requests overhead load universal memory pixels standard false-alarms apgd docs clean
+.PHONY: bench test check laws kills requests digests overhead load universal memory pixels standard false-alarms apgd docs clean
 
 bench: $(VENV)/.core
 	$(ONE_THREAD) $(BIN)/robustkit bench
@@ -31,6 +31,10 @@ kills: $(VENV)/.dev
 # Every malformed request as a real process; the tests make a few of them so.
 requests: $(VENV)/.dev
 	$(ONE_THREAD) PROCESSES=1 $(BIN)/python -m pytest -q tests/test_requests.py
+
+# Every attack in every threat, bit for bit as in tests/digests.json, and the default plan of the bench.
+digests: $(VENV)/.dev
+	$(ONE_THREAD) $(BIN)/python tests/digests.py --plan
 
 overhead: $(VENV)/.dev
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.overhead
