@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from benchmarks.classifiers import CLASSIFIERS, Classifier, made
 from benchmarks.machine import processor
 from robustkit import L2, Linf
+from robustkit._engine.ledger import Evidence, summed
 from robustkit.attacks import Standard
-from robustkit.audit import p_value
-from robustkit.ledger import Evidence, summed
+from robustkit.flags import p_value
 from robustkit.result import Result
 from robustkit.threats import Threat
 

@@ -31,11 +31,11 @@ MOMENTS = (0.05, 0.25, 0.5, 0.75)
 
 def measured(file: Path, out: Path) -> dict[str, Any]:
     """What a run over the file takes; to be called in a process of its own, whose memory it is."""
+    from robustkit.bench.execution.forecast import Forecast
+    from robustkit.bench.execution.loaded_run import load
+    from robustkit.bench.execution.runner import outcomes
     from robustkit.bench.folder import open_folder
-    from robustkit.bench.forecast import Forecast
-    from robustkit.bench.loaded import load
-    from robustkit.bench.plan import Case, Plan
-    from robustkit.bench.runner import outcomes
+    from robustkit.bench.plan.plan import Case, Plan
 
     cases = tuple(Case("zoo:digits-mlp", "linf:0.1", attack) for attack in ("fgsm", "pgd:steps=20"))
     begun = time.monotonic()

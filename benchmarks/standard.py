@@ -33,7 +33,7 @@ from benchmarks.machine import processor
 from robustkit import L2, PGD, Target
 from robustkit.attack import Attack
 from robustkit.attacks import Standard
-from robustkit.attacks.standard import STAGES
+from robustkit.attacks.standard.standard import STAGES
 
 AT_ONCE = 1000  # images through the model
 RESULT, STAGES_RESULT = (Path(__file__).parent / "results" / name for name in ("standard.json", "standard_stages.json"))

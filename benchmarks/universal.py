@@ -30,7 +30,7 @@ from torch.nn import functional
 from benchmarks.machine import processor
 from robustkit import Linf, data, zoo
 from robustkit.attacks import UniversalDeepFool, UniversalPGD, UniversalSingular
-from robustkit.bench.spread import random_signs
+from robustkit.bench.execution.universal import random_signs
 
 RESULT = Path(__file__).parent / "results" / "universal.json"
 TRAIN, HELD_OUT, EPOCHS = 500, 1000, 10

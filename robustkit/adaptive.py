@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from robustkit._behind import generators_of
+from robustkit._engine.introspection import generators_of
 from robustkit.errors import ArgumentError, ShapeError
 from robustkit.target import Fn
 

@@ -11,20 +11,20 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor, nn
 
-from robustkit._call import checked, gradients_on, halved, halving, in_batches, owned
-from robustkit._random import Noise
-from robustkit._tensors import over, toward, wide
-from robustkit._world import seeded
-from robustkit.audit import judged
+from robustkit._engine.best_so_far import Keep, Kept, check_keep
+from robustkit._engine.call import checked, gradients_on, halved, halving, in_batches, owned
+from robustkit._engine.ledger import Ledger, Remark, summed
+from robustkit._engine.noise import Noise
+from robustkit._engine.state_guard import seeded
+from robustkit._engine.tensors import over, toward, wide
+from robustkit._engine.verdict import told_in_float32, verdict
 from robustkit.errors import ArgumentError, ShapeError
+from robustkit.flags import judged
 from robustkit.goals import Goal, Misclassify
-from robustkit.keep import Keep, Kept, check_keep
-from robustkit.ledger import Ledger, Remark, summed
 from robustkit.problem import Problem
 from robustkit.result import Result
 from robustkit.target import Fn, Target
 from robustkit.threats import Threat
-from robustkit.verdict import told_in_float32, verdict
 
 __all__ = ["FLAT", "Attack", "flat_flag"]
 

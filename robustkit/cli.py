@@ -25,7 +25,7 @@ def _whole(text: str | int) -> int:
 
 def _share(text: str | float) -> float:
     """A number, or a fraction."""
-    from robustkit.bench.specs import number
+    from robustkit.bench.plan.specs import number
 
     return text if isinstance(text, float) else number(str(text), "the value")
 
@@ -115,7 +115,7 @@ def bench(
     if list_names:
         list_command()
         return
-    from robustkit.bench.request import Request
+    from robustkit.bench.plan.request import Request
 
     request = Request(plan, model, data, limit, offset, threat, attack, goal, seed, block, batch_size, device, threads,
                       normalize, save_adversarial or None, start_from, defence)  # fmt: skip
@@ -167,7 +167,7 @@ def attack(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Run one attack and write the adversarial images."""
-    from robustkit.bench.plan import Case, Plan
+    from robustkit.bench.plan.plan import Case, Plan
     from robustkit.commands.attack import attack_command
 
     case = Case(model, threat, attack, goal, defence)

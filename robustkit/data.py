@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from robustkit._factory import load_factory
-from robustkit._npz import Stored
-from robustkit._random import Noise
+from robustkit._engine.factory import load_factory
+from robustkit._engine.noise import Noise
+from robustkit._engine.npz import Stored
 from robustkit.errors import ArgumentError, MissingExtraError
 
 __all__ = ["FORMS", "Data", "load", "training_part"]

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, final
 
 from torch import Tensor, nn
 
-from robustkit._random import Noise
+from robustkit._engine.noise import Noise
 from robustkit.errors import ArgumentError
 from robustkit.target import Fn, Target
 

@@ -12,16 +12,16 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from robustkit._layers import joined, layers_of, up_to
-from robustkit._outputs import asked_alone, first_look, last_look
-from robustkit._random import Noise
-from robustkit._tensors import amax, toward, wide
-from robustkit._world import is_out_of_memory, random_state
+from robustkit._engine.best_so_far import Keep, Kept
+from robustkit._engine.jacobian import Jacobian
+from robustkit._engine.layers import joined, layers_of, up_to
+from robustkit._engine.ledger import Evidence, Remark
+from robustkit._engine.noise import Noise
+from robustkit._engine.output_checks import asked_alone, first_look, last_look
+from robustkit._engine.state_guard import is_out_of_memory, random_state
+from robustkit._engine.tensors import amax, toward, wide
 from robustkit.errors import ArgumentError
 from robustkit.goals import Goal
-from robustkit.jacobian import Jacobian
-from robustkit.keep import Keep, Kept
-from robustkit.ledger import Evidence, Remark
 from robustkit.target import Fn, Target
 from robustkit.threats import Threat
 

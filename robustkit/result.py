@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from robustkit._engine.ledger import Evidence, Ledger, Remark, Stage, summed
 from robustkit.errors import ArgumentError
-from robustkit.ledger import Evidence, Ledger, Remark, Stage, summed
 
 __all__ = ["Result"]
 

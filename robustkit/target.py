@@ -10,8 +10,8 @@ from typing import Any, final, get_args
 
 from torch import Tensor, nn
 
-from robustkit._behind import generators_of, module_of
-from robustkit._world import Mode, held
+from robustkit._engine.introspection import generators_of, module_of
+from robustkit._engine.state_guard import Mode, held
 from robustkit.errors import ArgumentError
 
 __all__ = ["Fn", "Target"]

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from robustkit import PGD, Linf, Misclassify, Target, data, zoo
-from robustkit._world import seeded
+from robustkit._engine.state_guard import seeded
 from robustkit.adaptive import eot, mean_probability
 from robustkit.attack import Attack
 from robustkit.attacks import Standard

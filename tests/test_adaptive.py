@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from robustkit import PGD, Linf, Target
-from robustkit._behind import module_of
+from robustkit._engine.introspection import module_of
 from robustkit.adaptive import bpda, eot, mean_output, mean_probability
 from robustkit.errors import ArgumentError, ShapeError
 

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from robustkit import FGSM, L2, PGD, Linf, Target, UniversalPGD
+from robustkit._engine.ledger import Evidence, Remark
 from robustkit.attack import Attack
 from robustkit.errors import ArgumentError, ShapeError
 from robustkit.goals import Misclassify
-from robustkit.ledger import Evidence, Remark
 from robustkit.testing.nets import Counter
 
 torch.manual_seed(0)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from robustkit import PGD, Linf, Result
+from robustkit._engine.ledger import Evidence, Ledger, Stage
 from robustkit.errors import ArgumentError
-from robustkit.ledger import Evidence, Ledger, Stage
 
 NET = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2), torch.nn.Dropout()).train()
 X = torch.rand(5, 1, 2, 2, generator=torch.Generator().manual_seed(0))

@@ -9,9 +9,9 @@ from typing import Literal, final, get_args
 import torch
 from torch import Tensor
 
-from robustkit._tensors import over
+from robustkit._engine.field_checks import at_least
+from robustkit._engine.tensors import over
 from robustkit.attack import Attack
-from robustkit.attacks._checks import at_least
 from robustkit.errors import ArgumentError
 from robustkit.goals import Goal, Out
 from robustkit.losses import cross_entropy, dlr, margin

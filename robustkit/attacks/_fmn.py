@@ -3,40 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import final
 
 import torch
 from torch import Tensor
 
-from robustkit._tensors import norm
-from robustkit.attacks._everything import everything
-from robustkit.goals import Goal, Out
+from robustkit._engine.tensors import norm
+from robustkit.attacks._max_threat import everything
 from robustkit.problem import Problem
 from robustkit.threats import L2, Linf, Pixels, Threat
 
-__all__ = ["Balls", "Border", "Claims"]
-
-
-@final
-@dataclass(frozen=True, repr=False)
-class Border(Goal):
-    """Another goal, whose loss is how far its border is."""
-
-    goal: Goal
-
-    def loss(self, out: Out, ref: Tensor) -> Tensor:
-        """The edge of the goal, (N,)."""
-        return self.goal.edge(out, ref)
-
-    def success(self, out: Out, ref: Tensor) -> Tensor:
-        """Where the goal is reached."""
-        return self.goal.success(out, ref)
-
-    @property
-    def vanishes_at_x(self) -> bool:  # type: ignore[override]
-        """What the goal says of its gradient."""
-        return self.goal.vanishes_at_x
+__all__ = ["Balls", "Claims"]
 
 
 @final

@@ -8,8 +8,8 @@ from typing import ClassVar, final
 
 import torch
 
+from robustkit._engine.field_checks import positive
 from robustkit.attacks._apgd import Point, RestartedAttack, Walk, each
-from robustkit.attacks._checks import positive
 from robustkit.errors import ArgumentError
 from robustkit.problem import Problem
 from robustkit.threats import L2, Linf, Threat

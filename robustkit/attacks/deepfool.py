@@ -9,9 +9,9 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from robustkit._tensors import as_rows, dot, over
+from robustkit._engine.field_checks import at_least, not_negative
+from robustkit._engine.tensors import as_rows, dot, over
 from robustkit.attack import Attack
-from robustkit.attacks._checks import at_least, not_negative
 from robustkit.goals import Out
 from robustkit.problem import Problem
 from robustkit.threats import L2, Linf, Threat

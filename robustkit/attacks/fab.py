@@ -8,11 +8,11 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from robustkit._tensors import as_rows, dot, over
+from robustkit._engine.field_checks import at_least, not_negative, positive
+from robustkit._engine.tensors import as_rows, dot, over
 from robustkit.attack import Attack
-from robustkit.attacks._checks import at_least, not_negative, positive
-from robustkit.attacks._fmn import Border
-from robustkit.attacks._planes import far, onto
+from robustkit.attacks._boundary import Border
+from robustkit.attacks._hyperplane import far, onto
 from robustkit.errors import ArgumentError
 from robustkit.losses import margin
 from robustkit.problem import Problem

@@ -8,11 +8,12 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from robustkit._tensors import amax, over
+from robustkit._engine.field_checks import at_least, positive
+from robustkit._engine.tensors import amax, over
 from robustkit.attack import Attack
-from robustkit.attacks._checks import at_least, positive
+from robustkit.attacks._boundary import Border
 from robustkit.attacks._cosine import cosine
-from robustkit.attacks._fmn import Balls, Border, Claims
+from robustkit.attacks._fmn import Balls, Claims
 from robustkit.errors import ArgumentError
 from robustkit.problem import Problem
 from robustkit.threats import Threat

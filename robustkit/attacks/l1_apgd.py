@@ -8,7 +8,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from robustkit._tensors import as_rows, flat
+from robustkit._engine.tensors import as_rows, flat
 from robustkit.attacks._apgd import Point, RestartedAttack, Walk, each
 from robustkit.problem import Problem
 from robustkit.threats import L1, Threat

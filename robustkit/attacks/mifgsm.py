@@ -8,9 +8,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from robustkit._tensors import as_rows, norm
+from robustkit._engine.field_checks import at_least, not_negative, positive
+from robustkit._engine.tensors import as_rows, norm
 from robustkit.attack import Attack
-from robustkit.attacks._checks import at_least, not_negative, positive
 from robustkit.problem import Problem
 
 __all__ = ["MIFGSM"]

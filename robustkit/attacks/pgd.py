@@ -7,8 +7,8 @@ from typing import final
 
 from torch import Tensor
 
+from robustkit._engine.field_checks import at_least, positive
 from robustkit.attack import Attack
-from robustkit.attacks._checks import at_least, positive
 from robustkit.problem import Problem
 
 __all__ = ["PGD"]

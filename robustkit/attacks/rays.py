@@ -8,9 +8,9 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
-from robustkit._tensors import amax, flat, over
+from robustkit._engine.field_checks import at_least, positive
+from robustkit._engine.tensors import amax, flat, over
 from robustkit.attack import Attack
-from robustkit.attacks._checks import at_least, positive
 from robustkit.problem import Problem
 from robustkit.threats import L2, Linf, Threat
 

@@ -8,11 +8,10 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
-from robustkit._tensors import over
+from robustkit._engine.field_checks import at_least, positive
+from robustkit._engine.tensors import over, told
 from robustkit.attack import Attack
-from robustkit.attacks._checks import at_least, positive
-from robustkit.attacks._locations import told
-from robustkit.attacks._windows import moved, numbers, start
+from robustkit.attacks._square_patches import moved, numbers, start
 from robustkit.errors import ArgumentError
 from robustkit.problem import Problem
 from robustkit.threats import L2, Linf, Threat

@@ -1,10 +1,10 @@
 """Measures models against attacks and shows what came out."""
 
 from robustkit.bench.evaluate import Report, evaluate, run
-from robustkit.bench.picture import Picture
-from robustkit.bench.plan import Case, Plan, default_plan
-from robustkit.bench.plan_file import plan_text, read_plan
-from robustkit.bench.show.report import report
+from robustkit.bench.plan.plan import Case, Plan, default_plan
+from robustkit.bench.plan.plan_file import plan_text, read_plan
+from robustkit.bench.reporting.page import report
+from robustkit.bench.results.picture import Picture
 
 __all__ = [
     "Case",

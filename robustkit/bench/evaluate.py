@@ -13,20 +13,20 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from robustkit.attack import Attack
-from robustkit.bench import specs
-from robustkit.bench.defences import described
-from robustkit.bench.executors import Executor, Processes, Serial
+from robustkit.bench.execution.executors import Executor, Processes, Serial
+from robustkit.bench.execution.loaded_run import Loaded, Trial, load
+from robustkit.bench.execution.model_under_test import Subject
+from robustkit.bench.execution.runner import Outcome, outcomes
 from robustkit.bench.folder import open_folder, results_of
-from robustkit.bench.loaded import Loaded, Trial, load
-from robustkit.bench.picture import Picture
-from robustkit.bench.plan import NONE, Case, Plan
-from robustkit.bench.runner import Outcome, outcomes
-from robustkit.bench.show.live import Live
-from robustkit.bench.show.notebook import fragment
-from robustkit.bench.show.report import report
-from robustkit.bench.show.table import table
-from robustkit.bench.store import Store, replace_file
-from robustkit.bench.subject import Subject
+from robustkit.bench.plan import specs
+from robustkit.bench.plan.defence_specs import described
+from robustkit.bench.plan.plan import NONE, Case, Plan
+from robustkit.bench.reporting.live import Live
+from robustkit.bench.reporting.notebook import fragment
+from robustkit.bench.reporting.page import report
+from robustkit.bench.reporting.table import table
+from robustkit.bench.results.picture import Picture
+from robustkit.bench.results.store import Store, replace_file
 from robustkit.data import Data
 from robustkit.errors import ArgumentError
 from robustkit.target import Fn, Target

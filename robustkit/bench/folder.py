@@ -13,14 +13,14 @@ from typing import Any, final
 from filelock import FileLock, Timeout
 
 import robustkit
-from robustkit.bench.loaded import Loaded
-from robustkit.bench.plan import Plan
-from robustkit.bench.plan_file import plan_text, read_plan
-from robustkit.bench.record import together
-from robustkit.bench.runner import Outcome
-from robustkit.bench.show.report import report
-from robustkit.bench.store import Files, replace_file
-from robustkit.bench.subject import is_pinned
+from robustkit.bench.execution.loaded_run import Loaded
+from robustkit.bench.execution.model_under_test import is_pinned
+from robustkit.bench.execution.runner import Outcome
+from robustkit.bench.plan.plan import Plan
+from robustkit.bench.plan.plan_file import plan_text, read_plan
+from robustkit.bench.reporting.page import report
+from robustkit.bench.results.record import together
+from robustkit.bench.results.store import Files, replace_file
 from robustkit.errors import ArgumentError
 
 __all__ = ["SCHEMA", "Folder", "open_folder", "results_of"]

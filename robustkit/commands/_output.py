@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from robustkit.bench.store import replace_file
+from robustkit.bench.results.store import replace_file
 from robustkit.errors import ArgumentError
 
 __all__ = ["check_new", "write_output"]

@@ -10,12 +10,12 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from robustkit.bench.loaded import load
-from robustkit.bench.plan import Plan
-from robustkit.bench.runner import outcomes
-from robustkit.bench.show.live import Live
-from robustkit.bench.show.table import table
-from robustkit.bench.store import Memory
+from robustkit.bench.execution.loaded_run import load
+from robustkit.bench.execution.runner import outcomes
+from robustkit.bench.plan.plan import Plan
+from robustkit.bench.reporting.live import Live
+from robustkit.bench.reporting.table import table
+from robustkit.bench.results.store import Memory
 from robustkit.commands._output import check_new, write_output
 
 __all__ = ["attack_command"]

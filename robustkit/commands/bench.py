@@ -16,21 +16,22 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from robustkit.bench import gates, past
-from robustkit.bench.executors import Executor, Processes, Serial
+from robustkit.bench.comparison import gates
+from robustkit.bench.comparison.gates import Verdict
+from robustkit.bench.execution.executors import Executor, Processes, Serial
+from robustkit.bench.execution.loaded_run import Loaded, load
+from robustkit.bench.execution.preview import preview
+from robustkit.bench.execution.runner import Outcome, outcomes
 from robustkit.bench.folder import Folder, open_folder, results_of
-from robustkit.bench.gates import Verdict
-from robustkit.bench.loaded import Loaded, load
-from robustkit.bench.past import Run
-from robustkit.bench.plan import Plan
-from robustkit.bench.plan_file import read_plan
-from robustkit.bench.preview import preview
-from robustkit.bench.record import together
-from robustkit.bench.request import Request, plan_of
-from robustkit.bench.runner import Outcome, outcomes
-from robustkit.bench.show.junit import junit
-from robustkit.bench.show.live import Live
-from robustkit.bench.show.table import preview_table, table
+from robustkit.bench.plan.plan import Plan
+from robustkit.bench.plan.plan_file import read_plan
+from robustkit.bench.plan.request import Request, plan_of
+from robustkit.bench.reporting.junit import junit
+from robustkit.bench.reporting.live import Live
+from robustkit.bench.reporting.table import preview_table, table
+from robustkit.bench.results import read_run as past
+from robustkit.bench.results.read_run import Run
+from robustkit.bench.results.record import together
 from robustkit.commands._output import write_output
 from robustkit.errors import ArgumentError
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from robustkit.bench import past
-from robustkit.bench.compare import compare
-from robustkit.bench.show.compare_table import as_json, comparison_table
-from robustkit.bench.solved import solvers
+from robustkit.bench.comparison.compare import compare
+from robustkit.bench.reporting.compare_table import as_json, comparison_table
+from robustkit.bench.results import read_run as past
+from robustkit.bench.results.solved_by import solvers
 from robustkit.errors import ArgumentError
 
 __all__ = ["compare_command"]

@@ -7,12 +7,11 @@ from rich.console import Console
 from torch import nn
 
 from robustkit import data as real_data
-from robustkit.bench.plan import Case, Plan
-from robustkit.bench.subject import load_subject
+from robustkit.bench.execution.model_under_test import load_subject
+from robustkit.bench.plan.plan import Case, Plan
 from robustkit.data import Data
-from robustkit.interop._autoattack import autoattack_version, duel, duel_lines, unserved
-from robustkit.interop._peers import load_foolbox
-from robustkit.interop.crosscheck import crosscheck, peers, table
+from robustkit.interop.crosscheck import autoattack_version, crosscheck, duel, duel_lines, peers, table, unserved
+from robustkit.interop.peers import load_foolbox
 from robustkit.threats import L2, Linf
 
 __all__ = ["AUTOATTACK", "crosscheck_command"]

@@ -12,8 +12,10 @@ from rich.text import Text
 
 from robustkit import data, zoo
 from robustkit.attack import Attack
-from robustkit.bench import defences, models, specs
-from robustkit.bench.plan import NONE
+from robustkit.bench.plan import defence_specs as defences
+from robustkit.bench.plan import model_specs as models
+from robustkit.bench.plan import specs
+from robustkit.bench.plan.plan import NONE
 from robustkit.errors import ArgumentError
 
 __all__ = ["list_command"]

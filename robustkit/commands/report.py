@@ -7,10 +7,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from robustkit.bench import past
-from robustkit.bench.show.report import report
-from robustkit.bench.show.table import table
-from robustkit.bench.store import replace_file
+from robustkit.bench.reporting.page import report
+from robustkit.bench.reporting.table import table
+from robustkit.bench.results import read_run as past
+from robustkit.bench.results.store import replace_file
 from robustkit.errors import ArgumentError
 
 __all__ = ["report_command"]

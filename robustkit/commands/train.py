@@ -16,9 +16,9 @@ from torch.optim import Adam
 from torch.utils.data import DataLoader, TensorDataset
 
 from robustkit import data as real_data
-from robustkit._world import seeded
-from robustkit.bench import specs
-from robustkit.bench.models import load_model
+from robustkit._engine.state_guard import seeded
+from robustkit.bench.plan import specs
+from robustkit.bench.plan.model_specs import load_model
 from robustkit.commands._output import check_new, write_output
 from robustkit.errors import ArgumentError
 from robustkit.threats import Pixels

@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from robustkit._random import Noise
+from robustkit._engine.noise import Noise
 from robustkit.defence import Defence
 from robustkit.errors import ArgumentError
 from robustkit.target import Fn

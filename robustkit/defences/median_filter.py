@@ -7,7 +7,7 @@ from typing import final
 from torch import Tensor
 from torch.nn import functional
 
-from robustkit._random import Noise
+from robustkit._engine.noise import Noise
 from robustkit.adaptive import bpda
 from robustkit.defence import Defence
 from robustkit.defences._images import images

@@ -6,7 +6,7 @@ from typing import final
 
 from torch import Tensor
 
-from robustkit._random import Noise
+from robustkit._engine.noise import Noise
 from robustkit.adaptive import bpda
 from robustkit.defence import Defence
 from robustkit.errors import ArgumentError

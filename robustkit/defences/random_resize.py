@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from robustkit._random import Noise
+from robustkit._engine.noise import Noise
 from robustkit.defence import Defence
 from robustkit.defences._images import images
 from robustkit.errors import ArgumentError

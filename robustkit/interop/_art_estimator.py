@@ -9,10 +9,10 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from robustkit._behind import module_of
+from robustkit._engine.introspection import module_of
 from robustkit.adaptive import bpda
 from robustkit.errors import ArgumentError
-from robustkit.interop._peers import load_art
+from robustkit.interop.peers import load_art
 from robustkit.target import Target
 
 __all__ = ["bounds_of", "channels_last", "classifier_of", "is_torch", "target_of"]

@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustkit._world import seeded
+from robustkit._engine.best_so_far import Keep
+from robustkit._engine.state_guard import seeded
 from robustkit.attack import Attack
 from robustkit.defence import Defence
 from robustkit.errors import ArgumentError, ShapeError
 from robustkit.goals import ClassifyAs, Goal, Misclassify
 from robustkit.interop._art_estimator import classifier_of
-from robustkit.interop._as_art import NORMS, attack_class, preprocessor_class
-from robustkit.interop._door import Door, SomeRowsError, by_budget, finite
-from robustkit.interop._peers import load_art
-from robustkit.keep import Keep
+from robustkit.interop._attack_to_art import NORMS, attack_class, preprocessor_class
+from robustkit.interop._problem_module import Door, SomeRowsError, by_budget, finite
+from robustkit.interop.peers import load_art
 from robustkit.problem import Problem
 from robustkit.threats import Pixels, Threat
 

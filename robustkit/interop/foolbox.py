@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
+from robustkit._engine.best_so_far import Keep, check_keep
 from robustkit.attack import Attack
 from robustkit.errors import ArgumentError
 from robustkit.goals import ClassifyAs, Goal, Misclassify
-from robustkit.interop._as_foolbox import Recipe, adapted
-from robustkit.interop._door import Door, by_budget, finite
-from robustkit.interop._peers import load_foolbox
-from robustkit.keep import Keep, check_keep
+from robustkit.interop._attack_to_foolbox import Recipe, adapted
+from robustkit.interop._problem_module import Door, by_budget, finite
+from robustkit.interop.peers import load_foolbox
 from robustkit.problem import Problem
 from robustkit.threats import L1, L2, Linf, Pixels, Threat
 

@@ -10,10 +10,10 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from robustkit._world import random_state
+from robustkit._engine.best_so_far import Keep
+from robustkit._engine.state_guard import random_state
 from robustkit.attack import Attack
 from robustkit.attacks.universal import UniversalAttack
-from robustkit.keep import Keep
 from robustkit.result import Result
 from robustkit.target import Target
 from robustkit.testing._runs import holds

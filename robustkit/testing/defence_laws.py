@@ -10,9 +10,9 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from robustkit._random import Noise
-from robustkit._tensors import amax
-from robustkit._world import held, random_state, seeded
+from robustkit._engine.noise import Noise
+from robustkit._engine.state_guard import held, random_state, seeded
+from robustkit._engine.tensors import amax
 from robustkit.defence import Defence
 from robustkit.errors import ArgumentError
 from robustkit.target import Fn

@@ -8,8 +8,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from robustkit._random import Noise
-from robustkit._tensors import dot, norm
+from robustkit._engine.noise import Noise
+from robustkit._engine.tensors import dot, norm
 from robustkit.testing._runs import holds
 from robustkit.testing.hyperplane import Halfspace, Hyperplane
 from robustkit.threats import L1, L2, Linf, Pixels, Threat

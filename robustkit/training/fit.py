@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from robustkit._world import held, seeded
+from robustkit._engine.state_guard import held, seeded
 from robustkit.errors import ArgumentError
 
 __all__ = ["Epoch", "Loss", "fit"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import OneCycleLR
 
-from robustkit._world import seeded
+from robustkit._engine.state_guard import seeded
 from robustkit.attack import Attack
 from robustkit.attacks import PGD
 from robustkit.data import Data, load

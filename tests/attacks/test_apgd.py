@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from robustkit import L1, L2, ClassifyAs, Linf, Misclassify, Target
-from robustkit._random import Noise
+from robustkit._engine.noise import Noise
 from robustkit.attack import Attack
 from robustkit.attacks import APGD
 from robustkit.attacks._apgd import Walk

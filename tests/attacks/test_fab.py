@@ -9,7 +9,7 @@ from torch import nn
 from robustkit import L2, PGD, ClassifyAs, Linf, Misclassify, data, zoo
 from robustkit.attack import Attack
 from robustkit.attacks import FAB
-from robustkit.attacks._fmn import Border
+from robustkit.attacks._boundary import Border
 from robustkit.attacks.fab import walk
 from robustkit.errors import ArgumentError
 from robustkit.losses import margin

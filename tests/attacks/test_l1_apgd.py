@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from robustkit import L1, L2, Linf, Target
-from robustkit._random import Noise
+from robustkit._engine.noise import Noise
 from robustkit.attacks import L1APGD, l1_apgd
 from robustkit.errors import ArgumentError
 

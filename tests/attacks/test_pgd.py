@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from robustkit import L1, L2, PGD, ClassifyAs, Linf, Pixels
-from robustkit._random import Noise
+from robustkit._engine.noise import Noise
 from robustkit.errors import ArgumentError
 
 torch.manual_seed(0)

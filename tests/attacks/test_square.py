@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from robustkit import L1, L2, Linf
-from robustkit._random import Noise
+from robustkit._engine.noise import Noise
 from robustkit.attacks import Square
-from robustkit.attacks._windows import sides
+from robustkit.attacks._square_patches import sides
 from robustkit.errors import ArgumentError
 from robustkit.goals import Misclassify
 from robustkit.losses import margin

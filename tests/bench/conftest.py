@@ -2,7 +2,7 @@
 
 import pytest
 
-from robustkit.bench import subject
+from robustkit.bench.execution import model_under_test as subject
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 
 from robustkit import PGD, Linf
-from robustkit._random import Noise
+from robustkit._engine.noise import Noise
 from robustkit.defences import GaussianNoise
 from robustkit.errors import ArgumentError
 from robustkit.testing import check_defence

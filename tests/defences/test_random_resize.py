@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import interpolate
 
 from robustkit import PGD, Linf, data, zoo
-from robustkit._random import Noise
+from robustkit._engine.noise import Noise
 from robustkit.defences import RandomResize
 from robustkit.errors import ArgumentError, ShapeError
 from robustkit.testing import check_defence

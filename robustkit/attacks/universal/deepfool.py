@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from robustkit.attacks._checks import at_least, not_negative
+from robustkit._engine.field_checks import at_least, not_negative
 from robustkit.attacks.deepfool import to_the_border
 from robustkit.attacks.universal._universal import UniversalAttack, rate, shuffled
 from robustkit.errors import ArgumentError

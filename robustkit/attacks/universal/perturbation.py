@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from robustkit._engine.ledger import Remark
 from robustkit.attack import FLAT, Attack
 from robustkit.errors import ArgumentError, ShapeError
-from robustkit.ledger import Remark
 from robustkit.problem import Problem
 
 __all__ = ["Perturbation"]

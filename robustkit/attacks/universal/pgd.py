@@ -8,8 +8,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from robustkit._tensors import as_rows
-from robustkit.attacks._checks import at_least, positive
+from robustkit._engine.field_checks import at_least, positive
+from robustkit._engine.tensors import as_rows
 from robustkit.attacks.universal._universal import UniversalAttack, rate, shuffled
 from robustkit.problem import Problem
 

@@ -9,10 +9,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from robustkit.attacks._checks import at_least, positive
+from robustkit._engine.field_checks import at_least, positive
+from robustkit._engine.jacobian import Jacobian
 from robustkit.attacks.universal._universal import UniversalAttack, random_order, rate
 from robustkit.errors import ArgumentError
-from robustkit.jacobian import Jacobian
 from robustkit.problem import Problem
 from robustkit.threats import Threat
 

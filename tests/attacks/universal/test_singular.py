@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from robustkit import L2, ClassifyAs, Linf
+from robustkit._engine.jacobian import Jacobian
 from robustkit.attacks import UniversalSingular
 from robustkit.attacks.universal.singular import power_method
 from robustkit.errors import ArgumentError
-from robustkit.jacobian import Jacobian
 
 BALLS = {Linf: Linf(1.0, bounds=None), L2: L2(1.0, bounds=None)}
 

@@ -1,0 +1,1 @@
+"""Attacks on single pixels of images; each file is one paper."""

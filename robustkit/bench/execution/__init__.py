@@ -1,0 +1,1 @@
+"""What is run: models on their data, blocks, the processes that do them."""

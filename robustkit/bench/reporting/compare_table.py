@@ -1,0 +1,134 @@
+"""A comparison of two runs, as it is shown on the terminal and as other programs read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from robustkit.bench.comparison.compare import Comparison, Pair, label
+from robustkit.bench.reporting.curve_charts import USUAL
+
+__all__ = ["as_json", "comparison_table"]
+
+_LOUD = 0.05  # adjusted p below which a difference is hardly chance
+
+
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """The comparison ready for `json.dumps`.
+
+    Returns:
+        The folders `a` and `b`; `tests`, the number of tests; `pairs`, each with the fields of `Pair`, `robust_a`, `robust_b`,
+        `difference` and `p_holm`; `only_in_a` and `only_in_b`, what each record is about that has no counterpart.
+    """
+    pairs = []
+    for pair, p in zip(comparison.pairs, comparison.adjusted, strict=True):
+        lists: dict[str, Any] = {"attacks": list(pair.attacks), "flags_a": list(pair.flags_a), "flags_b": list(pair.flags_b)}
+        shares = {"robust_a": pair.robust_a, "robust_b": pair.robust_b, "difference": pair.difference}
+        lists["stages"] = [asdict(stage) for stage in pair.stages]
+        pairs.append({**asdict(pair), **lists, **shares, "p_holm": p})
+    return {
+        "a": str(comparison.a),
+        "b": str(comparison.b),
+        "tests": comparison.tests,
+        "pairs": pairs,
+        "only_in_a": [label(record) for record in comparison.only_in_a],
+        "only_in_b": [label(record) for record in comparison.only_in_b],
+    }
+
+
+def comparison_table(comparison: Comparison) -> Group:
+    """The comparison as a table for each model and threat, with what the figures mean and how many tests there were below.
+
+    Where several attacks were run, the last line of a table is what survives all of them.
+    """
+    groups: dict[tuple[str | None, ...], list[tuple[Pair, float]]] = {}
+    for pair, p in zip(comparison.pairs, comparison.adjusted, strict=True):
+        group = (pair.model_a, pair.defence_a, pair.model_b, pair.defence_b, pair.threat)
+        # All attacks together say nothing new where there is one.
+        groups.setdefault(group, []).extend([] if pair.together and len(pair.attacks) == 1 else [(pair, p)])
+    several = len({pair.seed for pair in comparison.pairs if not pair.together}) > 1
+    parts: list[RenderableType] = [Text(f"A: {comparison.a}\nB: {comparison.b}\n")]
+    for rows in groups.values():
+        parts += _of_group(rows, several)
+    parts.append(
+        Text(
+            "A, B: robust accuracy, an upper bound on robustness; only A, only B: images that stay right in that run alone. "
+            "B − A: 95 % score interval of the difference over the choice of images, in percentage points. p: McNemar's exact "
+            "test, for one question asked alone. "
+            f"{_tests(comparison.tests)}"
+        )
+    )
+    for name, records in (("A", comparison.only_in_a), ("B", comparison.only_in_b)):
+        parts += [Text(f"only in {name}, not compared: {label(record)}") for record in records]
+    return Group(*parts)
+
+
+def _tests(number: int) -> str:
+    if number == 1:
+        return "One test was made, so that Holm's p is the same."
+    return f"{number:,} tests were made, and the smallest p of many is small by chance: read Holm's, adjusted over all of them."
+
+
+def _of_group(rows: Sequence[tuple[Pair, float]], several_seeds: bool) -> list[RenderableType]:
+    # Text, not str: rich would read [brackets] and :words: in names as markup.
+    first = rows[0][0]
+    view = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    view.add_column("attack", overflow="fold")
+    for name in ("A", "B", "B − A", "only A", "only B", "p", "Holm"):
+        view.add_column(name, justify="right", no_wrap=True)
+    told: list[Text] = []
+    for pair, adjusted in rows:
+        name = _name(pair, several_seeds)
+        view.add_row(*_row(name, pair, adjusted))
+        told += _stages(name, pair)
+        for run, flags in (("A", pair.flags_a), ("B", pair.flags_b)):
+            if flags and not pair.together:
+                told.append(Text.assemble((f"! {', '.join(flags)}", "bold red"), f" in {run} ({name}, {pair.threat})"))
+    before, after = _whom(first.model_a, first.defence_a), _whom(first.model_b, first.defence_b)
+    whom = before if before == after else f"{before} → {after}"
+    return [Text.assemble((whom, "bold"), f", {first.threat}: {first.n:,} images of {first.data}"), view, *told]
+
+
+def _stages(name: str, pair: Pair) -> list[Text]:
+    """What each stage solved in A and in B, where the attack has stages of its own."""
+    if {stage.name for stage in pair.stages} <= USUAL:
+        return []
+    parts = [f"{stage.name} {stage.a:,} / {stage.b:,} ({stage.both:,} in both)" for stage in pair.stages if stage.a + stage.b]
+    return [Text(f"solved by stage, A / B ({name}): {', '.join(parts)}")]
+
+
+def _whom(model: str, defence: str | None) -> str:
+    return f"{model} with {defence}" if defence else model
+
+
+def _name(pair: Pair, several_seeds: bool) -> str:
+    if pair.attack is None:
+        return "all together"
+    goal = "" if pair.goal == "misclassify" else f" → {pair.goal}"
+    # A space after each comma, so that a narrow terminal breaks there and not inside a number.
+    return pair.attack.replace(",", ", ") + goal + (f", seed {pair.seed}" if several_seeds else "")
+
+
+def _row(name: str, pair: Pair, adjusted: float) -> tuple[Text, ...]:
+    style = "bold" if pair.together else ""
+    flagged = (" !", "bold red") if pair.flags_a or pair.flags_b else ""
+    return (
+        Text.assemble((name, style), flagged),
+        Text(f"{pair.robust_a:.1%}", style),
+        Text(f"{pair.robust_b:.1%}", style),
+        Text(f"{100 * pair.low:+.1f} to {100 * pair.high:+.1f}", "dim"),
+        Text(f"{pair.only_a:,}"),
+        Text(f"{pair.only_b:,}"),
+        Text(_p(pair.p), "dim"),
+        Text(_p(adjusted), "bold" if adjusted < _LOUD else ""),
+    )
+
+
+def _p(value: float) -> str:
+    return f"{value:.4f}" if value >= 0.0001 else "<0.0001"

@@ -1,0 +1,78 @@
+"""A run as JUnit XML, which continuous integration shows next to the tests."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+from xml.etree import ElementTree
+
+from robustkit.bench.comparison.gates import Verdict
+
+__all__ = ["junit"]
+
+# All but the characters of XML 1.0; also its discouraged control characters, and \r, which a parser turns into \n.
+_FORBIDDEN = re.compile("[^\t\n\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def junit(results: Mapping[str, Any], verdicts: Sequence[Verdict]) -> str:
+    """The run as JUnit XML: a test case for each record and for each verdict of a gate.
+
+    Only gates fail: how robust a model should be is not for a record to say. A record's flags are its output. Characters
+    that XML cannot hold are written as Python writes them in a string, as in \\x1b. Equal arguments give equal text.
+
+    Args:
+        results: The content of results.json.
+        verdicts: What the gates say; may be empty.
+
+    Returns:
+        One XML document, to be written as UTF-8.
+    """
+    records = results["records"]
+    failures = sum(not verdict.passed for verdict in verdicts)
+    counts = {
+        "tests": str(len(records) + len(verdicts)),
+        "failures": str(failures),
+        "errors": "0",
+        "skipped": "0",
+        "time": _seconds(sum(record["seconds"] for record in records)),
+    }
+    root = ElementTree.Element("testsuites", counts)
+    suite = ElementTree.SubElement(root, "testsuite", {"name": "robustkit", **counts})
+    for record in records:
+        _add_record(suite, record)
+    for verdict in verdicts:
+        _add_verdict(suite, verdict)
+    ElementTree.indent(root)
+    # Not by ElementTree, which would name the encoding of the terminal.
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+def _add_record(suite: ElementTree.Element, record: Mapping[str, Any]) -> None:
+    defence = f" with {record['defence']}" if record.get("defence") else ""
+    names = {
+        "classname": _safe(f"{record['model']}{defence}"),
+        "name": _safe(f"{record['threat']} {record['attack']} {record['goal']} {record['seed']}"),
+    }
+    case = ElementTree.SubElement(suite, "testcase", names | {"time": _seconds(record["seconds"])})
+    if record["flags"]:
+        told = [f"! {flag['name']}: {flag['why']}" for flag in record["flags"]]
+        ElementTree.SubElement(case, "system-out").text = _safe("\n".join(told))
+
+
+def _add_verdict(suite: ElementTree.Element, verdict: Verdict) -> None:
+    names = {"classname": "robustkit gate", "name": _safe(verdict.name), "time": _seconds(0)}
+    case = ElementTree.SubElement(suite, "testcase", names)
+    if verdict.passed:
+        ElementTree.SubElement(case, "system-out").text = _safe(verdict.why)
+    else:
+        failure = ElementTree.SubElement(case, "failure", {"message": _safe(verdict.why), "type": "gate"})
+        failure.text = _safe(f"{verdict.name}\n{verdict.why}")
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _safe(text: str) -> str:
+    return _FORBIDDEN.sub(lambda found: ascii(found.group())[1:-1], text)

@@ -1,0 +1,83 @@
+"""A run under way, on the terminal: what is going on, how fast, how long still."""
+
+from __future__ import annotations
+
+import time
+from typing import Self, final
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
+from rich.text import Text
+
+from robustkit.bench.execution.forecast import Forecast
+from robustkit.bench.execution.loaded_run import Loaded
+from robustkit.bench.results.block import Block
+
+__all__ = ["Live", "duration"]
+
+
+class _Count(ProgressColumn):
+    """How many images are done, and how many a second."""
+
+    def render(self, task: Task) -> Text:
+        """The speed is that of the last half minute, and left out while nothing has been done."""
+        speed = task.finished_speed or task.speed or 0
+        return Text(f"{task.completed:,.0f}/{task.total or 0:,.0f}" + (f", {speed:,.0f}/s" if speed else ""))
+
+
+class _Left(ProgressColumn):
+    """Time to go, by what each case has been seen to cost."""
+
+    def render(self, task: Task) -> Text:
+        """Minutes and seconds; dashes until every case has been tried."""
+        end: float | None = task.fields["end"]
+        return Text("-:-- left" if end is None else f"{duration(max(0.0, end - time.monotonic()))} left")
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as on a clock."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+@final
+class Live:
+    """A bar over all images of all cases, with images per second and time left; silent where there is no terminal."""
+
+    def __init__(self, screen: Console, loaded: Loaded, workers: int) -> None:
+        # The name gives way where the terminal is narrow; the figures do not.
+        words = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
+        columns = (
+            words,
+            BarColumn(bar_width=12),
+            _Count(table_column=Column(no_wrap=True)),
+            _Left(table_column=Column(no_wrap=True)),
+        )
+        self._bar = Progress(*columns, console=screen, transient=True, expand=True, disable=not screen.is_terminal)
+        self._cases = [trial.case for trial in loaded.trials]
+        images = [len(loaded.images(case)) for case in range(len(self._cases))]
+        self._forecast = Forecast(images, workers)
+        self._task = self._bar.add_task("preparing", total=sum(images), end=None)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def progress(self, block: Block, found: bool) -> None:
+        """Move on by a block; one that was there before says nothing of the speed."""
+        case, images = self._cases[block.task.case], len(block.labels)
+        now = time.monotonic()
+        self._forecast.add(block.task.case, images, block.seconds, None if found else now)
+        left = self._forecast.left()
+        end = None if left is None else now + left
+        if found:
+            done = int(self._bar.tasks[self._task].completed)
+            self._bar.reset(self._task, completed=done + images, description="resuming", end=end)
+        else:
+            words = f"{case.attack} {case.threat} {case.subject}"
+            self._bar.update(self._task, description=words, advance=images, end=end)

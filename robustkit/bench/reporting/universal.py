@@ -1,0 +1,55 @@
+"""What a report tells of universal perturbations: how many predictions each changes, where, and what it looks like."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from robustkit.bench.plan.plan import Case
+from robustkit.bench.reporting.images import png, signed
+from robustkit.bench.results.picture import Picture
+
+__all__ = ["perturbations"]
+
+Record = Mapping[str, Any]
+
+
+def perturbations(records: Sequence[Record], pictures: Sequence[Picture], side: int) -> dict[str, Any] | None:
+    """The models on which they were tried, and a row for each; None where the run holds no universal attack.
+
+    Args:
+        records: Of results.json.
+        pictures: Attacked images; one of each universal attack knows the change behind all of them.
+        side: The longer side of a drawn change, in CSS pixels.
+    """
+    universal = [record for record in records if record.get("fooling_held_out") is not None]
+    if not universal:
+        return None
+    models = dict.fromkeys(map(_subject, universal))
+    for record in universal:
+        models |= dict.fromkeys(record.get("transfer") or {})
+    return {"models": list(models), "rows": [_row(record, models, pictures, side) for record in universal]}
+
+
+def _row(record: Record, models: Mapping[str, None], pictures: Sequence[Picture], side: int) -> dict[str, Any]:
+    fooled = dict(record.get("transfer") or {}) | {_subject(record): record["fooling_held_out"]}
+    key = _subject(record), *(record[name] for name in ("threat", "goal", "attack"))
+    mine = (one for one in pictures if (one.model, one.threat, one.goal, one.attack) == key and one.perturbation is not None)
+    picture = next(mine, None)
+    shares = [fooled.get(model) for model in models]
+    return {"record": record, "subject": _subject(record), "fooled": shares, "drawn": _drawn(picture, side)}
+
+
+def _subject(record: Record) -> str:
+    return Case.of(record).subject
+
+
+def _drawn(picture: Picture | None, side: int) -> dict[str, Any] | None:
+    if picture is None or picture.perturbation is None or picture.perturbation.shape != picture.clean.shape:
+        return None
+    drawn, scale = signed(picture.perturbation.astype(np.float64))
+    height, width = drawn.shape[1:]
+    zoom = max(1, side // max(height, width))
+    return {"png": png(drawn), "scale": f"{scale:g}", "width": width * zoom, "height": height * zoom}

@@ -1,0 +1,1 @@
+"""Intervals, tests and the number of images that they need."""

@@ -1,0 +1,177 @@
+"""Our attacks and defences in the shape of ART's; the classes are made only where ART is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib import import_module
+from types import MappingProxyType
+from typing import Any, ClassVar, SupportsIndex
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robustkit._engine.best_so_far import check_keep
+from robustkit._engine.state_guard import held, seeded
+from robustkit.attack import Attack
+from robustkit.defence import Defence
+from robustkit.errors import ArgumentError, ShapeError
+from robustkit.goals import ClassifyAs, Goal, Misclassify
+from robustkit.interop._art_estimator import bounds_of, channels_last, is_torch, target_of
+from robustkit.target import Target
+from robustkit.threats import L1, L2, Linf, Threat
+
+__all__ = ["NORMS", "attack_class", "preprocessor_class"]
+
+# Any in this file: what belongs to ART, which is optional, so a type checker may not find it.
+
+NORMS: Mapping[type[Threat], float] = MappingProxyType({Linf: np.inf, L2: 2, L1: 1})  # of the threats that ART knows too
+
+
+def attack_class(access: str) -> Any:
+    """The kind of ART attack that sees a classifier's gradients ("white"), or its outputs alone."""
+    base, estimators = import_module("art.attacks.attack"), import_module("art.estimators.estimator")
+    mixin = import_module("art.estimators.classification.classifier").ClassifierMixin
+    gradients = (estimators.LossGradientsMixin,) if access == "white" else ()
+
+    class RobustkitAttack(base.EvasionAttack):  # type: ignore[misc, name-defined]
+        attack_params: ClassVar[list[str]] = [
+            *base.EvasionAttack.attack_params, "attack", "threat", "goal", "eps", "targeted", "seed", "keep", "batch_size",
+            "verbose",
+        ]  # fmt: skip
+        _estimator_requirements = (estimators.BaseEstimator, *gradients, mixin)
+
+        def __init__(self, attack: Attack, estimator: Any, threat: Threat, goal: Goal) -> None:
+            super().__init__(estimator=estimator)
+            self.attack, self.threat = attack, threat
+            self.goal: Any = goal
+            self.seed, self.keep, self.batch_size, self.verbose = 0, "first", 128, False
+
+        @property
+        def eps(self) -> Any:
+            return self.threat.eps
+
+        @eps.setter
+        def eps(self, eps: Any) -> None:
+            self.threat = replace(self.threat, eps=torch.as_tensor(eps) if isinstance(eps, np.ndarray) else eps)
+
+        @property
+        def norm(self) -> float | None:
+            """Of the threat, where ART has it too; asked by tools that must not mix norms."""
+            return NORMS.get(type(self.threat))
+
+        @property
+        def targeted(self) -> bool:
+            return isinstance(self.goal, ClassifyAs)
+
+        @targeted.setter
+        def targeted(self, targeted: bool) -> None:
+            if not isinstance(targeted, bool):
+                raise ArgumentError(f"targeted={targeted!r} must be True or False")
+            self.goal = (ClassifyAs if targeted else Misclassify)(self.goal.surrogate)
+
+        def set_params(self, **kwargs: Any) -> None:
+            """All of them, or none where one is refused."""
+            before = dict(vars(self))
+            try:
+                super().set_params(**kwargs)
+            except Exception:
+                self.__dict__.clear()
+                self.__dict__.update(before)
+                raise
+
+        def _check_params(self) -> None:
+            _check(self)
+
+        def generate(self, x: Any, y: Any = None, mask: Any = None) -> Any:
+            if mask is not None and not np.all(mask):
+                raise ArgumentError("mask has zeros: parts of an input cannot be spared here; leave the mask away")
+            return _generate(self, x, y)
+
+    return RobustkitAttack
+
+
+def _check(art: Any) -> None:
+    """Refuse what cannot be run; asked by ART whenever a parameter is set."""
+    if not isinstance(art.attack, Attack) or not isinstance(art.threat, Threat):
+        raise ArgumentError(f"attack={art.attack!r} and threat={art.threat!r} must be ours, such as PGD() and Linf(8 / 255)")
+    if not isinstance(art.goal, Misclassify | ClassifyAs):
+        raise ArgumentError(f"goal={art.goal!r} must be Misclassify(...) or ClassifyAs(...): ART's classifiers know no other")
+    check_keep(art.keep)
+    for name, kind, rule in (("seed", SupportsIndex, "a whole number"), ("verbose", bool, "True or False")):
+        if not isinstance(getattr(art, name), kind):
+            raise ArgumentError(f"{name}={getattr(art, name)!r} must be {rule}")
+    if isinstance(art.batch_size, bool) or not isinstance(art.batch_size, int) or art.batch_size < 1:
+        raise ArgumentError(f"batch_size={art.batch_size!r} must be a whole number, at least 1")
+    if art.attack.access == "white" and not is_torch(art.estimator):
+        raise ArgumentError(
+            f"attack={art.attack!r} needs gradients in torch, and the estimator is a {type(art.estimator).__name__}: give a "
+            "PyTorchClassifier, or an attack that asks for outputs alone"
+        )
+    art.threat = replace(art.threat, bounds=bounds_of(art.estimator, art.threat.bounds))
+    art.attack.check(art.threat)
+
+
+def _generate(art: Any, x: Any, y: Any) -> Any:
+    """The adversarial images, float32 in the shape of x."""
+    if y is None and art.targeted:
+        raise ArgumentError("y=None: a targeted attack needs the wanted classes")
+    images = torch.from_numpy(np.array(x, dtype=np.float32)).to(getattr(art.estimator, "device", "cpu"))
+    last = channels_last(art.estimator) and images.dim() == 4
+    images, target = images.movedim(-1, 1) if last else images, target_of(art.estimator, art.batch_size)
+    ref = _predicted(target, images) if y is None else _classes(y, len(images)).to(images.device)
+    result = art.attack(target, images, ref, goal=art.goal, threat=art.threat, seed=art.seed, keep=art.keep)
+    return np.ascontiguousarray((result.x_adv.movedim(1, -1) if last else result.x_adv).cpu().numpy())
+
+
+def _predicted(target: Target, x: Tensor) -> Tensor:
+    """The classes that the target finds, (N,) int64."""
+    size = target.batch_size
+    with torch.no_grad(), target.held(), seeded(0):
+        found = [target.fn(x[i : i + size]).argmax(1) for i in range(0, len(x), size)]
+    return torch.cat([torch.zeros(0, dtype=torch.int64, device=x.device), *found])
+
+
+def _classes(y: Any, n: int) -> Tensor:
+    """Classes of whatever form ART allows: numbers (N,) or (N, 1), one-hot or scores (N, C). (N,) int64."""
+    y = np.asarray(y)
+    if y.shape[:1] != (n,) or y.ndim > 2:
+        raise ShapeError(f"y has shape {y.shape} for {n} inputs; it must hold a class (N,) or a row of scores (N, C) for each")
+    return torch.from_numpy(y.argmax(1) if y.ndim == 2 and y.shape[1] > 1 else y.reshape(n).astype(np.int64))
+
+
+def preprocessor_class() -> Any:
+    """The kind of ART preprocessor that does what a defence of ours does."""
+    base = import_module("art.defences.preprocessor.preprocessor").PreprocessorPyTorch
+
+    class RobustkitPreprocessor(base):  # type: ignore[misc, valid-type]
+        params: ClassVar[list[str]] = ["defence"]
+
+        def __init__(self, defence: Defence, apply_fit: bool) -> None:
+            super().__init__(device_type="cpu", is_fitted=True, apply_fit=apply_fit, apply_predict=True)
+            self.defence = defence
+            self._check_params()
+
+        @property
+        def device(self) -> torch.device:
+            """Where the defence lies: ART moves arrays there in its numpy path."""
+            parts = [*self.defence.parameters(), *self.defence.buffers()]
+            return parts[0].device if parts else torch.device("cpu")
+
+        def forward(self, x: Tensor, y: Any = None) -> tuple[Tensor, Any]:
+            # ART differentiates `forward` and never asks `estimate_forward` on this path: the view has to be in here.
+            with held(self.defence, "eval"):
+                return (self._view if torch.is_grad_enabled() and x.requires_grad else self.defence)(x), y
+
+        def estimate_forward(self, x: Tensor, y: Any = None) -> Tensor:
+            with held(self.defence, "eval"):
+                out: Tensor = self._view(x)
+                return out
+
+        def _check_params(self) -> None:
+            if not isinstance(self.defence, Defence):
+                raise ArgumentError(f"defence={self.defence!r} must be a Defence, such as robustkit.defences.Quantise(8)")
+            self._view = next(iter(self.defence.checked_views().values()))
+
+    return RobustkitPreprocessor

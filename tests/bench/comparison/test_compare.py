@@ -1,0 +1,485 @@
+"""Two runs compared: the statistics against closed forms, published figures and slow ways; what belongs together; refusals."""
+
+import io
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from scipy.optimize import minimize_scalar
+from scipy.stats import multinomial
+
+from robustkit import bench
+from robustkit.bench import Case, Plan
+from robustkit.bench.comparison.compare import compare, holm, label, mcnemar, tango
+from robustkit.bench.reporting.compare_table import as_json, comparison_table
+from robustkit.bench.results import read_run as past
+from robustkit.bench.results.read_run import Run
+from robustkit.bench.results.record import together
+from robustkit.bench.results.solved_by import solvers
+from robustkit.commands.compare import compare_command
+from robustkit.errors import ArgumentError
+
+N = 40
+RECORD = {
+    "model": "m", "data": "digits", "defence": None, "goal": "misclassify", "threat": "linf:0.1", "attack": "pgd",
+    "recipe": "PGD()", "seed": 0, "n": N, "clean_accuracy": 1.0, "flags": [], "notes": [], "data_hash": "d0",
+}  # fmt: skip
+FLAG = {"name": "flat-gradients", "why": "no signal"}
+HOSTILE = ["net[0].py:[bold]x[/bold]", "a:smile:b", "[/]", "back\\slash\\", "[link=file:x]y", "\udcff", "x\ny"]
+
+
+def run(*rows, path="/runs/x", schema=1, **more):
+    """A run of records that differ from RECORD as told, each with its mask."""
+    records = [RECORD | changed | {"n": changed.get("n", len(mask))} for changed, mask in rows]
+    return Run(Path(path), {"schema": schema, "records": records} | more, tuple(np.array(mask, bool) for _, mask in rows))
+
+
+def mask(seed, share=0.6, n=N):
+    return np.random.default_rng(seed).random(n) < share
+
+
+def refused(a, b):
+    with pytest.raises(ArgumentError) as error:
+        compare(a, b)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def shown(comparison, width=80):
+    file = io.StringIO()
+    Console(width=width, file=file, color_system=None).print(comparison_table(comparison))
+    return file.getvalue()
+
+
+# The statistics
+
+
+@pytest.mark.parametrize(
+    ("only_a", "only_b", "p"), [(0, 5, 0.0625), (5, 0, 0.0625), (0, 0, 1.0), (3, 3, 1.0), (0, 1, 1.0), (0, 6, 1 / 32)]
+)
+def test_p_in_closed_form(only_a, only_b, p):
+    assert mcnemar(only_a, only_b) == pytest.approx(p, rel=1e-12)
+
+
+@pytest.mark.parametrize(("only_a", "only_b"), [(a, b) for a in range(6) for b in range(6)])
+def test_p_is_the_share_of_all_ways_to_swap_the_runs_on_the_images_that_differ(only_a, only_b):
+    swaps = [abs(sum(signs)) for signs in itertools.product((-1, 1), repeat=only_a + only_b)]
+    slow = sum(found >= abs(only_b - only_a) for found in swaps) / len(swaps)
+    assert mcnemar(only_a, only_b) == pytest.approx(slow, rel=1e-12)
+
+
+# Fagerland, Lydersen, Laake 2014 (Stat. Med. 33:2850), tables of Bentur 2009 and Cavo 2012, whose difference is
+# n12 - n21: its digits in print, and those of the R package of the authors.
+@pytest.mark.parametrize(
+    ("n12", "n21", "n", "p", "low", "high"), [(1, 7, 21, 0.0703, -0.517, -0.026), (6, 16, 161, 0.052479, -0.1240, -0.0054)]
+)
+def test_published_figures(n12, n21, n, p, low, high):
+    digits = 5e-4 if n == 21 else 5e-5
+    assert mcnemar(n21, n12) == pytest.approx(p, abs=digits)
+    assert tango(n21, n12, n) == pytest.approx((low, high), abs=digits)
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 1000])
+def test_the_interval_in_closed_form_where_no_image_differs(n):
+    z2 = 1.959963984540054**2
+    assert tango(0, 0, n) == pytest.approx((-z2 / (n + z2), z2 / (n + z2)), abs=1e-12)
+    assert tango(0, n, n)[1] == 1.0
+    assert tango(n, 0, n)[0] == -1.0
+
+
+def score(only_a, only_b, n, delta):
+    """Tango's score statistic, its one unknown found by a search for the largest likelihood."""
+
+    def unlikely(q):
+        cells = ((only_b, q + delta), (only_a, q), (n - only_a - only_b, 1 - 2 * q - delta))
+        return -sum(count * math.log(max(share, 1e-300)) for count, share in cells if count)
+
+    low, high = max(0.0, -delta), (1 - delta) / 2
+    found = [minimize_scalar(unlikely, bounds=(low, high), method="bounded", options={"xatol": 1e-12}).x, low, high]
+    q = min(found, key=unlikely)
+    return (only_b - only_a - n * delta) / math.sqrt(n * (2 * q + delta - delta**2))
+
+
+@pytest.mark.parametrize(("only_a", "only_b", "n"), [(0, 5, 5), (0, 1, 20), (3, 1, 12), (7, 1, 21), (4, 4, 8), (0, 9, 60)])
+def test_the_interval_holds_just_those_differences_that_the_score_does_not_reject(only_a, only_b, n):
+    low, high = tango(only_a, only_b, n)
+    assert -1 <= low < (only_b - only_a) / n <= high <= 1
+    for delta in np.linspace(-0.999, 0.999, 401):
+        if min(abs(delta - low), abs(delta - high)) > 1e-4:
+            assert (abs(score(only_a, only_b, n, delta)) <= 1.959963984540054) == (low <= delta <= high), delta
+
+
+# Where hardly any image differs it may cover more, but never much less.
+@pytest.mark.parametrize(
+    ("shares", "most"), [((0.2, 0.1), 0.96), ((0.05, 0.05), 0.97), ((0.3, 0.02), 0.96), ((0.02, 0.0), 1), ((0.001, 0.001), 1)]
+)
+def test_the_interval_covers_the_truth_in_nearly_95_of_100_cases(shares, most):
+    n, (p_a, p_b) = 60, shares
+    covered = total = 0.0
+    for only_a, only_b in ((i, j) for i in range(n + 1) for j in range(n + 1 - i)):
+        weight = multinomial.pmf([only_a, only_b, n - only_a - only_b], n, [p_a, p_b, 1 - p_a - p_b])
+        if weight > 1e-7:
+            low, high = tango(only_a, only_b, n)
+            covered, total = covered + weight * (low <= p_b - p_a <= high), total + weight
+    assert total > 0.999
+    assert 0.94 <= covered <= most
+
+
+def test_holm_in_closed_form():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx((0.03, 0.06, 0.06, 0.02))
+    assert holm([0.6, 0.5]) == (1.0, 1.0)
+    assert holm([0.2]) == (0.2,)
+    assert holm([]) == ()
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.floats(0.01, 0.99))
+def test_holm_rejects_what_the_procedure_step_by_step_rejects(p, level):
+    rejected, adjusted = set(), holm(p)
+    for step, index in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        if p[index] * (len(p) - step) > level:
+            break
+        rejected.add(index)
+    assert {i for i, value in enumerate(adjusted) if value <= level} == rejected
+    assert all(before <= after <= 1 for before, after in zip(p, adjusted, strict=True))
+
+
+# Laws
+
+MASKS = st.integers(1, 30).flatmap(lambda n: st.tuples(*[st.lists(st.booleans(), min_size=n, max_size=n)] * 4))
+
+
+@given(MASKS)
+def test_counts_are_those_of_single_images(masks):
+    a1, a2, b1, b2 = masks
+    rows = ({"attack": "pgd"}, {"attack": "fgsm", "goal": "least-likely"})
+    a, b = run((rows[0], a1), (rows[1], a2)), run((rows[0], b1), (rows[1], b2))
+    pairs = compare(a, b).pairs
+    both_a, both_b = ([x and y for x, y in zip(*two, strict=True)] for two in ((a1, a2), (b1, b2)))
+    for pair, x, y in zip(pairs, (a1, a2, both_a), (b1, b2, both_b), strict=True):
+        cases = list(zip(x, y, strict=True))
+        counts = [cases.count(case) for case in ((True, False), (False, True), (True, True), (False, False))]
+        assert [pair.only_a, pair.only_b, pair.both, pair.neither] == counts
+        assert (pair.n, pair.robust_a, pair.robust_b) == (len(x), sum(x) / len(x), sum(y) / len(y))
+        assert pair.difference == pytest.approx(pair.robust_b - pair.robust_a)
+        assert (pair.p, (pair.low, pair.high)) == (mcnemar(*counts[:2]), tango(*counts[:2], len(x)))
+    assert [pair.together for pair in pairs] == [False, False, True]
+    for side, it in (("robust_a", a), ("robust_b", b)):  # what the run itself says of all attacks together
+        (entry,) = together(list(zip(it.results["records"], it.robust, strict=True)))
+        assert getattr(pairs[2], side) == entry["robust_accuracy"]
+        assert list(pairs[2].attacks) == entry["attacks"]
+
+
+@given(MASKS)
+def test_a_run_against_itself_and_the_runs_swapped(masks):
+    a, b = (run(({}, x), ({"threat": "l2:1"}, y)) for x, y in (masks[:2], masks[2:]))
+    for pair in compare(a, a).pairs:
+        assert (pair.p, pair.difference, pair.only_a, pair.only_b, pair.low) == (1.0, 0.0, 0, 0, -pair.high)
+    for one, other in zip(compare(a, b).pairs, compare(b, a).pairs, strict=True):
+        assert (one.only_a, one.only_b, one.both, one.neither) == (other.only_b, other.only_a, other.both, other.neither)
+        assert (one.p, one.low, one.high) == (other.p, -other.high, -other.low)
+        assert -1 <= one.low <= one.difference <= one.high <= 1
+
+
+# What belongs together
+
+
+def test_a_pair_tells_what_was_compared_in_the_order_of_a():
+    rows = [({"threat": t, "attack": x}, mask(i)) for i, (t, x) in enumerate(itertools.product(["l2:1", "linf:1"], "ab"))]
+    found = compare(run(*rows), run(*reversed(rows)))
+    assert [(pair.threat, pair.attack, pair.goal, pair.seed) for pair in found.pairs] == [
+        ("l2:1", "a", "misclassify", 0), ("l2:1", "b", "misclassify", 0), ("linf:1", "a", "misclassify", 0),
+        ("linf:1", "b", "misclassify", 0), ("l2:1", None, None, 0), ("linf:1", None, None, 0),
+    ]  # fmt: skip
+    assert found.only_in_a == found.only_in_b == ()
+    assert all((pair.model_a, pair.model_b, pair.data) == ("m", "m", "digits") for pair in found.pairs)
+    assert [pair.robust_a for pair in found.pairs[:4]] == [m.mean() for _, m in rows]
+    assert all(pair.difference == 0 for pair in found.pairs)
+
+
+@pytest.mark.parametrize(
+    "other", [{"threat": "l2:1"}, {"goal": "least-likely"}, {"attack": "fgsm"}, {"recipe": "PGD(steps=1)"}, {"seed": 1}]
+)
+def test_only_the_same_question_is_compared_and_the_rest_is_told(other):
+    found = compare(run((other, mask(1)), ({}, mask(0))), run(({}, mask(2))))
+    assert {(pair.robust_a, pair.robust_b) for pair in found.pairs} == {(mask(0).mean(), mask(2).mean())}
+    assert [label(record) for record in found.only_in_a] == [label(RECORD | other)]
+    assert label(RECORD | other) != label(RECORD)
+    assert found.only_in_b == ()
+    # All attacks together are compared only where they are the same on both sides.
+    assert len(found.pairs) == (2 if "threat" in other else 1)
+    assert [pair.together for pair in found.pairs][1:] == ([True] if "threat" in other else [])
+    back = compare(run(({}, mask(2))), run((other, mask(1)), ({}, mask(0))))
+    assert (back.only_in_a, back.only_in_b) == ((), found.only_in_a)
+    assert len(back.pairs) == len(found.pairs)
+
+
+def test_single_models_are_paired_whatever_their_names():
+    found = compare(run(({"model": "old"}, mask(0))), run(({"model": "new", "defence": "jpeg"}, mask(1))))
+    pair = found.pairs[0]
+    assert (pair.model_a, pair.model_b, pair.defence_a, pair.defence_b) == ("old", "new", None, "jpeg")
+    assert len(found.pairs) == 2
+
+
+def test_several_models_are_paired_by_name():
+    a = run(({"model": "x"}, mask(0)), ({"model": "y"}, mask(1)))
+    b = run(({"model": "y"}, mask(2)), ({"model": "z"}, mask(3)))
+    found = compare(a, b)
+    assert [(pair.model_a, pair.model_b, pair.robust_a, pair.robust_b) for pair in found.pairs] == [
+        ("y", "y", mask(1).mean(), mask(2).mean())
+    ] * 2
+    assert ([r["model"] for r in found.only_in_a], [r["model"] for r in found.only_in_b]) == (["x"], ["z"])
+    one = compare(a, run(({"model": "y"}, mask(2))))  # two models against one: by name as well
+    assert {(pair.model_a, pair.model_b) for pair in one.pairs} == {("y", "y")}
+
+
+def test_several_defences_are_paired_by_name():
+    a = run(({"defence": None}, mask(0)), ({"defence": "jpeg"}, mask(1)))
+    found = compare(a, run(({"defence": "jpeg", "model": "other"}, mask(2))))
+    assert [(pair.defence_a, pair.defence_b, pair.robust_a) for pair in found.pairs] == [("jpeg", "jpeg", mask(1).mean())] * 2
+    assert len(found.only_in_a) == 1
+
+
+def test_equal_records_are_paired_in_their_order():
+    a, b = run(({}, mask(0)), ({}, mask(1))), run(({}, mask(2)), ({}, mask(3, 0.2)), ({}, mask(4)))
+    found = compare(a, b)
+    assert [pair.robust_b for pair in found.pairs] == [mask(2).mean(), mask(3, 0.2).mean()]
+    assert len(found.only_in_b) == 1
+    assert found.tests == 2
+    assert found.adjusted == holm([pair.p for pair in found.pairs])
+
+
+def test_flags_are_told_with_the_figures_that_they_concern():
+    rows = ({"attack": "a", "flags": [FLAG]}, {"attack": "b", "flags": [FLAG, {"name": "alarm", "why": ""}]})
+    found = compare(run((rows[0], mask(0)), (rows[1], mask(1))), run(({"attack": "a"}, mask(0)), ({"attack": "b"}, mask(1))))
+    assert [pair.flags_a for pair in found.pairs] == [("flat-gradients",), *[("alarm", "flat-gradients")] * 2]
+    assert {pair.flags_b for pair in found.pairs} == {()}
+
+
+def test_several_seeds_stand_together():
+    rows = [({"seed": seed}, mask(seed)) for seed in (3, 4)]
+    pairs = compare(run(*rows), run(*rows)).pairs
+    assert [pair.seed for pair in pairs] == [3, 4, None]
+    assert pairs[2].attacks == ("pgd (misclassify)", "pgd (misclassify)")
+
+
+# Refusals
+
+
+def test_unlike_runs_are_refused_in_one_line_that_says_why():
+    a = run(({}, mask(0)), path="/runs/a")
+    for b, words in (
+        (run(({"data_hash": "d1"}, mask(0))), ("data_hash", "'d1'", "'d0'", "same data")),
+        (run(({}, mask(0, n=N + 1))), ("n 41", "40")),
+        (run(({}, mask(0)), schema=2), ("schema 2", "has 1", "same version")),
+        (run(({"threat": "l2:1"}, mask(0))), ("no record in common", "l2:1", "linf:0.1", "PGD()", "same plan")),
+        (run(({"data_hash": None}, mask(0))), ("without data_hash", "run it again")),
+        (run(({"n": N + 1}, mask(0))), ("b='/runs/x' is not finished", "40 of 41", "finish it")),
+        (run(), ("b='/runs/x' is not finished", "0 of 0")),
+    ):
+        told = refused(a, b)
+        assert all(word in told for word in (*words, "/runs/x")), told
+    assert "a='/runs/x' is not finished" in refused(run(), a)
+    half = Run(Path("half"), a.results, ())
+    assert "b='half' is not finished: 0 of 40" in refused(a, half)
+
+
+def test_another_offset_is_refused_where_both_tell_theirs():
+    runs = [run(({}, mask(0)), **more) for more in ({}, {"data": {"offset": 0}}, {"data": {"offset": 7}}, {"data": {}})]
+    assert "offset 7" in refused(runs[1], runs[2])
+    for one, other in itertools.combinations(runs, 2):
+        if (one, other) != (runs[1], runs[2]):
+            assert compare(one, other).pairs
+
+
+def test_many_records_without_a_counterpart_are_told_in_short():
+    a = run(*[({"seed": seed}, mask(0)) for seed in range(9)])
+    told = refused(a, run(({"seed": 10}, mask(0))))
+    assert "seed 0" in told
+    assert "and 6 more" in told
+    assert "seed 8" not in told
+
+
+# What is shown
+
+
+def test_p_is_adjusted_over_all_tests_and_one_attack_is_not_tested_twice():
+    rows = [({"threat": threat}, mask(i)) for i, threat in enumerate(("l2:1", "l2:2", "l2:3"))]
+    found = compare(run(*rows), run(*[(row, mask(i + 5, 0.2)) for i, (row, _) in enumerate(rows)]))
+    assert (len(found.pairs), found.tests) == (6, 3)
+    assert found.adjusted == 2 * holm([pair.p for pair in found.pairs[:3]])
+    assert "3 tests were made" in " ".join(shown(found).split())
+    both = compare(*[run(({}, mask(i)), ({"attack": "b"}, mask(i + 1))) for i in (0, 8)])
+    assert (len(both.pairs), both.tests) == (3, 3)
+    assert both.adjusted == holm([pair.p for pair in both.pairs])
+    single = shown(compare(run(({}, mask(0))), run(({}, mask(1)))))
+    assert "One test was made" in single
+    assert "all together" not in single
+
+
+def test_both_p_are_shown():
+    rows = [({"attack": x}, [i < k for i in range(N)]) for x, k in (("a", 6), ("b", 5))]
+    found = compare(run(*rows), run(*[(row, [False] * N) for row, _ in rows]))
+    lines = [line.split()[-2:] for line in shown(found).splitlines() if " to " in line and "%" in line]
+    assert lines == [["0.0312", "0.0938"], ["0.0625", "0.1250"], ["0.0625", "0.1250"]]
+
+
+def test_the_table_fits_80_columns_with_every_figure_whole():
+    n = 20_000
+    rows = [
+        ({"attack": x, "flags": [FLAG] * (x == "a")}, mask(i, n=n)) for i, x in enumerate(("a", "pgd:steps=1000,reach=2.5"))
+    ]
+    found = compare(
+        run(*rows, path="/runs/old"), run(*[(r | {"flags": []}, mask(9 + i, 0.1, n)) for i, (r, _) in enumerate(rows)])
+    )
+    text = shown(found)
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "…" not in text
+    lines = [line for line in text.splitlines() if " to " in line and "%" in line]
+    for pair, adjusted, line in zip(found.pairs, found.adjusted, lines, strict=True):
+        for figure in (
+            f"{pair.robust_a:.1%}", f"{pair.robust_b:.1%}", f"{100 * pair.low:+.1f} to {100 * pair.high:+.1f}",
+            f"{pair.only_a:,}", f"{pair.only_b:,}", "<0.0001",
+        ):  # fmt: skip
+            assert f" {figure} " in f" {line} "
+        assert adjusted < 1e-4
+    wide = [line for line in shown(found, 120).splitlines() if " to " in line and "%" in line]
+    assert [" !" in line for line in wide] == [True, False, True]
+    assert text.count("! flat-gradients in A (a, linf:0.1)") == text.count("! flat") == 1
+    assert "A: /runs/old\nB: /runs/x" in text
+
+
+def test_the_table_says_what_was_not_compared_and_of_which_seed():
+    rows = ({"seed": 1}, {"seed": 2}, {"threat": "l2:9"})
+    found = compare(run(*[(row, mask(0)) for row in rows]), run(*[(row, mask(1)) for row in rows[:2]]))
+    text = shown(found, 120)
+    assert f"only in A, not compared: {label(RECORD | rows[2])}" in text
+    assert "only in B" not in text.split("tests were made")[1]
+    assert "pgd, seed 1 " in text
+    assert "pgd, seed 2 " in text
+    assert "all together" in text
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_are_told_as_they_are(name):
+    changed = dict.fromkeys(("model", "data", "threat", "attack", "goal", "recipe", "defence"), name)
+    flags = {"flags": [{"name": name, "why": name}]}
+    a, b = run((changed | flags, mask(0)), ({"seed": 5}, mask(0))), run((changed, mask(1)), path=f"/runs/{name}")
+    found = compare(a, b)
+    text = shown(found, 250)
+    if "\n" not in name:
+        assert f"{name} with {name}, {name}: 40 images of {name}" in text
+        assert f"{name} → {name} !" in text
+        assert f"! {name} in A ({name} → {name}, {name})" in text
+        assert f"B: /runs/{name}" in text
+    told = json.loads(json.dumps(as_json(found), allow_nan=False))
+    assert told["pairs"][0]["model_a"] == name
+    assert told["b"] == f"/runs/{name}"
+    refused(a, run((changed | {"seed": 7}, mask(0)), path=f"/runs/{name}"))
+
+
+def test_json_holds_what_the_table_shows():
+    rows = ({}, {"attack": "b", "flags": [FLAG]}, {"threat": "l2:9"})
+    found = compare(run(*[(row, mask(i)) for i, row in enumerate(rows)]), run(*[(row, mask(8)) for row in rows[:2]]))
+    told = as_json(found)
+    assert json.loads(json.dumps(told, allow_nan=False)) == told
+    assert (told["a"], told["tests"], told["only_in_a"], told["only_in_b"]) == ("/runs/x", 3, [label(RECORD | rows[2])], [])
+    assert len(told["pairs"]) == 3
+    for row, pair, p in zip(told["pairs"], found.pairs, found.adjusted, strict=True):
+        assert row["p_holm"] == p
+        assert (row["p"], row["low"], row["high"], row["only_a"]) == (pair.p, pair.low, pair.high, pair.only_a)
+        assert (row["robust_a"], row["robust_b"], row["difference"]) == (pair.robust_a, pair.robust_b, pair.difference)
+        assert (row["attacks"], row["flags_a"]) == (list(pair.attacks), list(pair.flags_a))
+
+
+# Stage by stage
+
+
+def staged(*names):
+    return {"stages": [{"name": name, "forwards": 1, "backwards": 1, "solved": 0} for name in names]}
+
+
+A_STAGES = ["clean", "descent", "", "descent", "windows", "", "clean", "windows"]
+B_STAGES = ["clean", "windows", "", "descent", "", "polish", "descent", "windows"]
+
+
+def compared(
+    a_names=("clean", "look", "descent", "windows"), b_names=("clean", "descent", "polish", "windows"), attack="standard"
+):
+    a = run(({"attack": attack} | staged(*a_names), [not name for name in A_STAGES]), ({"threat": "l2:1"}, mask(0, n=8)))
+    b = run(({"threat": "l2:1"}, mask(1, n=8)), ({"attack": attack} | staged(*b_names), [not name for name in B_STAGES]))
+    of_a, of_b = (np.array(A_STAGES), np.array([""] * 8)), (np.array([""] * 8), np.array(B_STAGES))
+    return compare(a, b, solved=(of_a, of_b))
+
+
+def test_stages_are_compared_on_the_same_images():
+    pair = compared().pairs[0]
+    found = {stage.name: (stage.a, stage.b, stage.both) for stage in pair.stages}
+    by_hand = {
+        name: (A_STAGES.count(name), B_STAGES.count(name), sum(x == y == name for x, y in zip(A_STAGES, B_STAGES, strict=True)))
+        for name in ("clean", "look", "descent", "windows", "polish")
+    }
+    assert found == by_hand
+    assert found["clean"] == (2, 1, 1)
+    assert [stage.name for stage in pair.stages] == [
+        "clean",
+        "look",
+        "descent",
+        "windows",
+        "polish",
+    ]  # in the order of A, then of B
+    assert [pair.stages for pair in compared().pairs[1:]] == [()] * 3  # no stages recorded; all together has none
+    assert sum(stage.a for stage in pair.stages) == pair.n - pair.only_a - pair.both
+
+
+def test_stages_are_shown_where_an_attack_has_some_of_its_own():
+    text = " ".join(shown(compared(), 250).split())
+    told = "clean 2 / 1 (1 in both), descent 2 / 2 (1 in both), windows 2 / 2 (1 in both), polish 0 / 1 (0 in both)"
+    assert f"solved by stage, A / B (standard): {told}" in text
+    assert "solved by stage" not in shown(compared(("clean", "attack"), ("clean", "attack")))
+    row = json.loads(json.dumps(as_json(compared())))["pairs"][0]
+    assert row["stages"][2] == {"name": "descent", "a": 2, "b": 2, "both": 1}
+    assert as_json(compare(run(({}, mask(0))), run(({}, mask(1)))))["pairs"][0]["stages"] == []
+
+
+def test_who_solved_what_is_read_from_the_folder_of_a_run(tmp_path):
+    cases = tuple(
+        Case("zoo:digits-mlp", threat, attack) for threat, attack in (("linf:0.05", "fgsm"), ("linf:0.1", "standard"))
+    )
+    bench.run(Plan(cases, "digits", limit=50, block=20), out=tmp_path / "a")
+    found = past.read(tmp_path / "a")
+    names, again = solvers(found), solvers(past.read(tmp_path / "a"))
+    for record, robust, of in zip(found.results["records"], found.robust, names, strict=True):
+        assert len(of) == 50
+        assert np.array_equal(of == "", robust)  # whatever is right was solved by nobody
+        assert {stage["name"]: stage["solved"] for stage in record["stages"] if stage["solved"]} == {
+            str(name): int((of == name).sum()) for name in set(of.tolist()) - {""}
+        }
+    pairs = compare(found, found, solved=(names, again)).pairs
+    assert all(stage.a == stage.b == stage.both for pair in pairs for stage in pair.stages)
+    assert len([stage for stage in pairs[1].stages if stage.a]) >= 2
+    file = next((tmp_path / "a" / "examples" / "case-01").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ArgumentError, match="is no block of a run"):
+        solvers(found)
+
+
+def test_the_command_compares_stages(tmp_path, capsys):
+    for seed, name in ((0, "a"), (0, "b")):
+        plan = Plan((Case("zoo:digits-mlp", "linf:0.05", "pgd:steps=2"),), "digits", limit=8, seed=seed)
+        bench.run(plan, out=tmp_path / name)
+    compare_command(tmp_path / "a", tmp_path / "b", "json")
+    (first, _) = json.loads(capsys.readouterr().out)["pairs"]
+    assert {"name", "a", "b", "both"} == set(first["stages"][0])
+    assert sum(stage["a"] for stage in first["stages"]) == 8 - first["only_a"] - first["both"]
+
+
+def test_the_interval_is_called_what_it_is():
+    text = " ".join(shown(compare(run(({}, mask(0))), run(({}, mask(1))))).split())
+    assert "robust accuracy, an upper bound on robustness" in text
+    assert "interval of the difference over the choice of images" in text

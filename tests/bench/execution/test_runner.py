@@ -1,0 +1,319 @@
+"""The runner: its records are what a slow recomputation says, whatever the blocks, the batches and the neighbours."""
+
+import gc
+import math
+import statistics
+
+import pytest
+import torch
+from torch import nn
+
+from robustkit import FGSM, L2, MIFGSM, PGD, ClassifyAs, Linf, Misclassify, zoo
+from robustkit._engine.state_guard import random_state
+from robustkit.bench import Case, Plan
+from robustkit.bench.execution.loaded_run import load
+from robustkit.bench.execution.runner import outcomes
+from robustkit.data import load as load_data
+from robustkit.errors import ArgumentError
+
+NET = zoo.load("digits-mlp")
+DATA = load_data("digits")
+
+
+class Counting(nn.Module):
+    """A model that counts the images that it sees, and the most at once."""
+
+    def __init__(self, net=NET):
+        super().__init__()
+        self.net, self.images, self.most, self.fail = net, 0, 0, None
+
+    def forward(self, x):
+        self.images, self.most = self.images + len(x), max(self.most, len(x))
+        if self.fail and self.images > self.fail[0]:
+            raise self.fail[1]
+        return self.net(x)
+
+
+class Noisy(nn.Module):
+    """A model that throws dice with torch's global generator."""
+
+    def forward(self, x):
+        return NET(x) + 4 * torch.randn(len(x), 10)
+
+
+class NotANumber(nn.Module):
+    """NaN for bright images, and the same predictions as the plain network for the others."""
+
+    def forward(self, x):
+        return torch.where(x.flatten(1).mean(1, keepdim=True) > 0.31, torch.nan, NET(x))
+
+
+def measured(*cases, seed=0, offset=0, limit=None, batch_size=100, progress=lambda *_: None):
+    cases = tuple(Case("zoo:digits-mlp", *case) for case in cases)
+    plan = Plan(cases, "digits", offset, limit, seed, batch_size=batch_size)
+    return sorted(outcomes(load(plan), progress=progress), key=lambda outcome: outcome.index)
+
+
+def timeless(record):
+    return {key: value for key, value in record.items() if key != "seconds"}
+
+
+def interval(k, n, z=1.959963984540054):
+    """Wilson 1927 in closed form."""
+    middle, spread = (k + z * z / 2) / (n + z * z), z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
+    return middle - spread, middle + spread
+
+
+def predicted(x):
+    with torch.no_grad():
+        return torch.cat([NET(image[None]).argmax(1) for image in x])
+
+
+def slowly(attack, threat, wanted, *, seed=0, offset=0, limit=None, batch_size=100):
+    """The figures of a case, image by image where it can be, from the attack itself."""
+    last = len(DATA) if limit is None else min(offset + limit, len(DATA))
+    clean, robust, success, sizes, backwards, net = [], [], [], [], 0, Counting()
+    for first in range(offset, last, 100):
+        x, y, ids = (values[first : min(first + 100, last)] for values in (DATA.x, DATA.y, torch.arange(len(DATA))))
+        ref = y if wanted is None else NET(x).argmin(1) if wanted == "least" else torch.full_like(y, wanted)
+        goal = Misclassify() if wanted is None else ClassifyAs()
+        batches = [slice(i, i + batch_size) for i in range(0, len(x), batch_size)]
+        results = [attack(net, x[b], ref[b], goal=goal, threat=threat, seed=seed, ids=ids[b]) for b in batches]
+        x_adv, backwards = torch.cat([r.x_adv for r in results]), backwards + sum(int(r.backwards.sum()) for r in results)
+        before, after, change = predicted(x) == y, predicted(x_adv), (x_adv.double() - x.double()).flatten(1)
+        reached = after != y if wanted is None else after == ref
+        lengths = change.abs().amax(1) if isinstance(threat, Linf) else change.square().sum(1).sqrt()
+        clean, robust, success = (
+            [*clean, *before.tolist()],
+            [*robust, *(before & (after == y)).tolist()],
+            [*success, *reached.tolist()],
+        )
+        sizes += lengths[reached].tolist()
+    n = len(clean)
+    low, high = interval(sum(robust), n)
+    return {
+        "n": n, "clean_accuracy": sum(clean) / n, "robust_accuracy": sum(robust) / n, "success_rate": sum(success) / n,
+        "low": low, "high": high, "median_size": statistics.median(sizes), "forwards": net.images, "backwards": backwards,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("case", "attack", "threat", "wanted", "options"),
+    [
+        (("linf:0.1", "fgsm"), FGSM(), Linf(0.1), None, {}),
+        (("linf:1/16", "pgd:steps=5"), PGD(5), Linf(1 / 16), None, {"seed": 7, "offset": 100, "limit": 130}),
+        (("l2:0.5", "pgd:steps=5"), PGD(5), L2(0.5), None, {"seed": 11, "limit": 99, "batch_size": 30}),
+        (("linf:0.3", "mifgsm", "least-likely"), MIFGSM(), Linf(0.3), "least", {"limit": 201}),
+        (("linf:0.2", "fgsm", "classify-as:3"), FGSM(), Linf(0.2), 3, {"offset": 300, "limit": 1000}),
+        (("l2:2", "ifgsm:steps=3", "classify-as:0"), PGD(3, 2.0, random_start=False), L2(2.0), 0, {"seed": -5, "limit": 100}),
+    ],
+)  # fmt: skip
+def test_a_record_is_what_a_slow_recomputation_says(case, attack, threat, wanted, options):
+    (outcome,) = measured(case, **options)
+    expected = slowly(attack, threat, wanted, **options)
+    assert {key: outcome.record[key] for key in expected} == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    assert 0 < expected["success_rate"] < 1  # else the case would show little
+    goal = "misclassify" if wanted is None else case[2]
+    spoken = {"model": "zoo:digits-mlp", "data": "digits", "threat": case[0], "attack": case[1], "goal": goal}
+    assert spoken.items() <= outcome.record.items()
+    assert outcome.record["seed"] == options.get("seed", 0)
+
+
+CASES = (("linf:0.1", "pgd:steps=3"), ("l2:1", "fgsm", "least-likely"), ("linf:0.2", "fgsm", "classify-as:3"))
+
+
+def test_a_case_does_not_depend_on_its_neighbours():
+    together = measured(*CASES, limit=120)
+    for case, outcome in zip(CASES, together, strict=True):
+        (alone,) = measured(case, limit=120)
+        assert timeless(alone.record) == timeless(outcome.record)
+        for ours, theirs in zip(alone.pictures, outcome.pictures, strict=True):
+            assert (ours.adversarial == theirs.adversarial).all()
+
+
+def figures(outcome):
+    """What adds up over images."""
+    record = outcome.record
+    shares = ("clean_accuracy", "robust_accuracy", "success_rate")
+    counts = [round(record[name] * record["n"], 6) for name in shares]
+    return torch.tensor([*counts, record["forwards"], record["backwards"]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_noise_and_outcome_belong_to_the_image_not_to_the_run(case):
+    single = [measured(case, offset=i, limit=1)[0] for i in range(100, 115)]
+    (part,) = measured(case, offset=100, limit=15)
+    (start,), (longer,) = measured(case, limit=100), measured(case, limit=115)
+    torch.testing.assert_close(sum(map(figures, single)), figures(part))
+    torch.testing.assert_close(figures(longer) - figures(start), figures(part))
+    pictures = {picture.index: picture for outcome in single for picture in outcome.pictures}
+    assert len(part.pictures) == 4
+    for picture in part.pictures:
+        assert picture.adversarial == pytest.approx(pictures[picture.index].adversarial, abs=1e-6)
+        assert (picture.clean == DATA.x[picture.index].numpy()).all()
+        assert picture.label == picture.clean_as == str(int(DATA.y[picture.index]))
+        assert picture.adversarial_as == str(int(predicted(torch.from_numpy(picture.adversarial)[None])))
+
+
+@pytest.mark.parametrize("goal", ["misclassify", "least-likely", "classify-as:3"])
+@pytest.mark.parametrize("batch_size", [7, 1000])
+def test_batches_are_no_larger_than_asked_and_change_nothing(use, goal, batch_size):
+    (usual,) = measured(("linf:0.1", "pgd:steps=3", goal), limit=120)
+    net = use(Counting())
+    (other,) = measured(("linf:0.1", "pgd:steps=3", goal), limit=120, batch_size=batch_size)
+    assert net.most == min(batch_size, 100)
+    assert figures(other).tolist() == figures(usual).tolist()
+    assert other.record["median_size"] == pytest.approx(usual.record["median_size"], rel=1e-5)
+
+
+def test_a_model_in_training_mode_is_measured_in_evaluation_mode_and_left_as_it_was(use):
+    torch.manual_seed(0)
+    noisy = use(nn.Sequential(nn.Dropout(0.9), NET, nn.BatchNorm1d(10, affine=False)))
+    buffers = {name: value.clone() for name, value in noisy.state_dict().items()}
+    noisy.train()
+    state = random_state()
+    (outcome,) = measured(("linf:0.1", "pgd:steps=3"), limit=120)
+    assert noisy.training
+    assert random_state() == state
+    assert all(torch.equal(value, buffers[name]) for name, value in noisy.state_dict().items())
+    assert [flag["name"] for flag in outcome.record["flags"]] == ["train-mode"]
+    NET.eval()
+    use(NET)
+    (plain,) = measured(("linf:0.1", "pgd:steps=3"), limit=120)
+    assert figures(outcome)[:3].tolist() == figures(plain)[:3].tolist()  # batch norm in evaluation mode is the identity here
+    assert plain.record["flags"] == []
+
+
+def test_a_stochastic_model_is_told_and_gives_the_same_numbers_again(use):
+    use(Noisy())
+    case = ("linf:0.1", "pgd:steps=2")
+    state = random_state()
+    first, again = (measured(case, limit=130)[0] for _ in range(2))
+    assert random_state() == state
+    assert timeless(first.record) == timeless(again.record)
+    assert [note["name"] for note in first.record["notes"]] == ["stochastic-target"]
+    assert [flag["name"] for flag in first.record["flags"]] == ["train-mode", "undeclared-randomness"]
+    torch.testing.assert_close(
+        figures(first), figures(measured(case, limit=100)[0]) + figures(measured(case, offset=100, limit=30)[0])
+    )
+    assert timeless(measured(case, limit=130, seed=1)[0].record) != timeless(first.record) | {"seed": 1}
+    meant = Noisy().eval()
+    meant.stochastic = True
+    use(meant)
+    assert measured(case, limit=10)[0].record["flags"] == []
+
+
+def test_an_output_that_is_no_number_is_a_wrong_answer(use):
+    use(NotANumber())
+    bright = DATA.x[:100].flatten(1).mean(1) > 0.31
+    right = (predicted(DATA.x[:100]) == DATA.y[:100]) & ~bright
+    assert 0.1 < right.double().mean() < 0.9
+    for case in (("linf:1e-6", "fgsm"), ("linf:1e-6", "fgsm", "classify-as:3")):
+        record = measured(case, limit=100)[0].record
+        assert record["clean_accuracy"] == pytest.approx(right.double().mean().item())
+        assert record["robust_accuracy"] == pytest.approx(right.double().mean().item())
+    assert record["success_rate"] == ((predicted(DATA.x[:100]) == 3) & ~bright).double().mean().item()
+
+
+def held_bytes():
+    """The memory of all tensors that are alive."""
+    gc.collect()
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) is torch.Tensor
+    }
+    return sum(storages.values())
+
+
+def test_finished_blocks_keep_no_images():
+    image = DATA.x[:1].numel() * 4
+    seen = []
+    measured(("linf:0.1", "fgsm"), progress=lambda block, found: seen.append(held_bytes()))
+    assert len(seen) == 4
+    assert seen[-1] - seen[0] < 100 * image  # less than one block of images for three blocks more
+
+
+def test_progress_counts_every_image_once():
+    told = []
+    measured(*CASES, limit=230, progress=lambda block, found: told.append((block.task.case, len(block.labels), found)))
+    # The first block of every case comes first: then it is known what each costs.
+    assert told == [(case, 100, False) for case in range(3)] + [(c, n, False) for c in range(3) for n in (100, 30)]
+
+
+def test_everything_is_checked_before_the_first_attack(use):
+    net = use(Counting())
+    for case in (("linf:0.1", "fgsm", "classify-as:10"), ("pixels:65", "fgsm"), ("linf:0.1", "nope"), ("l3:1", "fgsm")):
+        net.images = 0
+        with pytest.raises(ArgumentError):
+            measured(("linf:0.1", "fgsm"), case, limit=10)
+        words = case in (("linf:0.1", "nope"), ("l3:1", "fgsm"))
+        assert net.images <= (0 if words else 20)  # a look at the data and at one gradient
+
+
+def test_a_failure_of_the_model_is_told_as_its_own_even_late(use):
+    net = use(Counting())
+    net.fail = (250, OSError("two\nlines"))
+    with pytest.raises(ArgumentError, match=r"'zoo:digits-mlp' raised OSError on images \(\d+, 1, 8, 8\): two lines"):
+        measured(("linf:0.1", "pgd"), limit=100)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("a defect"), RuntimeError("a defect"), TypeError("a defect")])
+def test_a_defect_of_an_attack_is_not_taken_for_one_of_the_model(monkeypatch, error):
+    def broken(self, problem):
+        raise error
+
+    monkeypatch.setattr(FGSM, "run", broken)
+    with pytest.raises(type(error), match=r"^a defect$"):
+        measured(("linf:0.1", "fgsm"), limit=10)
+
+
+class Hungry(nn.Module):
+    """Runs out of memory on more than some images, with and without a gradient."""
+
+    def __init__(self, most, most_with_gradient):
+        super().__init__()
+        self.most = {False: most, True: most_with_gradient}
+
+    def forward(self, x):
+        if len(x) > self.most[x.requires_grad]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return NET(x)
+
+
+def test_an_attack_that_runs_out_of_memory_goes_on_with_smaller_batches(use):
+    (plain,) = measured(("linf:0.1", "fgsm"), limit=80)
+    use(Hungry(100, 25))
+    (halved,) = measured(("linf:0.1", "fgsm"), limit=80)
+    assert figures(halved)[:3].tolist() == figures(plain)[:3].tolist()
+    assert [note["name"] for note in halved.record["notes"]] == ["batch-halved"]
+
+
+def test_a_batch_that_fills_the_memory_without_any_attack_is_refused(use):
+    use(Hungry(25, 25))
+    with pytest.raises(ArgumentError, match="batch_size=80: memory ran out in model 'zoo:digits-mlp'; take a smaller one"):
+        measured(("linf:0.1", "fgsm"), limit=80, batch_size=80)
+
+
+class Torn(nn.Module):
+    """A model whose forward pass works, and whose gradient raises."""
+
+    def forward(self, x):
+        out = NET(x).exp()
+        out += 1  # exp needs its own result for the gradient
+        return out
+
+
+def test_a_broken_gradient_is_refused_and_none_at_all_is_measured(use):
+    use(Torn())
+    with pytest.raises(
+        ArgumentError, match=r"has a gradient that raised RuntimeError on images \(2, 1, 8, 8\): one of the var"
+    ):
+        measured(("linf:0.1", "fgsm"), limit=10)
+    use(Severed())
+    (outcome,) = measured(("linf:0.1", "fgsm"), limit=10)
+    assert outcome.record["success_rate"] == pytest.approx(1 - outcome.record["clean_accuracy"])
+    assert "flat-gradients" in {flag["name"] for flag in outcome.record["flags"]}
+
+
+class Severed(nn.Module):
+    def forward(self, x):
+        return NET(x).detach()

@@ -1,0 +1,385 @@
+"""Starts: a larger eps begins at what a smaller one has found, a run at what earlier runs have; the numbers only get truer."""
+
+import json
+import shutil
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from robustkit import cli, evaluate, zoo
+from robustkit.bench import Case, Plan, read_plan
+from robustkit.bench.execution import loaded_run as loaded_module
+from robustkit.bench.execution.executors import Processes
+from robustkit.bench.execution.loaded_run import load
+from robustkit.bench.execution.runner import outcomes
+from robustkit.bench.execution.warm_starts import read_finds
+from robustkit.bench.folder import open_folder
+from robustkit.bench.results.block import Block
+from robustkit.bench.results.store import Files, Memory
+from robustkit.data import load as load_data
+from robustkit.errors import ArgumentError
+
+EPS = ("pixels:2", "pixels:3", "pixels:5")
+WEAK = "onepixel:population=10,generations=1"  # so weak that luck decides, and more pixels may break fewer images
+MODEL = "zoo:digits-mlp"
+
+
+def plan_of(*threats, attack=None, model=MODEL, **options):
+    attack = attack or (WEAK if threats[0].startswith("pixels") else "fgsm")
+    options = {"limit": 60, "block": 25} | options
+    return Plan(tuple(Case(model, threat, attack) for threat in threats), "digits", **options)
+
+
+def masks(plan, **options):
+    """Who stays right, by threat."""
+    return {plan.cases[one.index].threat: one.robust for one in outcomes(load(plan), **options)}
+
+
+def timeless(block):
+    """All that a block holds but its seconds, as bytes."""
+    return replace(block, seconds=0.0).bytes()
+
+
+def stored(loaded, store):
+    return {task.name: timeless(store.get(task)) for task in loaded.tasks()}
+
+
+def run(out, plan):
+    """A run as the command line makes it."""
+    loaded = load(plan)
+    with open_folder(out, loaded.plan) as folder:
+        folder.begin(loaded)
+        done = list(outcomes(loaded, folder.store))
+        folder.write(loaded, done)
+    return {loaded.plan.cases[one.index].threat: one.robust for one in done}
+
+
+def blocks(out):
+    return [Block.load(file) for file in sorted((out / "examples").rglob("*.safetensors"))]
+
+
+# --- a sweep over eps ------------------------------------------------------------------------------------------------------
+
+ALONE = {threat: masks(plan_of(threat))[threat] for threat in EPS}
+
+
+def test_robust_accuracy_never_rises_with_eps_and_everything_else_is_as_in_runs_of_their_own():
+    """Without starts, some images that have fallen stand again under a larger eps."""
+    assert any((after & ~before).any() for before, after in pairwise(ALONE.values()))
+    swept, so_far = masks(plan_of(*EPS[::-1])), np.ones(60, np.bool_)
+    for threat in EPS:
+        so_far &= ALONE[threat]
+        assert swept[threat].tolist() == so_far.tolist(), threat
+
+
+def test_what_is_taken_over_costs_a_look_a_start_and_a_verdict_and_stands_in_the_record():
+    store = Memory()
+    done = {outcome.record["threat"]: outcome for outcome in outcomes(load(plan_of(*EPS)), store)}
+    for below, threat in pairwise(EPS):
+        stages = {stage["name"]: stage for stage in done[threat].record["stages"]}
+        fallen = 60 - stages["clean"]["solved"] - done[below].robust.sum()
+        assert stages["starts"]["solved"] == stages["starts"]["forwards"] == fallen > 0
+    assert "starts" not in [stage["name"] for stage in done[EPS[0]].record["stages"]]
+    for task, block in store.blocks.items():
+        names = [stage.name for stage in block.result.stages]
+        assert ("starts" in names) == (task.case > 0)
+        if "starts" in names:
+            by_start = block.result.solver == names.index("starts")
+            assert by_start.any()
+            assert (block.result.forwards[by_start] == 3).all()
+
+
+def test_where_no_change_was_needed_none_is_looked_for_again():
+    """The goal holds at x, which other goals than being wrong attack all the same; x itself is the start then, and no file."""
+    case = Case(MODEL, "linf:0.05", "fgsm", "classify-as:3")
+    loaded = load(Plan((case, replace(case, threat="linf:0.1")), "digits", limit=60, block=60))
+    low, high = loaded.measure_all(loaded.tasks())
+    still = low.result.success & (low.result.size == 0)
+    assert still.sum() > 3
+    assert len(low.images) == int((low.result.success & ~still).sum())
+    number = [stage.name for stage in high.result.stages].index("starts")
+    assert (high.result.solver[still] == number).all()
+    assert (high.result.size[still] == 0).all()
+    assert (high.result.forwards[low.result.success] == 2).all()
+
+
+def test_in_memory_it_is_the_same():
+    data = load_data("digits").part(0, 60)
+    report = evaluate({"m": zoo.load("digits-mlp")}, data, threat=list(EPS), attacks=WEAK)
+    swept = masks(plan_of(*EPS))
+    assert [record["robust_accuracy"] for record in report.records] == [swept[threat].mean() for threat in EPS]
+
+
+class Backwards:
+    def run(self, make, tasks):
+        do = make()
+        return (do(task) for task in reversed(tasks))
+
+
+class Singly:
+    """Takes chains apart, and does their blocks from the largest eps down."""
+
+    def run(self, make, tasks):
+        do = make()
+        return (do((task,)) for chain in tasks for task in reversed(chain))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    loaded, store = load(plan_of(*EPS)), Files(tmp_path_factory.mktemp("whole"))
+    list(outcomes(loaded, store))
+    return store.root, stored(loaded, store)
+
+
+@pytest.mark.parametrize("executor", [Backwards(), Singly(), Processes(2)], ids=lambda one: type(one).__name__)
+def test_blocks_are_the_same_bit_for_bit_whoever_does_them_in_whatever_order(tmp_path, whole, executor):
+    loaded, store = load(plan_of(*EPS)), Files(tmp_path)
+    list(outcomes(loaded, store, executor))
+    assert stored(loaded, store) == whole[1]
+
+
+@pytest.mark.parametrize("left", range(8))
+def test_blocks_are_the_same_whichever_of_a_chain_were_there(tmp_path, whole, left):
+    """All that an interruption may leave of the three blocks of some images, the last ones without what they stand on too."""
+    loaded, store = load(plan_of(*EPS)), Files(tmp_path)
+    for task in loaded.tasks():
+        if task.first == 25 and left >> task.case & 1:
+            store.path(task).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(Files(whole[0]).path(task), store.path(task))
+    found = []
+    list(outcomes(loaded, store, progress=lambda block, there: found.append(there)))
+    assert sum(found) == left.bit_count()
+    assert stored(loaded, store) == whole[1]
+
+
+def test_a_block_that_stands_on_a_damaged_one_is_the_same(tmp_path, whole):
+    loaded = load(plan_of(*EPS))
+    shutil.copytree(whole[0], tmp_path / "copy")
+    store = Files(tmp_path / "copy")
+    low, _, high = (task for task in sorted(loaded.tasks(), key=lambda task: task.case) if task.first == 0)
+    store.path(low).write_bytes(b"x")
+    store.path(high).unlink()
+    list(outcomes(loaded, store))
+    assert stored(loaded, store) == whole[1]
+
+
+def test_a_block_without_images_is_done_anew_by_those_that_stand_on_it(tmp_path, whole):
+    """As in a folder whose images were left out to save room."""
+    loaded, store = load(plan_of(*EPS)), Files(tmp_path)
+    for task in loaded.tasks():
+        if task.case < 2:
+            store.put(replace(Files(whole[0]).get(task), found=None))
+    list(outcomes(loaded, store))
+    assert {task.name: timeless(store.get(task)) for task in loaded.tasks() if task.case == 2}.items() <= whole[1].items()
+
+
+def test_where_the_images_would_fill_the_disk_they_are_not_written_and_nothing_else_changes(tmp_path, whole, monkeypatch):
+    plan, store = plan_of(*EPS), Files(tmp_path)
+    monkeypatch.setattr(loaded_module, "KEPT", 60 * 64 * 4 - 1)
+    list(outcomes(load(plan), store))
+    for task in load(plan).tasks():
+        block, usual = store.get(task), Files(whole[0]).get(task)
+        assert block.found is None
+        assert timeless(replace(block, found=usual.found)) == whole[1][task.name]
+    monkeypatch.setattr(loaded_module, "KEPT", 60 * 64 * 4)
+    list(outcomes(load(plan), fits := Files(tmp_path / "fits")))
+    assert stored(load(plan), fits) == whole[1]
+
+
+def names(plan, threat):
+    loaded = load(plan)
+    return {task.name for task in loaded.tasks() if loaded.plan.cases[task.case].threat == threat}
+
+
+def test_a_block_is_named_by_what_it_stands_on_and_by_nothing_else():
+    top = names(plan_of(*EPS), EPS[2])
+    assert names(plan_of(*EPS[::-1]), EPS[2]) == top  # not by the order of the plan
+    assert names(plan_of(*EPS, "pixels:7"), EPS[2]) == top
+    for others in (EPS[1:], EPS[::2], ("pixels:1", *EPS), ("pixels:4", *EPS)):
+        assert names(plan_of(*others), EPS[2]) != top
+    assert names(plan_of(EPS[0]), EPS[0]) == names(plan_of(*EPS), EPS[0])
+
+
+def test_cases_of_another_attack_goal_model_or_kind_of_threat_do_not_stand_on_each_other():
+    case = Case(MODEL, "linf:0.3", "fgsm")
+    lone = names(Plan((case,), "digits", limit=60, block=25), "linf:0.3")
+    others = [Case(MODEL, "linf:0.1", "pgd"), Case(MODEL, "linf:0.1", "fgsm", "least-likely"), Case(MODEL, "l2:0.1", "fgsm"),
+              Case("torch.nn:Flatten", "linf:0.1", "fgsm")]  # fmt: skip
+    for other in others:
+        assert names(Plan((case, other), "digits", limit=60, block=25), "linf:0.3") == lone
+    assert names(Plan((case, replace(case, threat="linf:0.1")), "digits", limit=60, block=25), "linf:0.3") != lone
+    sweep = plan_of("linf:0.1", "linf:0.3", attack="uap-pgd:epochs=1")
+    assert names(sweep, "linf:0.3") == names(plan_of("linf:0.3", attack="uap-pgd:epochs=1"), "linf:0.3")
+
+
+# --- earlier runs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def strong(tmp_path_factory):
+    """A run of a stronger attack on some of the images."""
+    out = tmp_path_factory.mktemp("strong") / "run"
+    return out, run(out, plan_of("linf:0.1", attack="pgd:steps=20", limit=50))
+
+
+def test_who_was_broken_before_is_broken_and_the_others_are_as_they_were(strong):
+    """Images of an earlier run by their index, though this one passes over some and cuts its blocks otherwise."""
+    out, before = strong
+    plan = plan_of("linf:0.1", offset=20, limit=60, block=32)
+    (without,), (robust,) = (masks(one).values() for one in (plan, replace(plan, start_from=(str(out),))))
+    expected = without.copy()
+    expected[:30] &= before["linf:0.1"][20:]
+    assert robust.tolist() == expected.tolist()
+    assert expected.sum() < without.sum()
+
+
+def test_where_several_hold_an_image_the_smallest_change_is_taken(tmp_path):
+    """Bit for bit, by hand from the files; for a threat that is smaller than both, what was found is brought into it."""
+    for name, eps in (("a", "linf:0.3"), ("b", "linf:0.15")):
+        run(tmp_path / name, plan_of(eps, attack="pgd:steps=3,reach=0.9"))
+    known = {}
+    for name in "ab":
+        for block in blocks(tmp_path / name):
+            for index, size, image in zip(
+                block.ids[block.changed].tolist(), block.result.size[block.changed], block.images, strict=True
+            ):
+                known[index] = min(known.get(index, (9.0, None)), (float(size), image), key=lambda pair: pair[0])
+    starts = (str(tmp_path / "a"), str(tmp_path / "b"))
+    loaded = load(plan_of("linf:0.3", start_from=starts))
+    taken = 0
+    for task in loaded.tasks():
+        block = loaded.measure(task)
+        by_start = block.result.solver[block.changed] == [stage.name for stage in block.result.stages].index("starts")
+        for index, image, started in zip(block.ids[block.changed].tolist(), block.images, by_start, strict=True):
+            assert bool(started) == (index in known)
+            if started:
+                assert torch.equal(image, known[index][1])
+                taken += 1
+    assert taken == len(known) > 20
+    small = load(plan_of("linf:0.05", start_from=starts))
+    assert sum(int((block.result.size > 0.05 + 1e-6).sum()) for block in map(small.measure, small.tasks())) == 0
+
+
+def test_images_that_were_made_for_the_very_model_go_before_those_for_others(tmp_path, monkeypatch):
+    """A copy with other weights was attacked under a smaller eps, so that its images are nearer."""
+    monkeypatch.chdir(tmp_path)
+    weights = {name: tensor + 0.001 for name, tensor in zoo.load("digits-mlp").state_dict().items()}
+    save_file(weights, "weak.safetensors")
+    own, other = plan_of("linf:0.3", attack="pgd:steps=20"), f"{MODEL}@weights=weak.safetensors"
+    before = run(tmp_path / "own", own)["linf:0.3"]
+    run(tmp_path / "other", plan_of("linf:0.1", attack="pgd:steps=20", model=other))
+    data = load_data("digits")
+    finds = read_finds((str(tmp_path / "other"), str(tmp_path / "own")), data)
+    (goal, threat), pin = ("misclassify", load(own).trials[0].threat), load(own).plan.pins[MODEL]
+    ids = torch.arange(60)
+    starts = finds.images(goal, threat, pin, ids, data.images(slice(0, 60)))
+    mine = torch.cat([block.ids[block.changed] for block in blocks(tmp_path / "own")])
+    assert torch.equal(starts[mine], torch.cat([block.images for block in blocks(tmp_path / "own")]))
+    both = masks(plan_of("linf:0.3", start_from=(str(tmp_path / "other"), str(tmp_path / "own"))))["linf:0.3"]
+    assert not (both & ~before).any()
+
+
+def test_of_other_goals_and_kinds_of_threats_nothing_is_taken(tmp_path):
+    plan = Plan((Case(MODEL, "linf:0.3", "pgd:steps=10", "least-likely"), Case(MODEL, "l2:2", "fgsm")), "digits", limit=30)
+    run(tmp_path / "a", plan)
+    assert all(block.changed.any() for block in blocks(tmp_path / "a"))
+    (block,) = (lambda loaded: [loaded.measure(task) for task in loaded.tasks()])(
+        load(plan_of("linf:0.1", limit=30, block=30, start_from=(str(tmp_path / "a"),)))
+    )
+    assert "starts" not in [stage.name for stage in block.result.stages]
+
+
+def test_a_block_is_named_by_what_the_earlier_run_holds_and_not_by_where_it_is(strong, tmp_path):
+    shutil.copytree(strong[0], tmp_path / "copy")
+    lone, there, copied = (
+        names(plan_of("linf:0.1", start_from=runs), "linf:0.1") for runs in ((), (str(strong[0]),), (str(tmp_path / "copy"),))
+    )
+    assert there == copied
+    assert not lone & there
+    next((tmp_path / "copy" / "examples").rglob("*.safetensors")).unlink()
+    assert not names(plan_of("linf:0.1", start_from=(str(tmp_path / "copy"),)), "linf:0.1") & there
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_plan_of_a_run_tells_where_it_started_and_holds_it_to_that(strong, tmp_path, workers, capsys):
+    out, start = tmp_path / "out", tmp_path / "start"
+    shutil.copytree(strong[0], start)
+    words = ["bench", "--model", MODEL, "--data", "digits", "--limit", "40", "--block", "15", "--threat", "linf:0.1",
+             "--attack", "fgsm", "--start-from", str(start), "--out", str(out)]  # fmt: skip
+    assert cli.main([*words, "--workers", workers]) == 0
+    plan = read_plan(out / "plan.toml")
+    assert plan.start_from == (str(start),)
+    assert plan.pins[f"start-from:{start}"] == read_finds(plan.start_from, load_data("digits")).hashes[f"start-from:{start}"]
+    results = json.loads((out / "results.json").read_text())
+    assert f"--start-from {start}" in results["command"]
+    expected = masks(plan_of("linf:0.1", limit=40, block=15, start_from=(str(start),)))["linf:0.1"]
+    assert results["records"][0]["robust_accuracy"] == expected.mean()
+    for block in sorted((out / "examples").rglob("*.safetensors"))[1:]:
+        block.unlink()
+    assert cli.main(["bench", "--out", str(out), "--resume"]) == 0
+    again = json.loads((out / "results.json").read_text())
+    for told in (results, again):
+        told["records"][0].pop("seconds")
+    assert again == results
+    next((start / "examples").rglob("*.safetensors")).unlink()
+    capsys.readouterr()
+    assert cli.main(["bench", "--out", str(out), "--resume"]) == 2
+    assert "has the hash" in capsys.readouterr().err
+
+
+def emptied(out):
+    """The run as an older version would have left it."""
+    for file in (out / "examples").rglob("*.safetensors"):
+        file.write_bytes(replace(Block.load(file), found=None).bytes())
+
+
+def test_what_is_no_run_on_these_images_with_images_is_refused_in_one_line(strong, tmp_path):
+    shutil.copytree(strong[0], tmp_path / "old")
+    emptied(tmp_path / "old")
+    shutil.copytree(strong[0], tmp_path / "begun")
+    shutil.rmtree(tmp_path / "begun" / "examples")
+    run(tmp_path / "train", replace(plan_of("linf:0.1", limit=20), data="digits:train"))
+    run(tmp_path / "long", plan_of("linf:0.1", limit=20, offset=300))
+    (tmp_path / "empty").mkdir()
+    x, y = load_data("digits").x[:100].numpy(), load_data("digits").y[:100].numpy()
+    np.savez(tmp_path / "few.npz", x=x, y=y)
+    few = f"npz:{tmp_path / 'few.npz'}"
+    for name, data, told in (
+        ("old", "digits", "keeps no adversarial images: .* run it anew, or leave it out"),
+        ("begun", "digits", "keeps no adversarial images: nothing of it is finished"),
+        ("train", "digits", r"other images \('digits:train', passing over 0\); name a run on those of data='digits'"),
+        ("long", few, "other images .*name a run on those of data='npz:"),
+        ("empty", "digits", "holds no plan.toml that can be read; name a folder that robustkit bench has written"),
+        ("nowhere", "digits", "holds no plan.toml"),
+    ):
+        with pytest.raises(
+            ArgumentError, match=f"start-from='.*{name}' {told}" if name not in ("train", "long") else told
+        ) as caught:
+            load(replace(plan_of("linf:0.1"), data=data, start_from=(str(tmp_path / name),)))
+        assert "\n" not in str(caught.value)
+    # The same images under another name are the same images.
+    assert load(replace(plan_of("linf:0.1"), data=few, start_from=(str(strong[0]),)))
+
+
+def test_a_run_that_has_broken_nothing_is_no_mistake(tmp_path):
+    run(tmp_path / "a", plan_of("linf:1e-6", limit=20))
+    assert sum(int(block.changed.sum()) for block in blocks(tmp_path / "a")) == 0
+    plan = plan_of("linf:0.1", limit=20)
+    assert masks(replace(plan, start_from=(str(tmp_path / "a"),)))["linf:0.1"].tolist() == masks(plan)["linf:0.1"].tolist()
+
+
+def test_a_file_that_is_damaged_is_told(strong, tmp_path):
+    shutil.copytree(strong[0], tmp_path / "a")
+    file = next((tmp_path / "a" / "examples").rglob("*.safetensors"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    with pytest.raises(ArgumentError, match="is no block of a run"):
+        load(plan_of("linf:0.1", start_from=(str(tmp_path / "a"),)))
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # an image that is another: seen when it is read
+    loaded = load(plan_of("linf:0.1", start_from=(str(tmp_path / "a"),)))
+    with pytest.raises(ArgumentError, match="not those that were written"):
+        list(map(loaded.measure, loaded.tasks()))
