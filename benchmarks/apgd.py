@@ -78,13 +78,17 @@ def compared(of_theirs: np.ndarray, own: np.ndarray) -> dict[str, Any]:
     half = LEVEL * max(each.std(ddof=1), 1 / math.sqrt(len(each))) / math.sqrt(len(each))
     low, high = each.mean() - half, each.mean() + half
     return {
-        "images": len(each), "rounds": len(own),
+        "images": len(each),
+        "rounds": len(own),
         "success": {"authors": round(float(of_theirs.mean()), 4), "robustkit": round(float(own.mean()), 4)},
-        "difference": round(float(each.mean()), 4), "low": round(float(low), 4), "high": round(float(high), 4),
-        "equivalent": bool(low > -WITHIN and high < WITHIN), "not_weaker": bool(low > -WITHIN),
+        "difference": round(float(each.mean()), 4),
+        "low": round(float(low), 4),
+        "high": round(float(high), 4),
+        "equivalent": bool(low > -WITHIN and high < WITHIN),
+        "not_weaker": bool(low > -WITHIN),
         "only_authors": [_where(a & ~b) for a, b in zip(of_theirs, own, strict=True)],
         "only_robustkit": [_where(b & ~a) for a, b in zip(of_theirs, own, strict=True)],
-    }  # fmt: skip
+    }
 
 
 def _where(images: np.ndarray) -> str:
@@ -109,15 +113,20 @@ def told_of(rows: Sequence[dict[str, Any]], options: argparse.Namespace, seconds
     """All that the file says of the rows so far."""
     return {
         "command": f"python -m benchmarks.apgd --images {options.images} --rounds {options.rounds}",
-        "machine": {"processor": processor(), "threads": 1, "python": platform.python_version(), "torch": torch.__version__,
-                    "pyautoattack": version("pyautoattack")},
+        "machine": {
+            "processor": processor(),
+            "threads": 1,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "pyautoattack": version("pyautoattack"),
+        },
         "setting": {"steps": STEPS, "targets": TARGETS, "interval": "90 %", "within": WITHIN},
         "equivalent": sum(row["equivalent"] for row in rows),
         "not_weaker": sum(row["not_weaker"] for row in rows),
         "of": len(rows),
         "seconds": round(seconds),
         "rows": rows,
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

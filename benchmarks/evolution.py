@@ -59,10 +59,22 @@ def _of_scipy(net: nn.Module, x: Tensor, y: int, seed: int) -> bool:
 
     space = [(0, height), (0, width)] + [(0, 1)] * channels
     differential_evolution(
-        confidence, space, strategy="best1bin", mutation=(0.5, 1), recombination=1, popsize=POPULATION // len(space),
-        maxiter=GENERATIONS, init="latinhypercube", tol=0, atol=-1, polish=False, updating="deferred", vectorized=True,
-        callback=lambda *_, **__: found, rng=seed,
-    )  # fmt: skip
+        confidence,
+        space,
+        strategy="best1bin",
+        mutation=(0.5, 1),
+        recombination=1,
+        popsize=POPULATION // len(space),
+        maxiter=GENERATIONS,
+        init="latinhypercube",
+        tol=0,
+        atol=-1,
+        polish=False,
+        updating="deferred",
+        vectorized=True,
+        callback=lambda *_, **__: found,
+        rng=seed,
+    )
     return found
 
 
@@ -73,10 +85,13 @@ def compared(of_scipy: np.ndarray, own: np.ndarray) -> dict[str, Any]:
     low, high = each.mean() - half, each.mean() + half
     return {
         "success": {"scipy": round(float(of_scipy.mean()), 4), "robustkit": round(float(own.mean()), 4)},
-        "difference": round(float(each.mean()), 4), "low": round(float(low), 4), "high": round(float(high), 4),
-        "within": WITHIN, "equivalent": bool(low > -WITHIN and high < WITHIN),
+        "difference": round(float(each.mean()), 4),
+        "low": round(float(low), 4),
+        "high": round(float(high), 4),
+        "within": WITHIN,
+        "equivalent": bool(low > -WITHIN and high < WITHIN),
         "rounds": [_round(a, b) for a, b in zip(of_scipy, own, strict=True)],
-    }  # fmt: skip
+    }
 
 
 def _round(of_scipy: np.ndarray, own: np.ndarray) -> dict[str, Any]:
@@ -105,12 +120,23 @@ def main() -> None:
     result = {
         "command": f"python -m benchmarks.evolution --train FILE.npz --data FILE.npz --images {len(right)} "
         f"--rounds {options.rounds}",
-        "machine": {"processor": processor(), "threads": 1, "python": platform.python_version(), "torch": torch.__version__,
-                    "scipy": scipy.__version__},
-        "setting": {"net": "lenet", "accuracy": round(accuracy(net, x, y), 4), "images": len(right), "pixels": 1,
-                    "population": POPULATION, "generations": GENERATIONS},
+        "machine": {
+            "processor": processor(),
+            "threads": 1,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "scipy": scipy.__version__,
+        },
+        "setting": {
+            "net": "lenet",
+            "accuracy": round(accuracy(net, x, y), 4),
+            "images": len(right),
+            "pixels": 1,
+            "population": POPULATION,
+            "generations": GENERATIONS,
+        },
         **compared(of_scipy, own),
-    }  # fmt: skip
+    }
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(RESULT.read_text())

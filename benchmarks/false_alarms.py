@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from benchmarks.classifiers import CLASSIFIERS, Classifier, made
 from benchmarks.machine import processor
 from robustkit import L2, Linf
-from robustkit._engine.ledger import Evidence, summed
+from robustkit._engine.ledger import Check, sum_checks
 from robustkit.attacks import Standard
 from robustkit.flags import p_value
 from robustkit.result import Result
@@ -60,17 +60,24 @@ def run(net: nn.Module, x: Tensor, y: Tensor, one: Classifier, threat: Threat, s
     """One evaluation: what is left, what was flagged, and all that the checks have seen."""
     start = time.process_time()
     result = Standard()(net, x, y, threat=threat, seed=seed)
-    seen = {e.name: [e.hits, e.of, e.limit, round(p_value(e), 5)] for e in result.evidence}
+    seen = {e.name: [e.hits, e.of, e.limit, round(p_value(e), 5)] for e in result.checks}
     row = {
-        "model": one.name, "threat": repr(threat), "seed": seed, "images": len(x), "robust": int((~result.success).sum()),
-        "seconds": round(time.process_time() - start, 1), "flags": {flag.name: flag.why for flag in result.flags},
-        "notes": [note.name for note in result.notes], "evidence": seen,
-    }  # fmt: skip
+        "model": one.name,
+        "threat": repr(threat),
+        "seed": seed,
+        "images": len(x),
+        "robust": int((~result.success).sum()),
+        "seconds": round(time.process_time() - start, 1),
+        "flags": {flag.name: flag.why for flag in result.flags},
+        "notes": [note.name for note in result.notes],
+        "evidence": seen,
+    }
     return row, result
 
 
-def runs(names: Sequence[Classifier], files: tuple[str | None, str | None], images: int,
-         seeds: int) -> Iterator[tuple[dict[str, Any], Result]]:  # fmt: skip
+def runs(
+    names: Sequence[Classifier], files: tuple[str | None, str | None], images: int, seeds: int
+) -> Iterator[tuple[dict[str, Any], Result]]:
     """One seed after another, with every threat of every model: who stops early has seen all models alike."""
     loaded = [(one, *made(one, *files, images * seeds)) for one in names]
     for seed in range(seeds):
@@ -80,16 +87,20 @@ def runs(names: Sequence[Classifier], files: tuple[str | None, str | None], imag
                 yield run(net, x[part], y[part], one, threats(one)[number], seed)
 
 
-def by_check(evidence: Sequence[Evidence], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def by_check(checks: Sequence[Check], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """For each check its hits over all runs, how many runs it flagged, and its smallest p-value."""
     told = {}
-    for whole in summed(evidence):
+    for whole in sum_checks(checks):
         single = [row["evidence"][whole.name] for row in rows if whole.name in row["evidence"]]
         told[whole.name] = {
-            "hits": whole.hits, "of": whole.of, "limit": whole.limit, "runs": len(single),
-            "runs_with_hits": sum(one[0] > 0 for one in single), "smallest_p": min(one[3] for one in single),
+            "hits": whole.hits,
+            "of": whole.of,
+            "limit": whole.limit,
+            "runs": len(single),
+            "runs_with_hits": sum(one[0] > 0 for one in single),
+            "smallest_p": min(one[3] for one in single),
             "flagged": sum(whole.name in row["flags"] for row in rows),
-        }  # fmt: skip
+        }
     return told
 
 
@@ -107,31 +118,35 @@ def main() -> None:
         one for one in CLASSIFIERS if (one.data != "colours" or options.train) and one.name in (options.only or [one.name])
     ]
     rows: list[dict[str, Any]] = []
-    evidence: list[Evidence] = []
+    checks: list[Check] = []
     for row, result in runs(names, (options.train, options.data), options.images, options.seeds):
         rows.append(row)
-        evidence += result.evidence
+        checks += result.checks
         head = f"{row['model']:<17} {row['threat']:<44} seed {row['seed']}: robust {row['robust']}/{row['images']}"
         print(f"{head}, {row['seconds']} s, flags {row['flags'] or 'none'}", flush=True)
-        told = told_of(rows, evidence, options)
+        told = told_of(rows, checks, options)
         if not options.only:
             RESULT.write_text(_lines(told))
     low, high = told["interval"]
     print(f"{told['flagged']} of {len(rows)} runs raised a flag: {told['share']:.1%}, 95 % interval {low:.1%} to {high:.1%}")
 
 
-def told_of(rows: Sequence[dict[str, Any]], evidence: Sequence[Evidence], options: argparse.Namespace) -> dict[str, Any]:
+def told_of(rows: Sequence[dict[str, Any]], checks: Sequence[Check], options: argparse.Namespace) -> dict[str, Any]:
     """All that the file says of the runs so far."""
     flagged = [row for row in rows if row["flags"]]
     command = f"python -m benchmarks.false_alarms --images {options.images} --seeds {options.seeds}"
     return {
         "command": command + (" --train ... --data ..." if options.train else ""),
         "machine": {"processor": processor(), "threads": 1, "python": platform.python_version(), "torch": torch.__version__},
-        "runs": len(rows), "flagged": len(flagged), "share": len(flagged) / len(rows),
-        "interval": interval(len(flagged), len(rows)), "seconds": round(sum(row["seconds"] for row in rows)),
-        "checks": by_check(evidence, rows),
-        "alarms": [{key: row[key] for key in ("model", "threat", "seed", "flags")} for row in flagged], "each": rows,
-    }  # fmt: skip
+        "runs": len(rows),
+        "flagged": len(flagged),
+        "share": len(flagged) / len(rows),
+        "interval": interval(len(flagged), len(rows)),
+        "seconds": round(sum(row["seconds"] for row in rows)),
+        "checks": by_check(checks, rows),
+        "alarms": [{key: row[key] for key in ("model", "threat", "seed", "flags")} for row in flagged],
+        "each": rows,
+    }
 
 
 def _lines(told: dict[str, Any]) -> str:

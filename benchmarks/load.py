@@ -72,8 +72,10 @@ def main() -> None:
         for n in NUMBERS:
             file = Path(folder) / f"{n}.npz"
             np.savez(file, x=np.resize(images, (n, 8, 8)), y=np.resize(labels, n))
-            code = f"import json; from pathlib import Path; from benchmarks.load import measured\n" \
-                   f"print(json.dumps(measured(Path({str(file)!r}), Path({folder!r}) / 'run-{n}')))"  # fmt: skip
+            code = (
+                f"import json; from pathlib import Path; from benchmarks.load import measured\n"
+                f"print(json.dumps(measured(Path({str(file)!r}), Path({folder!r}) / 'run-{n}')))"
+            )
             said = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
             rows.append(json.loads(said))
             print(rows[-1])

@@ -32,10 +32,14 @@ from robustkit.attacks import (
 RESULT = Path(__file__).parent / "results" / "memory.json"
 FEW, MANY = 500, 5_000
 ATTACKS: tuple[Attack, ...] = (
-    DeepFool(steps=3), UniversalPGD(epochs=1, starts=1), UniversalDeepFool(passes=1),
-    UniversalSingular(layer="0", iterations=5), OnePixel(population=16, generations=1), PixelSearch(queries=16),
+    DeepFool(steps=3),
+    UniversalPGD(epochs=1, starts=1),
+    UniversalDeepFool(passes=1),
+    UniversalSingular(layer="0", iterations=5),
+    OnePixel(population=16, generations=1),
+    PixelSearch(queries=16),
     SparseRS(queries=16),
-)  # fmt: skip
+)
 
 
 def beyond(number: int, n: int) -> float:
@@ -55,7 +59,7 @@ def child(number: int, n: int, do: str) -> None:
         y = torch.cat([net(part).argmax(1) for part in x.split(128)])  # type: ignore[no-untyped-call]
     threat = Pixels(1) if Pixels in attack.serves else Linf(0.02)
     attack(net, x[:128], y[:128], threat=threat)  # what is taken once, whatever the number
-    result = attack(net, x, y, threat=threat) if do == "run" else Result.room(x)
+    result = attack(net, x, y, threat=threat) if do == "run" else Result.allocate(x)
     result.x_adv.add_(0)  # touched, so that it is there in both
     print(peak())
 
@@ -67,8 +71,13 @@ def main() -> None:
         child(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
         return
     rows = {repr(attack): {f"{n} images": beyond(number, n) for n in (FEW, MANY)} for number, attack in enumerate(ATTACKS)}
-    told = {"what": "peak MiB beyond inputs and outputs", "machine": processor(), "python": platform.python_version(),
-            "torch": torch.__version__, "attacks": rows}  # fmt: skip
+    told = {
+        "what": "peak MiB beyond inputs and outputs",
+        "machine": processor(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "attacks": rows,
+    }
     RESULT.write_text(json.dumps(told, indent=1) + "\n")
     print(json.dumps(rows, indent=1))
 

@@ -253,10 +253,17 @@ def main() -> None:
     result = {
         "command": f"python -m benchmarks.one_pixel --train FILE.npz --data FILE.npz {asked}",
         "machine": {"processor": processor(), "threads": 1, "python": platform.python_version(), "torch": torch.__version__},
-        "setting": {"net": "lenet", "accuracy": round(accuracy(net, x, y), 4), "images": len(right), "rounds": options.rounds,
-                    "pixels": options.pixels, "population": POPULATION, "generations": GENERATIONS},
+        "setting": {
+            "net": "lenet",
+            "accuracy": round(accuracy(net, x, y), 4),
+            "images": len(right),
+            "rounds": options.rounds,
+            "pixels": options.pixels,
+            "population": POPULATION,
+            "generations": GENERATIONS,
+        },
         "attacks": rows,
-    }  # fmt: skip
+    }
     if not options.without_memory:
         result["memory beyond inputs and outputs, MiB"] = {
             f"{n} images, population {population}": memory(options, n, population)

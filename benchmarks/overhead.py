@@ -46,9 +46,13 @@ class Residual(nn.Module):
     @staticmethod
     def _block(before: int, after: int, stride: int) -> nn.Module:
         return nn.Sequential(
-            nn.BatchNorm2d(before), nn.ReLU(), nn.Conv2d(before, after, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(after), nn.ReLU(), nn.Conv2d(after, after, 3, padding=1, bias=False),
-        )  # fmt: skip
+            nn.BatchNorm2d(before),
+            nn.ReLU(),
+            nn.Conv2d(before, after, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(after),
+            nn.ReLU(),
+            nn.Conv2d(after, after, 3, padding=1, bias=False),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, 3, 32, 32) -> logits (N, 10)."""
@@ -129,32 +133,38 @@ def against(times: dict[str, list[float]], base: str) -> dict[str, float]:
 
 def measure(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, Any]:
     """All contestants on one model, and what leaving at the first success allows."""
-    leaving = ours(model, x, y, eps, "first")
+    early_stop = ours(model, x, y, eps, "first")
     # An image that is solved at its t-th query needs t of them; a loop that keeps it in the batch pays for all.
-    share = leaving.backwards.sum().item() / (STEPS * len(x))
-    times = seconds({
-        "loop": lambda: hand_written(model, x, y, eps),
-        "loop again": lambda: hand_written(model, x, y, eps),
-        "robustkit last": lambda: ours(model, x, y, eps, "last"),
-        "robustkit first": lambda: ours(model, x, y, eps, "first"),
-        "foolbox": lambda: foolbox(model, x, y, eps),
-        "art": lambda: art(model, x, y, eps),
-    })  # fmt: skip
+    share = early_stop.backwards.sum().item() / (STEPS * len(x))
+    times = seconds(
+        {
+            "loop": lambda: hand_written(model, x, y, eps),
+            "loop again": lambda: hand_written(model, x, y, eps),
+            "robustkit last": lambda: ours(model, x, y, eps, "last"),
+            "robustkit first": lambda: ours(model, x, y, eps, "first"),
+            "foolbox": lambda: foolbox(model, x, y, eps),
+            "art": lambda: art(model, x, y, eps),
+        }
+    )
     success = {
         "loop": hand_written(model, x, y, eps).float().mean().item(),
         "robustkit last": ours(model, x, y, eps, "last").success.float().mean().item(),
-        "robustkit first": leaving.success.float().mean().item(),
+        "robustkit first": early_stop.success.float().mean().item(),
         "foolbox": float(foolbox(model, x, y, eps).mean()),
         "art": float(art(model, x, y, eps).mean()),
     }
     ratio = against(times, "loop")
     return {
-        "eps": eps, "images": len(x), "median_seconds": {name: round(median(t), 4) for name, t in times.items()},
-        "over_loop": ratio, "success": {name: round(rate, 4) for name, rate in success.items()},
-        "image_steps_needed": round(share, 4), "allowed_over_loop": round(share, 4),
+        "eps": eps,
+        "images": len(x),
+        "median_seconds": {name: round(median(t), 4) for name, t in times.items()},
+        "over_loop": ratio,
+        "success": {name: round(rate, 4) for name, rate in success.items()},
+        "image_steps_needed": round(share, 4),
+        "allowed_over_loop": round(share, 4),
         "faster_than_foolbox": round(1 / against(times, "foolbox")["robustkit first"], 2),
         "faster_than_art": round(1 / against(times, "art")["robustkit first"], 2),
-    }  # fmt: skip
+    }
 
 
 def memory(n: int, attacked: bool) -> float:

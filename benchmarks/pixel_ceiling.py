@@ -50,7 +50,7 @@ def ask(net: nn.Module, x: Tensor, y: Tensor, places: Tensor, colours: Tensor) -
     return out.argmax(1) != y, out.log_softmax(1)[:, y]
 
 
-def everything(net: nn.Module, x: Tensor, y: Tensor, colours: Tensor) -> Outcome:
+def max_threat(net: nn.Module, x: Tensor, y: Tensor, colours: Tensor) -> Outcome:
     """The ceiling: each image is asked about everything, so the forwards are those of a search without an exit."""
     locations, found = x.shape[2] * x.shape[3], []
     places, which = torch.arange(locations).repeat(len(colours)), torch.arange(len(colours)).repeat_interleave(locations)
@@ -118,12 +118,13 @@ def timed(run: Callable[[], Outcome]) -> tuple[Outcome, float]:
 
 def one_pixel(net: nn.Module, x: Tensor, y: Tensor, few: int, fine: int) -> dict[str, Any]:
     """All contestants with one pixel on one model."""
-    extreme, took = timed(lambda: everything(net, x, y, palette(x.shape[1], (0.0, 1.0))))
+    extreme, took = timed(lambda: max_threat(net, x, y, palette(x.shape[1], (0.0, 1.0))))
     levels = torch.linspace(0, 1, 33 if x.shape[1] == 1 else 5).tolist()
     told = {"every extreme colour": row(extreme, took)}
     if fine:
-        told["every colour of a grid"] = row(*timed(lambda: everything(net, x[:fine], y[:fine], palette(x.shape[1], levels))),
-                                             extreme[0][:fine])  # fmt: skip
+        told["every colour of a grid"] = row(
+            *timed(lambda: max_threat(net, x[:fine], y[:fine], palette(x.shape[1], levels))), extreme[0][:fine]
+        )
     told["two colours"] = row(*timed(lambda: two_colours(net, x, y)), extreme[0])
     for attack in (PixelSearch(), SparseRS()):
         told[type(attack).__name__] = row(*timed(partial(attacked, attack, net, x, y, 1)), extreme[0])

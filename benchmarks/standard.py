@@ -122,16 +122,27 @@ def compared(one: Classifier, files: tuple[str | None, str | None], images: int,
     rows = []
     for seed in range(rounds):
         theirs, mine = autoattack(net, x, y, one, seed), ours(net, x, y, one, seed, Standard())
-        rows.append({
-            "seed": seed, "autoattack": theirs, "standard": mine,
-            "only_autoattack_breaks": sorted(set(mine["robust"]) - set(theirs["robust"])),
-            "only_standard_breaks": sorted(set(theirs["robust"]) - set(mine["robust"])),
-            "cost_factor": theirs["cost"] / mine["cost"], "time_factor": theirs["seconds"] / mine["seconds"],
-        })  # fmt: skip
+        rows.append(
+            {
+                "seed": seed,
+                "autoattack": theirs,
+                "standard": mine,
+                "only_autoattack_breaks": sorted(set(mine["robust"]) - set(theirs["robust"])),
+                "only_standard_breaks": sorted(set(theirs["robust"]) - set(mine["robust"])),
+                "cost_factor": theirs["cost"] / mine["cost"],
+                "time_factor": theirs["seconds"] / mine["seconds"],
+            }
+        )
         _say(one.name, rows[-1], len(x))
     pgd = ours(net, x, y, one, 0, PGD())
-    return {"model": one.name, "threat": repr(one.threat), "hardened": one.hardened, "images": len(x), "rounds": rows,
-            "pgd40": {"robust": len(pgd["robust"]), "cost": pgd["cost"], "seconds": pgd["seconds"]}}  # fmt: skip
+    return {
+        "model": one.name,
+        "threat": repr(one.threat),
+        "hardened": one.hardened,
+        "images": len(x),
+        "rounds": rows,
+        "pgd40": {"robust": len(pgd["robust"]), "cost": pgd["cost"], "seconds": pgd["seconds"]},
+    }
 
 
 def _say(name: str, row: dict[str, Any], n: int) -> None:
@@ -155,8 +166,9 @@ def ablated(
             net, x, y = made(one, *files, images)
             found = [ours(net, x, y, one, seed, Standard(skip=skip, audit=False)) for seed in range(rounds)]
             row["models"][one.name] = {
-                "robust": [len(each["robust"]) for each in found], "cost": sum(each["cost"] for each in found) // rounds,
-            }  # fmt: skip
+                "robust": [len(each["robust"]) for each in found],
+                "cost": sum(each["cost"] for each in found) // rounds,
+            }
         row["robust"] = sum(sum(model["robust"]) for model in row["models"].values()) / rounds
         row["cost"] = sum(model["cost"] for model in row["models"].values())
         print(f"without {row['without']}: {row['robust']} robust, {row['cost']} forward-equivalents", flush=True)
@@ -189,11 +201,17 @@ def main() -> None:
         return
     told: dict[str, Any] = {
         "command": f"python -m benchmarks.standard --images {options.images} --rounds {options.rounds}"
-        + (" --stages" if options.stages else "") + (" --train ... --data ..." if options.train else ""),
-        "machine": {"processor": processor(), "threads": 1, "python": platform.python_version(), "torch": torch.__version__,
-                    "pyautoattack": importlib.metadata.version("pyautoattack")},
+        + (" --stages" if options.stages else "")
+        + (" --train ... --data ..." if options.train else ""),
+        "machine": {
+            "processor": processor(),
+            "threads": 1,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "pyautoattack": importlib.metadata.version("pyautoattack"),
+        },
         "images_at_once": AT_ONCE,
-    }  # fmt: skip
+    }
     if options.stages:
         _write(STAGES_RESULT, {**told, "without": ablated(names, files, options.images, options.rounds)}, options)
         return

@@ -58,9 +58,16 @@ def of_art(inner: str, epochs: int = EPOCHS) -> Make:
         params |= {} if inner == "deepfool" else {"eps": eps, "eps_step": eps / 4 if inner == "pgd" else eps}
         params |= {"max_iter": 10} if inner == "pgd" else {}
         attack = evasion.UniversalPerturbation(
-            classifier, attacker=inner, attacker_params=params, delta=0.2, max_iter=epochs, eps=eps,
-            norm=np.inf, batch_size=1, verbose=False,
-        )  # fmt: skip
+            classifier,
+            attacker=inner,
+            attacker_params=params,
+            delta=0.2,
+            max_iter=epochs,
+            eps=eps,
+            norm=np.inf,
+            batch_size=1,
+            verbose=False,
+        )
         attack.generate(x.numpy(), functional.one_hot(own, 10).numpy())
         return torch.as_tensor(attack.noise, dtype=torch.float32).reshape(1, *x.shape[1:])
 
@@ -194,10 +201,12 @@ def main() -> None:
     result = {
         "what": f"linf:{options.eps}, mnist-cnn, {TRAIN} training and {HELD_OUT} held-out digits, one thread, "
         f"medians of {options.rounds}",
-        "machine": processor(), "python": platform.python_version(), "torch": torch.__version__,
+        "machine": processor(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
         "art": importlib.metadata.version("adversarial-robustness-toolbox"),
         "contestants": rows,
-    }  # fmt: skip
+    }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     for name, row in rows.items():
         print(f"{name:30} {row['held out']:7.1%} held out {row['train']:7.1%} training {row['seconds']:9.2f} s")

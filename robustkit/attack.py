@@ -11,24 +11,24 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor, nn
 
-from robustkit._engine.best_so_far import Keep, Kept, check_keep
-from robustkit._engine.call import checked, gradients_on, halved, halving, in_batches, owned
-from robustkit._engine.ledger import Ledger, Remark, summed
+from robustkit._engine.best_so_far import BestSoFar, Keep, check_keep
+from robustkit._engine.call import check_request, detached_copy, gradients_enabled, halved, run_in_batches, with_halving
+from robustkit._engine.ledger import Ledger, Message, sum_checks
 from robustkit._engine.noise import Noise
-from robustkit._engine.state_guard import seeded
-from robustkit._engine.tensors import over, toward, wide
-from robustkit._engine.verdict import told_in_float32, verdict
+from robustkit._engine.state_guard import fork_rng
+from robustkit._engine.tensors import at_least_float32, expand_rows, round_towards
+from robustkit._engine.verdict import float32_note, verdict
 from robustkit.errors import ArgumentError, ShapeError
-from robustkit.flags import judged
+from robustkit.flags import flags_and_notes
 from robustkit.goals import Goal, Misclassify
 from robustkit.problem import Problem
 from robustkit.result import Result
 from robustkit.target import Fn, Target
 from robustkit.threats import Threat
 
-__all__ = ["FLAT", "Attack", "flat_flag"]
+__all__ = ["FLAT_GRADIENTS", "Attack", "flat_flag"]
 
-FLAT = "flat-gradients"
+FLAT_GRADIENTS = "flat-gradients"
 
 
 class Attack(ABC):
@@ -45,10 +45,10 @@ class Attack(ABC):
     access: ClassVar[Literal["white", "score", "label"]] = "white"
     serves: ClassVar[tuple[type[Threat], ...]] = ()
     universal: ClassVar[bool] = False
-    smallest: ClassVar[bool] = False
+    minimum_norm: ClassVar[bool] = False
 
     @property
-    def alarms(self) -> tuple[Remark, ...]:
+    def own_flags(self) -> tuple[Message, ...]:
         """Reasons not to believe in the attack itself, which every result of it tells as flags."""
         return ()
 
@@ -56,14 +56,14 @@ class Attack(ABC):
     def run(self, problem: Problem) -> Tensor:
         """The last iterate, (N, *S); what was visited on the way is kept by the problem."""
 
-    def learned(self, problem: Problem) -> Attack:
+    def fitted(self, problem: Problem) -> Attack:
         """What a universal attack puts on every example, learned from all of them; nothing is judged on the way.
 
         `problem` holds all examples, more than go through the model at once: `problem.batches(problem.most)` do.
         """
         return self
 
-    def fits(self, threat: Threat) -> bool:
+    def supports(self, threat: Threat) -> bool:
         """Whether this attack serves a threat."""
         return not self.serves or isinstance(threat, self.serves)
 
@@ -73,14 +73,24 @@ class Attack(ABC):
         Raises:
             ArgumentError: With the threats that it serves.
         """
-        if not self.fits(threat):
+        if not self.supports(threat):
             names = ", ".join(kind.__name__ for kind in self.serves)
             raise ArgumentError(f"threat={threat!r} is not served by {self!r}; it serves {names}")
 
     @final
-    def __call__(self, target: Target | nn.Module | Fn, x: Tensor, ref: Tensor, *, goal: Goal = Misclassify(),
-                 threat: Threat, seed: int = 0, ids: Tensor | None = None, keep: Keep = "first",
-                 starts: Tensor | None = None) -> Result:  # fmt: skip
+    def __call__(
+        self,
+        target: Target | nn.Module | Fn,
+        x: Tensor,
+        ref: Tensor,
+        *,
+        goal: Goal = Misclassify(),
+        threat: Threat,
+        seed: int = 0,
+        ids: Tensor | None = None,
+        keep: Keep = "first",
+        starts: Tensor | None = None,
+    ) -> Result:
         """Attack every example and judge the outcome.
 
         Args:
@@ -106,63 +116,79 @@ class Attack(ABC):
         """
         check_keep(keep)
         self.check(threat)
-        target, ids = Target.of(target), checked(x, ref, goal, threat, seed, ids)
+        target, ids = Target.of(target), check_request(x, ref, goal, threat, seed, ids)
         self._check_starts(starts, x, keep)
         if not len(x):
-            return Result.room(x.detach())
-        flags = [*_flags(target), *self.alarms]
-        with gradients_on(), target.held():
-            x, ref, starts = owned(x), owned(ref), None if starts is None else owned(starts)
-            room = Result.room(x)
+            return Result.allocate(x.detach())
+        flags = [*_flags(target), *self.own_flags]
+        with gradients_enabled(), target.frozen():
+            x, ref, starts = detached_copy(x), detached_copy(ref), None if starts is None else detached_copy(starts)
+            room = Result.allocate(x)
             attack, spent, halved = self._ready(target, x, ref, goal, threat, Noise(int(seed), ids))
 
             def solve(rows: slice, most: int) -> Result:
                 noise = Noise(int(seed), ids[rows])
-                with seeded(noise.at("model", int(noise.ids[0])).key):
+                with fork_rng(noise.at("model", int(noise.ids[0])).key):
                     part = attack._solve(
-                        target.fitting(most), threat.clamp(x[rows]), ref[rows], goal, threat[rows], noise, keep,
+                        target.fitting(most),
+                        threat.clamp(x[rows]),
+                        ref[rows],
+                        goal,
+                        threat[rows],
+                        noise,
+                        keep,
                         None if starts is None else starts[rows].to(x.device),
-                    )  # fmt: skip
-                return room.fill(rows, part)
+                    )
+                return room.write(rows, part)
 
-            parts, notes = in_batches(solve, len(x), target.batch_size)
-            whole = room.told(Result.cat(parts))
+            parts, notes = run_in_batches(solve, len(x), target.batch_size)
+            whole = room.with_messages(Result.cat(parts))
             notes += halved
-            whole = whole if spent is None else whole.after(spent)
+            whole = whole if spent is None else whole.plus_cost(spent)
             if x.element_size() < 4:
-                notes.append(told_in_float32(target, whole.x_adv, ref, goal, whole.success))
-        alarms, facts = judged(whole.evidence)
+                notes.append(float32_note(target, whole.x_adv, ref, goal, whole.success))
+        alarms, facts = flags_and_notes(whole.checks)
         return replace(whole, flags=(*flags, *whole.flags, *flat_flag(whole), *alarms), notes=(*notes, *whole.notes, *facts))
 
     @final
-    def perturb(self, target: Target | nn.Module | Fn, x: Tensor, ref: Tensor, *, goal: Goal = Misclassify(),
-                threat: Threat, seed: int = 0, ids: Tensor | None = None) -> Tensor:  # fmt: skip
+    def perturb(
+        self,
+        target: Target | nn.Module | Fn,
+        x: Tensor,
+        ref: Tensor,
+        *,
+        goal: Goal = Misclassify(),
+        threat: Threat,
+        seed: int = 0,
+        ids: Tensor | None = None,
+    ) -> Tensor:
         """The last iterates alone, (N, *S), judged by nobody: what adversarial training needs. Arguments as above."""
         self.check(threat)
-        target, ids = Target.of(target), checked(x, ref, goal, threat, seed, ids)
+        target, ids = Target.of(target), check_request(x, ref, goal, threat, seed, ids)
         if not len(x):
             return x.detach().clone()
-        with gradients_on(), target.held():
-            x, ref = owned(x), owned(ref)
+        with gradients_enabled(), target.frozen():
+            x, ref = detached_copy(x), detached_copy(ref)
             attack = self._ready(target, x, ref, goal, threat, Noise(int(seed), ids))[0]
 
             def solve(rows: slice, most: int) -> Tensor:
                 part, noise = threat.clamp(x[rows]), Noise(int(seed), ids[rows])
-                kept = Kept("last", wide(part), target.stochastic)
+                kept = BestSoFar("last", at_least_float32(part), target.stochastic)
                 problem = Problem(target.fitting(most), part, ref[rows], goal, threat[rows], noise, kept)
-                with seeded(noise.at("model", int(noise.ids[0])).key), attack._reading(problem):
+                with fork_rng(noise.at("model", int(noise.ids[0])).key), attack._reading(problem):
                     return _finished(problem, attack.run(problem), part)
 
-            return torch.cat(in_batches(solve, len(x), target.batch_size)[0])
+            return torch.cat(run_in_batches(solve, len(x), target.batch_size)[0])
 
     @final
-    def _prepared(self, target: Target | nn.Module | Fn, x: Tensor, ref: Tensor, goal: Goal, threat: Threat, seed: int,
-                  ids: Tensor | None) -> tuple[Attack, Ledger | None]:  # fmt: skip
+    def _prepared(
+        self, target: Target | nn.Module | Fn, x: Tensor, ref: Tensor, goal: Goal, threat: Threat, seed: int, ids: Tensor | None
+    ) -> tuple[Attack, Ledger | None]:
         """What `_ready` gives, for a caller outside of a run."""
         self.check(threat)
-        target, ids = Target.of(target), checked(x, ref, goal, threat, seed, ids)
-        with gradients_on(), target.held():
-            return self._ready(target, owned(x), owned(ref), goal, threat, Noise(int(seed), ids))[:2]
+        target, ids = Target.of(target), check_request(x, ref, goal, threat, seed, ids)
+        with gradients_enabled(), target.frozen():
+            return self._ready(target, detached_copy(x), detached_copy(ref), goal, threat, Noise(int(seed), ids))[:2]
 
     @final
     def _check_starts(self, starts: Tensor | None, x: Tensor, keep: Keep) -> None:
@@ -183,57 +209,78 @@ class Attack(ABC):
     @contextmanager
     def _reading(self, problem: Problem) -> Iterator[None]:
         """Refuse an attack that writes to what it was only to read, and by which it is judged."""
-        before = problem.stamp
+        before = problem.version
         yield
-        if problem.stamp != before:
+        if problem.version != before:
             raise ArgumentError(f"{self!r} wrote to problem.x or problem.ref, by which it is judged; it must work on a clone")
 
     @final
-    def _ready(self, target: Target, x: Tensor, ref: Tensor, goal: Goal, threat: Threat,
-               noise: Noise) -> tuple[Attack, Ledger | None, list[Remark]]:  # fmt: skip
+    def _ready(
+        self, target: Target, x: Tensor, ref: Tensor, goal: Goal, threat: Threat, noise: Noise
+    ) -> tuple[Attack, Ledger | None, list[Message]]:
         """What is run on each batch, what learning it has cost, and what is to be told of it."""
         if not self.universal:
             return self, None, []
 
         def learn(most: int) -> tuple[Attack, Ledger]:
-            kept = Kept("last", wide(x), target.stochastic)
+            kept = BestSoFar("last", at_least_float32(x), target.stochastic)
             problem = Problem(target.fitting(most), x, ref, goal, threat, noise, kept)
-            with seeded(noise.at("model", "learning").key), self._reading(problem):
-                return self.learned(problem), kept.ledger
+            with fork_rng(noise.at("model", "learning").key), self._reading(problem):
+                return self.fitted(problem), kept.ledger
 
-        (attack, ledger), most = halving(learn, target.batch_size, len(x))
+        (attack, ledger), most = with_halving(learn, target.batch_size, len(x))
         return attack, ledger, halved(target.batch_size, most)
 
     @final
-    def _solve(self, target: Target, x: Tensor, ref: Tensor, goal: Goal, threat: Threat, noise: Noise,
-               keep: Keep, starts: Tensor | None) -> Result:  # fmt: skip
-        kept = Kept(keep, wide(x), target.stochastic)
+    def _solve(
+        self,
+        target: Target,
+        x: Tensor,
+        ref: Tensor,
+        goal: Goal,
+        threat: Threat,
+        noise: Noise,
+        keep: Keep,
+        starts: Tensor | None,
+    ) -> Result:
+        kept = BestSoFar(keep, at_least_float32(x), target.stochastic)
         problem = Problem(target, x, ref, goal, threat, noise, kept)
         stage = kept.ledger.stage
-        met = torch.zeros_like(kept.open)
-        if goal.met_before and keep in ("first", "smallest") and not self.universal:
+        met = torch.zeros_like(kept.unsolved)
+        if goal.counts_if_already_true and keep in ("first", "smallest") and not self.universal:
             with stage("clean", kept.best.found):
                 met = problem.success(problem.x)
                 met &= not kept.stochastic  # known only now: a lucky answer is no success
-                kept.open &= ~met
+                kept.unsolved &= ~met
         if starts is not None:
             with stage("starts", kept.best.found):
                 _look(problem, starts)
         with stage("attack", kept.best.found):
             with self._reading(problem):
-                x_last = self.run(problem) if kept.open.any() else problem.x
+                x_last = self.run(problem) if kept.unsolved.any() else problem.x
             x_adv, success, rate, flags, notes = verdict(problem, kept, _finished(problem, x_last, problem.x), met)
             kept.best.found[:] = success  # so that the stage books what was solved in the end
         x_adv = _finished(problem, x_adv, x)
         ledger = kept.ledger
-        return Result(x_adv, success, rate, threat.size(x_adv, x), ledger.forwards, ledger.backwards, ledger.flat,
-                      tuple(flags), (*notes, *ledger.notes), stages=tuple(ledger.stages),
-                      solver=torch.where(success, ledger.solver, -1), evidence=summed(kept.evidence))  # fmt: skip
+        return Result(
+            x_adv,
+            success,
+            rate,
+            threat.size(x_adv, x),
+            ledger.forwards,
+            ledger.backwards,
+            ledger.flat,
+            tuple(flags),
+            (*notes, *ledger.notes),
+            stages=tuple(ledger.stages),
+            solver=torch.where(success, ledger.solver, -1),
+            checks=sum_checks(kept.checks),
+        )
 
 
 def _look(problem: Problem, starts: Tensor) -> None:
     """Ask about the starts of the examples that are open; what succeeds is kept like any other point."""
-    rows = (starts.isfinite().flatten(1).all(1) & problem.open).nonzero().squeeze(1)
+    rows = (starts.isfinite().flatten(1).all(1) & problem.unsolved).nonzero().squeeze(1)
     if len(rows):
         some = problem[rows]
         some.success(_finished(some, starts[rows], some.x))
@@ -247,21 +294,21 @@ def _finished(problem: Problem, x_adv: Tensor, like: Tensor) -> Tensor:
     x_adv = torch.where(x_adv.isnan(), problem.x, x_adv.to(problem.x.dtype)).detach()
     inside = problem.threat.contains(x_adv, problem.x)
     if not inside.all():
-        x_adv = torch.where(over(inside, x_adv), x_adv, problem.threat.project(x_adv, problem.x))
-    return x_adv if x_adv.dtype == like.dtype else toward(x_adv, like)
+        x_adv = torch.where(expand_rows(inside, x_adv), x_adv, problem.threat.project(x_adv, problem.x))
+    return x_adv if x_adv.dtype == like.dtype else round_towards(x_adv, like)
 
 
-def _flags(target: Target) -> list[Remark]:
+def _flags(target: Target) -> list[Message]:
     if target.mode == "eval" and target.in_training:
-        return [Remark("train-mode", "the model arrived in training mode; it was attacked in evaluation mode")]
+        return [Message("train-mode", "the model arrived in training mode; it was attacked in evaluation mode")]
     return []
 
 
-def flat_flag(result: Result) -> list[Remark]:
+def flat_flag(result: Result) -> list[Message]:
     """An alarm where most gradients of the examples that were not broken carried no signal."""
     robust = ~result.success
     asked, flat = int(result.backwards[robust].sum()), int(result.flat[robust].sum())
     if flat <= asked / 2:
         return []
     why = f"{flat} of {asked} gradients of the unbroken examples were zero, not finite or missing: not broken is not robust"
-    return [Remark(FLAT, why)]
+    return [Message(FLAT_GRADIENTS, why)]

@@ -109,7 +109,7 @@ def bench(
 
     Without arguments: two reference models, every attack, a thousand real digits, in about a minute.
     """
-    from robustkit.commands.bench import Manner, bench_command
+    from robustkit.commands.bench import RunOptions, bench_command
     from robustkit.commands.listing import list_command
 
     if list_names:
@@ -117,9 +117,26 @@ def bench(
         return
     from robustkit.bench.plan.request import Request
 
-    request = Request(plan, model, data, limit, offset, threat, attack, goal, seed, block, batch_size, device, threads,
-                      normalize, save_adversarial or None, start_from, defence)  # fmt: skip
-    manner = Manner(out, resume, workers, fail_under, baseline, fail_if_worse, junit, format, dry_run)
+    request = Request(
+        plan,
+        model,
+        data,
+        limit,
+        offset,
+        threat,
+        attack,
+        goal,
+        seed,
+        block,
+        batch_size,
+        device,
+        threads,
+        normalize,
+        save_adversarial or None,
+        start_from,
+        defence,
+    )
+    manner = RunOptions(out, resume, workers, fail_under, baseline, fail_if_worse, junit, format, dry_run)
     code = bench_command(request, manner)
     if code:
         raise typer.Exit(code)
@@ -171,8 +188,9 @@ def attack(
     from robustkit.commands.attack import attack_command
 
     case = Case(model, threat, attack, goal, defence)
-    plan = Plan((case,), data, offset, limit, seed, batch_size=batch_size, device=device, normalize=normalize,
-                save_adversarial=True)  # fmt: skip
+    plan = Plan(
+        (case,), data, offset, limit, seed, batch_size=batch_size, device=device, normalize=normalize, save_adversarial=True
+    )
     attack_command(plan, out)
 
 
@@ -193,9 +211,9 @@ def train(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Train a model, against an adversary if wanted, and write its weights for `bench --model SPEC@weights=FILE`."""
-    from robustkit.commands.train import Course, train_command
+    from robustkit.commands.train import TrainOptions, train_command
 
-    train_command(Course(model, data, loss, threat, attack, epochs, batch_size, lr, seed), out)
+    train_command(TrainOptions(model, data, loss, threat, attack, epochs, batch_size, lr, seed), out)
 
 
 @app.command()

@@ -24,9 +24,15 @@ from robustkit.errors import ArgumentError, MissingExtraError
 __all__ = ["FORMS", "Data", "load", "training_part"]
 
 FORMS = (
-    "mnist-5k", "mnist-5k:train", "digits", "digits:train", "npz:FILE", "folder:DIR", "torchvision:NAME",
+    "mnist-5k",
+    "mnist-5k:train",
+    "digits",
+    "digits:train",
+    "npz:FILE",
+    "folder:DIR",
+    "torchvision:NAME",
     "path/file.py:factory",
-)  # fmt: skip
+)
 _AT_ONCE = 256  # images of a file that are looked at together
 _MOST_CLASSES = 1_000_000  # a label beyond is a mistake, and a name for each class below it would fill the memory
 

@@ -70,15 +70,25 @@ class Defence(nn.Module, ABC):
         target = Target.of(target)
         fn = partial(_chained, self, target.fn)
         views = {
-            _name(mine, theirs, len(target.views)): fn if first in (self, self.forward) and then is target.fn
+            _name(mine, theirs, len(target.views)): fn
+            if first in (self, self.forward) and then is target.fn
             else partial(_chained, first, then)
-            for mine, first in self.checked_views().items() for theirs, then in target.views.items()
-        }  # fmt: skip
+            for mine, first in self.checked_views().items()
+            for theirs, then in target.views.items()
+        }
         features = None if target.features is None else partial(_chained, self, target.features)
         if not isinstance(draws, int) or draws < 1:
             raise ArgumentError(f"draws={draws!r} must be a whole number, at least 1")
-        return Target(fn, _both(self, target.module), views, max(draws, target.draws), self.stochastic or target.stochastic,
-                      target.mode, features, target.batch_size)  # fmt: skip
+        return Target(
+            fn,
+            _both(self, target.module),
+            views,
+            max(draws, target.draws),
+            self.stochastic or target.stochastic,
+            target.mode,
+            features,
+            target.batch_size,
+        )
 
     @final
     def checked_views(self) -> dict[str, Fn]:

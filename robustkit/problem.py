@@ -12,14 +12,14 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from robustkit._engine.best_so_far import Keep, Kept
+from robustkit._engine.best_so_far import BestSoFar, Keep
 from robustkit._engine.jacobian import Jacobian
 from robustkit._engine.layers import joined, layers_of, up_to
-from robustkit._engine.ledger import Evidence, Remark
+from robustkit._engine.ledger import Check, Message
 from robustkit._engine.noise import Noise
-from robustkit._engine.output_checks import asked_alone, first_look, last_look
+from robustkit._engine.output_checks import check_final_output, check_first_output, predict_one
 from robustkit._engine.state_guard import is_out_of_memory, random_state
-from robustkit._engine.tensors import amax, toward, wide
+from robustkit._engine.tensors import abs_max, at_least_float32, round_towards
 from robustkit.errors import ArgumentError
 from robustkit.goals import Goal
 from robustkit.target import Fn, Target
@@ -44,15 +44,24 @@ class Problem:
         goal: What success is.
     """
 
-    def __init__(self, target: Target, x: Tensor, ref: Tensor, goal: Goal, threat: Threat, noise: Noise, kept: Kept,
-                 rows: Tensor | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        target: Target,
+        x: Tensor,
+        ref: Tensor,
+        goal: Goal,
+        threat: Threat,
+        noise: Noise,
+        kept: BestSoFar,
+        rows: Tensor | None = None,
+    ) -> None:
         self._target, self._raw, self.ref, self.goal, self.threat = target, x, ref, goal, threat
-        self._wish = goal, ref  # what success is judged by, whatever is followed
+        self._judged_by = goal, ref  # what success is judged by, whatever is followed
         self._noise, self._kept = noise, kept
         # Where these stand in the ledger; a slice of everything costs less to count with than as many indices.
         self._rows = slice(None) if rows is None else rows
         self._everyone = torch.arange(len(x), device=x.device)
-        self.x = wide(x)
+        self.x = at_least_float32(x)
 
     def __len__(self) -> int:
         return len(self.x)
@@ -63,9 +72,17 @@ class Problem:
         An example may be named several times, to try several points of it at once.
         """
         rows = self._everyone[rows]
-        goal, ref = self._wish
-        some = Problem(self._target, self._raw[rows], ref[rows], goal, self.threat[rows], self._noise[rows],
-                       self._kept, self._in_ledger(rows))  # fmt: skip
+        goal, ref = self._judged_by
+        some = Problem(
+            self._target,
+            self._raw[rows],
+            ref[rows],
+            goal,
+            self.threat[rows],
+            self._noise[rows],
+            self._kept,
+            self._in_ledger(rows),
+        )
         some.goal, some.ref = self.goal, some.ref if self.ref is ref else self.ref[rows]
         return some
 
@@ -75,50 +92,73 @@ class Problem:
             yield self[first : first + size]
 
     @property
-    def stamp(self) -> tuple[int, ...]:
+    def version(self) -> tuple[int, ...]:
         """Changes when anybody writes to the inputs or the reference: then nothing that is judged by them holds."""
         return self.x._version, self._raw._version, self.ref._version
 
     def compared_with(self, ref: Tensor) -> Problem:
         """The same questions about the same examples with another reference, (N, ...)."""
-        return Problem(self._target, self._raw, ref, self.goal, self.threat, self._noise, self._kept,
-                       None if isinstance(self._rows, slice) else self._rows)  # fmt: skip
+        return Problem(
+            self._target,
+            self._raw,
+            ref,
+            self.goal,
+            self.threat,
+            self._noise,
+            self._kept,
+            None if isinstance(self._rows, slice) else self._rows,
+        )
 
-    def afresh(self, keep: Keep, threat: Threat | None = None, draw: int = 0) -> Problem:
+    def fresh_copy(self, keep: Keep, threat: Threat | None = None, draw: int = 0) -> Problem:
         """The same examples with nobody solved and nothing kept, perhaps within another threat; what it costs is still counted.
 
         What it finds does not count for this run unless this problem is asked there too. Its noise is that of its `draw`.
         """
-        kept = Kept(keep, self._kept.best.x_adv, self._kept.stochastic)
+        kept = BestSoFar(keep, self._kept.best.x_adv, self._kept.stochastic)
         kept.ledger, kept.checked = self._kept.ledger, self._kept.checked
-        goal, ref = self._wish
+        goal, ref = self._judged_by
         rows = None if isinstance(self._rows, slice) else self._rows
         return Problem(self._target, self._raw, ref, goal, threat or self.threat, self._noise.at("afresh", draw), kept, rows)
 
-    def aside(self, rows: Tensor, *, keep: Keep = "first", threat: Threat | None = None, fn: Fn | None = None,
-              goal: Goal | None = None, ref: Tensor | None = None) -> Problem:  # fmt: skip
+    def subproblem(
+        self,
+        rows: Tensor,
+        *,
+        keep: Keep = "first",
+        threat: Threat | None = None,
+        fn: Fn | None = None,
+        goal: Goal | None = None,
+        ref: Tensor | None = None,
+    ) -> Problem:
         """Cases of their own, all open, with a ledger of their own (see `book`); `fn` is asked instead of the target."""
-        kept = Kept(keep, self.x[rows], self.stochastic if fn is None else False)
+        kept = BestSoFar(keep, self.x[rows], self.stochastic if fn is None else False)
         kept.checked = fn is None
-        target = self._target if fn is None else Target(fn, stochastic=False, batch_size=self.most)
-        return Problem(target, self._raw[rows], self._wish[1][rows] if ref is None else ref, goal or self._wish[0],
-                       self.threat[rows] if threat is None else threat, self._noise[rows].at("aside"), kept)  # fmt: skip
+        target = self._target if fn is None else Target(fn, stochastic=False, batch_size=self.batch_size)
+        return Problem(
+            target,
+            self._raw[rows],
+            self._judged_by[1][rows] if ref is None else ref,
+            goal or self._judged_by[0],
+            self.threat[rows] if threat is None else threat,
+            self._noise[rows].at("aside"),
+            kept,
+        )
 
-    def book(self, rows: Tensor, other: Problem) -> None:
+    def charge(self, rows: Tensor, other: Problem) -> None:
         """Count what the examples `rows` were asked `aside`."""
         for name in ("forwards", "backwards", "flat"):
             self._count(getattr(self._kept.ledger, name), rows, getattr(other._kept.ledger, name))
-        self.evidence.extend(other.evidence)
+        self.checks.extend(other.checks)
 
-    def stand(self, x_adv: Tensor) -> None:
+    def submit_batch(self, x_adv: Tensor) -> None:
         """These points are what comes back, judged all together, whatever was found before: where company matters."""
         reached, rows = self.recount(x_adv, self._everyone), self._in_ledger(slice(None))
         best = self._kept.best
         best.x_adv[rows], best.score[rows], best.found[rows] = x_adv.detach(), 0.0, reached
-        self._kept.open[rows] = ~reached
+        self._kept.unsolved[rows] = ~reached
 
     @property
-    def met(self) -> Tensor:
+    def initially_successful(self) -> Tensor:
         """Which examples were solved without any change, before the attack began, (N,) bool."""
         ledger = self._kept.ledger
         looked = any(stage.name == "clean" for stage in ledger.stages[:1])
@@ -130,9 +170,9 @@ class Problem:
         return self._target.features
 
     @property
-    def leaving(self) -> bool:
+    def early_stop(self) -> bool:
         """Whether solved examples leave the batch."""
-        return self._kept.leaving
+        return self._kept.early_stop
 
     @property
     def best(self) -> Tensor:
@@ -146,7 +186,7 @@ class Problem:
         """
         if not isinstance(self._target.fn, nn.Module) or self._target.view is not self._target.fn:
             return None
-        other = self.aside(self._everyone, keep="last", fn=deepcopy(self._target.fn).double())
+        other = self.subproblem(self._everyone, keep="last", fn=deepcopy(self._target.fn).double())
         other._raw, other.x = self._raw.double(), self.x.double()
         return other
 
@@ -161,7 +201,7 @@ class Problem:
         other._target = self._target.seen(view)
         return other
 
-    def drawn(self, draws: int) -> Problem:
+    def with_eot_draws(self, draws: int) -> Problem:
         """The same questions with gradients averaged over at least so many draws."""
         other = self[:]
         other._target = replace(self._target, draws=max(draws, self._target.draws))
@@ -178,7 +218,7 @@ class Problem:
         flat: Tensor = self._kept.ledger.flat[self._rows]
         return flat
 
-    def following(self, goal: Goal, ref: Tensor) -> Problem:
+    def with_surrogate(self, goal: Goal, ref: Tensor) -> Problem:
         """The same examples with the loss of another goal, and its reference (N, ...), to make small.
 
         What success is, and what is kept, stays as it was: a detour, such as one of the goal's parts, or its loss with
@@ -189,14 +229,14 @@ class Problem:
         return other
 
     @property
-    def open(self) -> Tensor:
+    def unsolved(self) -> Tensor:
         """Which examples are still to be solved, (N,) bool."""
-        return self._kept.open[self._rows]
+        return self._kept.unsolved[self._rows]
 
     def steps(self, count: int) -> Iterator[int]:
         """0, 1, ... count - 1, ending early when every example is solved."""
         for step in range(count):
-            if self._kept.leaving and not self.open.any():
+            if self._kept.early_stop and not self.unsolved.any():
                 return
             yield step
 
@@ -207,29 +247,29 @@ class Problem:
             yield
 
     @property
-    def spent(self) -> Tensor:
+    def cost(self) -> Tensor:
         """What each example has cost so far in forwards, a gradient counted as two, (N,) int64."""
         ledger = self._kept.ledger
         cost: Tensor = ledger.forwards + 2 * ledger.backwards
         return cost[self._rows]
 
-    def tell(self, name: str, why: str) -> None:
+    def add_note(self, name: str, why: str) -> None:
         """A fact that the reader of the result should know; told once."""
-        remark = Remark(name, why)
-        if remark not in self._kept.ledger.notes:
-            self._kept.ledger.notes.append(remark)
+        message = Message(name, why)
+        if message not in self._kept.ledger.notes:
+            self._kept.ledger.notes.append(message)
 
-    def testify(self, name: str, hits: Tensor | int, of: int, limit: float = 0.5) -> None:
+    def record_check(self, name: str, hits: Tensor | int, of: int, limit: float = 0.5) -> None:
         """What a check has seen: in `hits` of `of` cases it was so; a sound model shows a share of at most `limit`."""
-        self._kept.ledger.evidence.append(Evidence(name, int(hits), of, limit))
+        self._kept.ledger.checks.append(Check(name, int(hits), of, limit))
 
     @property
-    def evidence(self) -> list[Evidence]:
+    def checks(self) -> list[Check]:
         """What all checks have seen so far, of the whole run."""
-        return self._kept.ledger.evidence
+        return self._kept.ledger.checks
 
     @property
-    def most(self) -> int:
+    def batch_size(self) -> int:
         """The most images that may go through the model at once, for attacks that ask many questions about each example."""
         return self._target.batch_size
 
@@ -253,7 +293,7 @@ class Problem:
     def success(self, x_adv: Tensor) -> Tensor:
         """Whether each goal is reached at `x_adv`, (N,) bool; true for the examples that were solved before."""
         at = self._asked()
-        reached = ~self.open
+        reached = ~self.unsolved
         if len(at):
             reached[at] = self._judge(x_adv, at)[1]
         return reached
@@ -284,14 +324,14 @@ class Problem:
     def recount(self, x_adv: Tensor, at: Tensor) -> Tensor:
         """Whether each goal is reached at `x_adv` for the examples `at` (M,), solved or not; nothing is kept. (M,) bool."""
         out = self._forward(self._target.fn, self._input(x_adv, at), at)
-        goal, ref = self._wish
+        goal, ref = self._judged_by
         reached = goal.success(out, ref[at])
         # Of random answers a single one decides nothing.
-        level = torch.zeros_like(reached) if self.stochastic else ~reached & (goal.edge(out, ref[at]) == 0)
-        self.evidence.extend(last_look(out, level))
+        level = torch.zeros_like(reached) if self.stochastic else ~reached & (goal.boundary_margin(out, ref[at]) == 0)
+        self.checks.extend(check_final_output(out, level))
         return reached
 
-    def answer(self, x_adv: Tensor) -> Any:
+    def predict(self, x_adv: Tensor) -> Any:
         """What the deployed function says of `x_adv`, for every example, solved or not; kept if it solves one."""
         return self._judge(x_adv, slice(None))[0]
 
@@ -313,7 +353,7 @@ class Problem:
             with torch.enable_grad():
                 out = self._forward(self._target.view, x_in, everyone)
                 found = list(values(out, self.ref))
-            if self._kept.judging:
+            if self._kept.tracks_best:
                 with torch.no_grad():
                     self._judge_on_the_way(x_adv, everyone, out, None)
             draws.append([(value.detach(), self._gradient(value, x_in, keep=True)) for value in found])
@@ -322,7 +362,7 @@ class Problem:
             self._count(self._kept.ledger.backwards, everyone, len(draws))
             yield value, self._with_signal(grad, x_adv, everyone)
 
-    def answer_and_pull(self, x_adv: Tensor) -> tuple[Any, Callable[[Tensor], Tensor]]:
+    def predict_and_vjp(self, x_adv: Tensor) -> tuple[Any, Callable[[Tensor], Tensor]]:
         """What the adversary's view says of `x_adv`, and the way back through it, for attacks with a loss of their own.
 
         The way back takes d loss / d output to d loss / d x_adv, (N, K) -> (N, *S), for outputs that are one tensor. Each
@@ -333,7 +373,7 @@ class Problem:
         x_in = self._input(x_adv, at).requires_grad_()
         with torch.enable_grad():
             out = self._forward(view, x_in, at)
-        if self._kept.judging:
+        if self._kept.tracks_best:
             with torch.no_grad():
                 self._judge_on_the_way(x_adv, at, out, None)
 
@@ -376,7 +416,7 @@ class Problem:
         self._count(self._kept.ledger.forwards, first)
         return layers_of(self._target.module, self._target.view, self._input(self.x, first))
 
-    def settled(self, x_adv: Tensor) -> Tensor:
+    def reliably_reached(self, x_adv: Tensor) -> Tensor:
         """Whether each goal is reached at `x_adv` beyond luck, (N,) bool: on three of four draws where the target is random."""
         if not self._kept.stochastic:
             return self.success(x_adv)
@@ -384,8 +424,8 @@ class Problem:
 
     def _asked(self) -> Tensor:
         """The examples that the model still has to see, as indices."""
-        if self._kept.leaving and not self._kept.open.all():
-            return self.open.nonzero().squeeze(1)
+        if self._kept.early_stop and not self._kept.unsolved.all():
+            return self.unsolved.nonzero().squeeze(1)
         return self._everyone
 
     def _count(self, count: Tensor, at: Tensor | slice, amount: int | Tensor = 1) -> None:
@@ -399,7 +439,7 @@ class Problem:
 
     def _input(self, x_adv: Tensor, at: Tensor | slice) -> Tensor:
         x_adv = x_adv[at].detach()
-        return toward(x_adv, self._raw[at]) if x_adv.dtype != self._raw.dtype else x_adv
+        return round_towards(x_adv, self._raw[at]) if x_adv.dtype != self._raw.dtype else x_adv
 
     def _forward(self, fn: Fn, x: Tensor, at: Tensor | slice) -> Any:
         """One counted pass; a copy goes in, so that a model that writes to its input harms nobody."""
@@ -409,18 +449,18 @@ class Problem:
         own = self._target.generators
         before = random_state(own)
         out = fn(x.clone()) if len(x) > 1 else self._alone(fn, x)
-        self._kept.found_out(stochastic=before != random_state(own))
-        goal, ref = self._wish
+        self._kept.set_stochastic(stochastic=before != random_state(own))
+        goal, ref = self._judged_by
         goal.check(out, ref[at])
-        self._kept.noticed = first_look(out)
+        self._kept.first_output_checks = check_first_output(out)
         return out
 
     def _alone(self, fn: Fn, x: Tensor) -> Any:
         """What is said of one image; that the model could not do with one is told."""
-        out, error = asked_alone(fn, x)
+        out, error = predict_one(fn, x)
         if error is not None:
             why = (str(error).splitlines() or [type(error).__name__])[0]
-            self.tell("fails-alone", f"the model fails on a batch of one ({why}); it was asked about two")
+            self.add_note("fails-alone", f"the model fails on a batch of one ({why}); it was asked about two")
         return out
 
     @torch.no_grad()
@@ -431,18 +471,18 @@ class Problem:
 
     def _offer(self, x_adv: Tensor, at: Tensor | slice, out: Any, loss: Tensor | None = None) -> Tensor:
         """Keep what is worth it of the points with these outputs; whether the goal is reached there."""
-        goal, ref = self._wish
+        goal, ref = self._judged_by
         reached = goal.success(out, ref[at])
-        if loss is None and self._kept.weighing:
+        if loss is None and self._kept.compares_loss:
             loss = goal.loss(out, ref[at])
-        if self._kept.weighing or (self._kept.judging and reached.any()):  # on most steps nobody succeeds
-            self._kept.offer(self._in_ledger(at), x_adv[at].detach(), self.x[at], self.threat[at], reached, loss)
+        if self._kept.compares_loss or (self._kept.tracks_best and reached.any()):  # on most steps nobody succeeds
+            self._kept.update(self._in_ledger(at), x_adv[at].detach(), self.x[at], self.threat[at], reached, loss)
         return reached
 
     @property
     def _on_course(self) -> bool:
         """Whether the loss to follow is that of the goal which is judged by."""
-        return self.goal is self._wish[0] and self.ref is self._wish[1]
+        return self.goal is self._judged_by[0] and self.ref is self._judged_by[1]
 
     def _differentiate(self, x_adv: Tensor, at: Tensor | slice) -> tuple[Tensor, Tensor]:
         ref, view = self.ref[at], self._target.view
@@ -456,7 +496,7 @@ class Problem:
             losses.append(loss.detach())
         self._count(self._kept.ledger.backwards, at, self._target.draws)
         loss, grad = _mean(losses).to(self.x), _mean(grads).to(self.x)
-        if self._kept.judging:
+        if self._kept.tracks_best:
             with torch.no_grad():
                 self._judge_on_the_way(x_adv, at, out, loss if self._on_course else None)
         return loss, self._with_signal(grad, x_adv, at)
@@ -470,7 +510,7 @@ class Problem:
         except RuntimeError as error:  # a finding about the model, not a reason to stop
             if is_out_of_memory(error):
                 raise
-            self.testify("broken-autograd", len(x), len(x), 0.0)
+            self.record_check("broken-autograd", len(x), len(x), 0.0)
             return torch.zeros_like(x)
         return torch.zeros_like(x) if grad is None else grad.detach()
 
@@ -483,13 +523,13 @@ class Problem:
 
     def _with_signal(self, grad: Tensor, x_adv: Tensor, at: Tensor | slice) -> Tensor:
         """The gradient made finite; rows without signal are counted."""
-        largest = amax(grad)
+        largest = abs_max(grad)
         low, high = (float(bound) for bound in torch.aminmax(largest)) if len(largest) else (1.0, 1.0)
         if low > 0 and high < math.inf:  # neither holds where one of them is not a number
             return grad
         flat = ~(largest.isfinite() & (largest > 0))
         if self.goal.vanishes_at_x:
-            flat &= amax(x_adv[at] - self.x[at]) > 0
+            flat &= abs_max(x_adv[at] - self.x[at]) > 0
         self._count(self._kept.ledger.flat, at, flat.long())
         return torch.where(grad.isfinite(), grad, 0)
 

@@ -13,13 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from robustkit._engine.ledger import Evidence, Ledger, Remark, Stage, summed
+from robustkit._engine.ledger import Check, Ledger, Message, Stage, sum_checks
+from robustkit._engine.schema import upgrade_facts
 from robustkit.errors import ArgumentError
 
 __all__ = ["Result"]
 
 _TENSORS = ("x_adv", "success", "rate", "size", "forwards", "backwards", "flat")
-_TOLD = {"flags": Remark, "notes": Remark, "stages": Stage, "evidence": Evidence}
+_MESSAGES = {"flags": Message, "notes": Message, "stages": Stage, "checks": Check}
 
 
 @final
@@ -49,11 +50,11 @@ class Result:
     forwards: Tensor
     backwards: Tensor
     flat: Tensor
-    flags: tuple[Remark, ...] = ()
-    notes: tuple[Remark, ...] = ()
+    flags: tuple[Message, ...] = ()
+    notes: tuple[Message, ...] = ()
     stages: tuple[Stage, ...] = field(default=(), kw_only=True)
     solver: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64), kw_only=True)
-    evidence: tuple[Evidence, ...] = field(default=(), kw_only=True)
+    checks: tuple[Check, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         if not len(self.solver):
@@ -75,8 +76,9 @@ class Result:
         stages: dict[str, Stage] = {}
         for stage in (stage for part in parts for stage in part.stages):
             old = stages.get(stage.name, Stage(stage.name, 0, 0, 0))
-            stages[stage.name] = Stage(stage.name, old.forwards + stage.forwards, old.backwards + stage.backwards,
-                                       old.solved + stage.solved)  # fmt: skip
+            stages[stage.name] = Stage(
+                stage.name, old.forwards + stage.forwards, old.backwards + stage.backwards, old.solved + stage.solved
+            )
         number = {name: at for at, name in enumerate(stages)}
         return cls(
             **{name: torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS},
@@ -84,7 +86,7 @@ class Result:
             notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
             stages=tuple(stages.values()),
             solver=torch.cat([part._solver_among(number) for part in parts]),
-            evidence=summed(one for part in parts for one in part.evidence),
+            checks=sum_checks(one for part in parts for one in part.checks),
         )
 
     def _solver_among(self, number: dict[str, int]) -> Tensor:
@@ -93,14 +95,14 @@ class Result:
         return known[self.solver]
 
     @classmethod
-    def room(cls, x: Tensor) -> Result:
+    def allocate(cls, x: Tensor) -> Result:
         """Room for the result of attacking x, (N, *S), to be filled part by part."""
         n, device = len(x), x.device
         yes, ledger = torch.zeros(n, dtype=torch.bool, device=device), Ledger(n, device)
         counts = ledger.forwards, ledger.backwards, ledger.flat
         return cls(torch.empty_like(x), yes, yes.float(), yes.double(), *counts)
 
-    def fill(self, rows: slice, part: Result) -> Result:
+    def write(self, rows: slice, part: Result) -> Result:
         """Copy the rows of `part` in; what it told comes back, without tensors of its own.
 
         Parts that are kept until the end take the images twice, and leave the memory between them in pieces. Only who solved
@@ -110,12 +112,13 @@ class Result:
             getattr(self, name)[rows] = getattr(part, name)
         return replace(part, **{name: getattr(self, name)[:0] for name in _TENSORS})
 
-    def told(self, parts: Result) -> Result:
+    def with_messages(self, parts: Result) -> Result:
         """The same rows with what was told of the parts, joined by `cat`."""
-        return replace(self, flags=parts.flags, notes=parts.notes, stages=parts.stages, solver=parts.solver,
-                       evidence=parts.evidence)  # fmt: skip
+        return replace(
+            self, flags=parts.flags, notes=parts.notes, stages=parts.stages, solver=parts.solver, checks=parts.checks
+        )
 
-    def after(self, spent: Ledger) -> Result:
+    def plus_cost(self, spent: Ledger) -> Result:
         """The same result with the cost of what went before it, one stage "learning"."""
         counts = {name: getattr(self, name) + getattr(spent, name) for name in ("forwards", "backwards", "flat")}
         stage = Stage("learning", int(spent.forwards.sum()), int(spent.backwards.sum()), 0)
@@ -125,16 +128,17 @@ class Result:
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file."""
         tensors = {name: getattr(self, name).contiguous() for name in (*_TENSORS, "solver")}
-        Path(path).write_bytes(save(tensors, metadata={"robustkit": json.dumps(self.words())}))
+        Path(path).write_bytes(save(tensors, metadata={"robustkit": json.dumps(self.to_json())}))
 
-    def words(self) -> dict[str, list[dict[str, Any]]]:
-        """What was told, ready for JSON; `in_words` reads it back."""
-        return {kind: [asdict(item) for item in getattr(self, kind)] for kind in _TOLD}
+    def to_json(self) -> dict[str, list[dict[str, Any]]]:
+        """What was told, ready for JSON; `from_json` reads it back."""
+        return {kind: [asdict(item) for item in getattr(self, kind)] for kind in _MESSAGES}
 
     @staticmethod
-    def in_words(words: dict[str, Any]) -> dict[str, Any]:
-        """What `words` gave, as fields of a result."""
-        return {kind: tuple(of(**item) for item in words[kind]) for kind, of in _TOLD.items()}
+    def from_json(facts: dict[str, Any]) -> dict[str, Any]:
+        """What `to_json` gave, as fields of a result."""
+        known = upgrade_facts(facts)
+        return {kind: tuple(of(**item) for item in known[kind]) for kind, of in _MESSAGES.items()}
 
     @classmethod
     def load(cls, path: str | Path) -> Result:
@@ -146,7 +150,7 @@ class Result:
         try:
             with safe_open(str(path), framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in (*_TENSORS, "solver")}
-                told = cls.in_words(json.loads((file.metadata() or {})["robustkit"]))
+                told = cls.from_json(json.loads((file.metadata() or {})["robustkit"]))
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise ArgumentError(f"path={str(path)!r} is not a result written by Result.save ({error})") from error
         return cls(**tensors, **told)

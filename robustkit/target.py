@@ -11,7 +11,7 @@ from typing import Any, final, get_args
 from torch import Tensor, nn
 
 from robustkit._engine.introspection import generators_of, module_of
-from robustkit._engine.state_guard import Mode, held
+from robustkit._engine.state_guard import Mode, frozen
 from robustkit.errors import ArgumentError
 
 __all__ = ["Fn", "Target"]
@@ -62,8 +62,16 @@ class Target:
 
     def __reduce__(self) -> tuple[type[Target], tuple[Any, ...]]:
         """Pickled and copied by its fields, for workers; the views as the dictionary that they were given as."""
-        return Target, (self.fn, self.module, dict(self.views), self.draws, self.stochastic, self.mode, self.features,
-                        self.batch_size)  # fmt: skip
+        return Target, (
+            self.fn,
+            self.module,
+            dict(self.views),
+            self.draws,
+            self.stochastic,
+            self.mode,
+            self.features,
+            self.batch_size,
+        )
 
     @classmethod
     def of(cls, target: Target | nn.Module | Fn) -> Target:
@@ -100,7 +108,7 @@ class Target:
         return generators_of(self.fn, *self.views.values(), *([self.module] if self.module is not None else []))
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def frozen(self) -> Iterator[None]:
         """The module in the wanted mode with frozen parameters; everything is restored afterwards."""
-        with held(self.module, self.mode):
+        with frozen(self.module, self.mode):
             yield

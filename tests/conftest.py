@@ -10,8 +10,13 @@ from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
 settings.register_profile("quick", max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-settings.register_profile("nightly", max_examples=int(os.environ.get("CASES", "1000")), deadline=None, print_blob=True,
-                          suppress_health_check=list(HealthCheck))  # fmt: skip
+settings.register_profile(
+    "nightly",
+    max_examples=int(os.environ.get("CASES", "1000")),
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=list(HealthCheck),
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 COUNT = pytest.StashKey[int]()
 

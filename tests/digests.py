@@ -73,7 +73,7 @@ ATTACKS = (
     (Standard(), BALLS),
 )
 # Keys of results.json that were renamed since the file was written, old to new.
-RENAMED = {}
+RENAMED = {"evidence": "checks"}
 
 
 class Dropout(nn.Module):
@@ -151,8 +151,8 @@ def cases():
         yield f"batches of 3 {attack!r}", lambda a=attack: a(Target(robust, batch_size=3), x, y, threat=Linf(0.25), seed=2)
         yield f"starts {attack!r}", lambda a=attack: a(net, x, y, threat=Linf(0.1), seed=2, starts=(x + 0.09).clamp(0, 1))
     more, right = images("mnist-5k", 24)
-    for skip in ("", *SKIPS):
-        yield f"skip {skip}", lambda s=skip: Standard(skip=s)(robust, more, right, threat=Linf(0.25), seed=5)
+    for skip, was in SKIPS.items():
+        yield f"skip {was}", lambda s=skip: Standard(skip=s)(robust, more, right, threat=Linf(0.25), seed=5)
     yield "budget", lambda: Standard(budget=700)(robust, more, right, threat=Linf(0.25), seed=5)
     yield "l2 robust", lambda: Standard()(robust, more, right, threat=L2(2.0), seed=5)
     digits, classes = images("digits", 12)
@@ -167,7 +167,15 @@ def cases():
     yield "perturb", lambda: PGD(steps=8).perturb(net, x, y, threat=Linf(0.1), seed=3)
 
 
-SKIPS = ("parts", "border", "windows", "polish", "restarts")
+# Stages that `Standard` may leave out, and what they were called when the file was written.
+SKIPS = {
+    "": "",
+    "parts": "parts",
+    "boundary": "border",
+    "patches": "windows",
+    "refine": "polish",
+    "restarts": "restarts",
+}
 
 
 def digest(tensor):
@@ -183,9 +191,7 @@ def facts(result):
     names = ("x_adv", "success", "rate", "size", "forwards", "backwards", "flat", "solver")
     sums = [int(getattr(result, name).sum()) for name in ("success", "forwards", "backwards", "flat")]
     stages = [(stage.forwards, stage.backwards, stage.solved) for stage in result.stages]
-    checks = [
-        [part for part in vars(check).values() if not isinstance(part, str)] for check in tuple(result.__dict__.values())[-1]
-    ]
+    checks = [[part for part in vars(check).values() if not isinstance(part, str)] for check in result.checks]
     told = [len(result.flags), len(result.notes)]
     return {name: digest(getattr(result, name)) for name in names} | {
         "sums": sums,
@@ -205,7 +211,7 @@ def records():
         results = json.loads((out / "results.json").read_text())
     for number, record in enumerate(results["records"]):
         yield f"plan {number}", {key: short(value) for key, value in record.items() if key != "seconds"}
-    joint = next(value for key, value in results.items() if key in ("together", "worst_case"))
+    joint = results["worst_case"]
     for number, record in enumerate(joint):
         yield f"worst case {number}", {key: short(value) for key, value in record.items()}
 

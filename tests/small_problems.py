@@ -40,11 +40,11 @@ def ask(question, model=SOUND, threat=Linf(EPS), x=X, y=Y, **options):
 
 
 def seen(result):
-    return {one.name: (one.hits, one.of) for one in result.evidence}
+    return {one.name: (one.hits, one.of) for one in result.checks}
 
 
-def names(remarks):
-    return {remark.name for remark in remarks}
+def names(messages):
+    return {message.name for message in messages}
 
 
 def raised(result):

@@ -332,10 +332,18 @@ def test_no_examples_have_no_average():
     assert eot(NoisyLinear(), 5)(torch.rand(0, 4)).shape == (0, 3)
 
 
-@pytest.mark.parametrize(("name", "arguments"), [
-    ("fn", {"fn": 0.5}), ("reduce", {"reduce": "mean"}), ("draws", {"draws": 0}), ("draws", {"draws": 2.0}),
-    ("draws", {"draws": True}), ("most", {"most": 0}), ("most", {"most": None}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("fn", {"fn": 0.5}),
+        ("reduce", {"reduce": "mean"}),
+        ("draws", {"draws": 0}),
+        ("draws", {"draws": 2.0}),
+        ("draws", {"draws": True}),
+        ("most", {"most": 0}),
+        ("most", {"most": None}),
+    ],
+)
 def test_what_cannot_be_averaged_is_refused(name, arguments):
     with pytest.raises(ArgumentError, match=f"^{name}="):
         eot(**{"fn": rounded, "draws": 3} | arguments)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from robustkit import FGSM, L2, PGD, Linf, Target, UniversalPGD
-from robustkit._engine.ledger import Evidence, Remark
+from robustkit._engine.ledger import Check, Message
 from robustkit.attack import Attack
 from robustkit.errors import ArgumentError, ShapeError
 from robustkit.goals import Misclassify
@@ -54,9 +54,9 @@ class TwoStages(Attack):
             first = problem[: len(problem) // 2]
             _, grad = first.loss_and_grad(first.x)
             first.success(first.threat.steepest(-grad, first.x))
-        problem.testify("odd", len(problem) // 2, len(problem))
-        problem.tell("halves", "only half was tried")
-        assert problem.spent.tolist() == [5, 5, 5, 1, 1, 1]
+        problem.record_check("odd", len(problem) // 2, len(problem))
+        problem.add_note("halves", "only half was tried")
+        assert problem.cost.tolist() == [5, 5, 5, 1, 1, 1]
         return problem.start()
 
 
@@ -69,8 +69,8 @@ def test_stages_of_an_attack_are_booked_apart_and_say_who_was_solved_where():
         ("attack", 6, 0, 2),  # the verdict on all
     ]
     assert result.solver.tolist() == [1, 1, 1, -1, 2, 2]
-    assert result.evidence == (Evidence("odd", 3, 6),)
-    assert Remark("halves", "only half was tried") in result.notes
+    assert result.checks == (Check("odd", 3, 6),)
+    assert Message("halves", "only half was tried") in result.notes
 
 
 @pytest.mark.parametrize("keep", ["first", "best", "smallest", "last"])

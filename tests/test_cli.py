@@ -57,10 +57,35 @@ def test_the_help_of_bench_names_every_option_of_the_design(capsys, monkeypatch)
     assert cli.main(["bench", "--help"]) == 0
     shown = capsys.readouterr().out
     options = [
-        "plan", "model", "data", "limit", "offset", "threat", "attack", "goal", "defence", "seed", "block", "batch-size",
-        "device", "threads", "workers", "normalize", "out", "resume", "save-adversarial", "fail-under", "baseline",
-        "fail-if-worse", "junit", "format", "dry-run", "list", "debug", "start-from",
-    ]  # fmt: skip
+        "plan",
+        "model",
+        "data",
+        "limit",
+        "offset",
+        "threat",
+        "attack",
+        "goal",
+        "defence",
+        "seed",
+        "block",
+        "batch-size",
+        "device",
+        "threads",
+        "workers",
+        "normalize",
+        "out",
+        "resume",
+        "save-adversarial",
+        "fail-under",
+        "baseline",
+        "fail-if-worse",
+        "junit",
+        "format",
+        "dry-run",
+        "list",
+        "debug",
+        "start-from",
+    ]
     assert set(re.findall(r"--([a-z-]+)", shown)) == {*options, "help"}
 
 
@@ -72,16 +97,33 @@ def test_the_module_is_the_command():
 def test_a_process_writes_a_run_and_a_terminal_without_unicode_is_no_obstacle(tmp_path):
     case = ["--model", "zoo:digits-mlp", "--data", "digits", "--limit", "20", "--threat", "linf:0.1", "--goal", "least-likely"]
     words = ["bench", *case, "--attack", "fgsm", "--out", "a"]
-    done = subprocess.run([sys.executable, "-m", "robustkit", *words], capture_output=True, text=True, cwd=tmp_path,
-                          env={**PLAIN, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "robustkit", *words],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**PLAIN, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+    )
     assert (done.returncode, done.stderr) == (0, "")
     results = json.loads((tmp_path / "a" / "results.json").read_text())
     assert [record["goal"] for record in results["records"]] == ["least-likely"]
     assert f"{results['records'][0]['success_rate']:.1%}" in done.stdout
 
 
-SLOW = ["--model", "zoo:digits-mlp", "--data", "digits", "--limit", "100", "--threat", "linf:0.001", "--attack",
-        "fgsm", "--attack", "pgd:steps=10000000"]  # fmt: skip
+SLOW = [
+    "--model",
+    "zoo:digits-mlp",
+    "--data",
+    "digits",
+    "--limit",
+    "100",
+    "--threat",
+    "linf:0.001",
+    "--attack",
+    "fgsm",
+    "--attack",
+    "pgd:steps=10000000",
+]
 
 
 def test_ctrl_c_keeps_what_was_finished(tmp_path):
@@ -98,8 +140,13 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path):
     assert err == f"robustkit: what was finished is in {tmp_path / 'out'}; go on with: {again}\nrobustkit: interrupted\n"
     (record,) = json.loads((tmp_path / "out" / "results.json").read_text())["records"]
     assert record["attack"] == "fgsm"
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock", "results.json", "report.html", "plan.toml",
-                                                                   "examples"}  # fmt: skip
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        ".lock",
+        "results.json",
+        "report.html",
+        "plan.toml",
+        "examples",
+    }
 
 
 def raising(error):
@@ -140,8 +187,10 @@ def test_a_defect_of_ours_is_no_wrong_request(monkeypatch, error):
 
 
 def test_a_defect_shows_its_traceback_and_is_neither_0_nor_2():
-    code = ("import robustkit.commands.bench as c, robustkit.__main__ as m, sys\n"
-            "c.bench_command = lambda *_: 1 / 0\nsys.argv = ['robustkit', 'bench']\nm.main()")  # fmt: skip
+    code = (
+        "import robustkit.commands.bench as c, robustkit.__main__ as m, sys\n"
+        "c.bench_command = lambda *_: 1 / 0\nsys.argv = ['robustkit', 'bench']\nm.main()"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=PLAIN)
     assert done.returncode == 1
     assert "Traceback" in done.stderr
@@ -169,10 +218,14 @@ def test_zoo_list_shows_every_model_whole(capsys, monkeypatch):
         ([], (), 0, [f"zoo:{name} is what its card says" for name in zoo.names()]),
         (["digits-mlp"], (), 0, ["zoo:digits-mlp is what its card says"]),
         (["digits-mlp"], ("digits-mlp",), 1, ["[red]n of zoo:digits-mlp is 1 " + "x" * 100, "second"]),
-        (["digits-mlp", "mnist-cnn"], ("digits-mlp",), 1,
-         ["[red]n of zoo:digits-mlp is 1 " + "x" * 100, "second", "zoo:mnist-cnn is what its card says"]),
+        (
+            ["digits-mlp", "mnist-cnn"],
+            ("digits-mlp",),
+            1,
+            ["[red]n of zoo:digits-mlp is 1 " + "x" * 100, "second", "zoo:mnist-cnn is what its card says"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_zoo_verify_is_1_when_a_card_differs(monkeypatch, capsys, words, differing, code, lines):
     told = lambda name: (f"[red]n of zoo:{name} is 1 " + "x" * 100, "second") if name in differing else ()  # noqa: E731
     monkeypatch.setattr(zoo, "verify", told)

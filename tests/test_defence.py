@@ -18,17 +18,17 @@ class Scale(Defence):
 
     def __init__(self, by, noisy=False):
         super().__init__()
-        self.by, self.drop = nn.Parameter(torch.tensor(float(by))), nn.Dropout(0.5)
+        self.with_surrogate, self.drop = nn.Parameter(torch.tensor(float(by))), nn.Dropout(0.5)
         self.stochastic = noisy
 
     def forward(self, x, noise=None):
         if not self.stochastic:
-            return self.drop(x * self.by)
+            return self.drop(x * self.with_surrogate)
         drawn = torch.rand(x.shape) if noise is None else noise.uniform(*x.shape[1:])
-        return x * self.by + drawn
+        return x * self.with_surrogate + drawn
 
     def smooth(self, x):
-        return x * self.by * 10
+        return x * self.with_surrogate * 10
 
     def views(self):
         return {"smooth": self.smooth, "exact": self.forward}
@@ -58,8 +58,15 @@ def test_a_guarded_target_is_the_target_behind_the_defence(net):
 
 def test_views_of_both_compose_and_the_first_is_first_of_both(net):
     x, scale = torch.rand(4, 6), Scale(2.0).eval()
-    inner = Target(net, views={"bpda": lambda z: net(z) * 3, "exact": net}, mode="as-is", batch_size=7, draws=3,
-                   stochastic=False, features=net[0])  # fmt: skip
+    inner = Target(
+        net,
+        views={"bpda": lambda z: net(z) * 3, "exact": net},
+        mode="as-is",
+        batch_size=7,
+        draws=3,
+        stochastic=False,
+        features=net[0],
+    )
     target = scale.guard(inner, draws=2)
     assert list(target.views) == ["smooth/bpda", "smooth/exact", "exact/bpda", "exact/exact"]
     for name, factor in zip(target.views, (20 * 3, 20, 2 * 3, 2), strict=True):
@@ -79,10 +86,16 @@ def test_guards_stack_and_the_outer_one_sees_the_input_first(net):
     assert len(list(twice.module.parameters())) == 4
 
 
-@pytest.mark.parametrize(("defence", "inner", "told"), [
-    (Scale(1.0, noisy=True), None, True), (Scale(1.0, noisy=True), False, True), (Scale(1.0), None, None),
-    (Scale(1.0), False, False), (Scale(1.0), True, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("defence", "inner", "told"),
+    [
+        (Scale(1.0, noisy=True), None, True),
+        (Scale(1.0, noisy=True), False, True),
+        (Scale(1.0), None, None),
+        (Scale(1.0), False, False),
+        (Scale(1.0), True, True),
+    ],
+)
 def test_randomness_of_either_is_declared(net, defence, inner, told):
     assert defence.guard(Target(net, stochastic=inner)).stochastic is told
 
@@ -94,8 +107,8 @@ def test_defence_and_model_are_held_and_left_as_found(net):
     assert torch.equal(result.success, net(result.x_adv).argmax(1) != y)  # without the dropout, so repeatable
     assert scale.training
     assert scale.drop.training
-    assert scale.by.requires_grad
-    assert scale.by.grad is None
+    assert scale.with_surrogate.requires_grad
+    assert scale.with_surrogate.grad is None
     assert [flag.name for flag in result.flags] == ["train-mode"]
     scale.eval()
     net.eval()

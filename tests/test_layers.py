@@ -19,11 +19,28 @@ LAYERS = [
     ["_engine.call", "_engine.verdict"],
     ["attack", "defence"],
     # Attacks: what several of them share, then the papers, then what is made of other attacks.
-    ["attacks._boundary", "attacks._cosine", "attacks._hyperplane", "attacks._max_threat", "attacks._square_patches",
-     "attacks._apgd"],
+    [
+        "attacks._boundary",
+        "attacks._cosine",
+        "attacks._hyperplane",
+        "attacks._max_threat",
+        "attacks._square_patches",
+        "attacks._apgd",
+    ],
     ["attacks._fmn"],
-    ["attacks.fgsm", "attacks.pgd", "attacks.mifgsm", "attacks.apgd", "attacks.l1_apgd", "attacks.fmn", "attacks.fab",
-     "attacks.deepfool", "attacks.square", "attacks.rays", "attacks.pixels."],
+    [
+        "attacks.fgsm",
+        "attacks.pgd",
+        "attacks.mifgsm",
+        "attacks.apgd",
+        "attacks.l1_apgd",
+        "attacks.fmn",
+        "attacks.fab",
+        "attacks.deepfool",
+        "attacks.square",
+        "attacks.rays",
+        "attacks.pixels.",
+    ],
     ["attacks.universal."],
     ["attacks.standard.patch_search"],
     ["attacks.standard.cascade"],
@@ -50,7 +67,7 @@ LAYERS = [
     ["commands."],
     ["cli"],
     ["__main__"],
-]  # fmt: skip
+]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 

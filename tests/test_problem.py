@@ -57,7 +57,7 @@ def test_the_loss_of_another_goal_can_be_followed_while_success_is_still_that_of
     wanted = NET(X).argmin(1)
 
     def question(problem):
-        part = problem.following(ClassifyAs(margin), wanted)[rows]
+        part = problem.with_surrogate(ClassifyAs(margin), wanted)[rows]
         return part.loss(part.x), *part.loss_and_grad(part.x), part.success(part.x), part[:1].loss(part.x[:1])
 
     (loss, again, grad, success, first), result = ask(question, keep="best")
@@ -76,7 +76,7 @@ def test_solved_examples_leave_and_come_back_as_zero():
 
     def question(problem):
         away = torch.where(first, 1 - problem.x, problem.x)
-        problem._kept.open[:2] = False  # as if solved
+        problem._kept.unsolved[:2] = False  # as if solved
         return problem.loss_and_grad(away), problem.success(away), problem.loss(away)
 
     counter = Counter(NET)
@@ -95,7 +95,7 @@ def test_steps_end_when_all_are_solved():
         taken = []
         for step in problem.steps(9):
             taken.append(step)
-            problem._kept.open[:] = step < 3
+            problem._kept.unsolved[:] = step < 3
         return taken
 
     assert ask(question, keep="first")[0] == [0, 1, 2, 3]

@@ -144,9 +144,10 @@ def attacks(made):
     (made / "site").mkdir()
     (made / "site" / "some_attacks.py").write_text(ATTACKS)
     published = {
-        "sound": "choosy = some_attacks:Choosy\nsame = some_attacks:Choosy", "other": "same = some_attacks:Choosy",
+        "sound": "choosy = some_attacks:Choosy\nsame = some_attacks:Choosy",
+        "other": "same = some_attacks:Choosy",
         "broken": "broken = no_module_at_all:Attack\nfunction = some_attacks:dataclass",
-    }  # fmt: skip
+    }
     for name, entries in published.items():
         info = made / "site" / f"{name}-1.0.dist-info"
         info.mkdir()
@@ -181,12 +182,20 @@ def weights(made):
 def arrays(made):
     trap = np.array([Trap(made / "executed")] * 12, dtype=object)
     unsound = {
-        "objects": {"x": trap, "y": Y}, "object_labels": {"x": X, "y": trap}, "without_y": {"x": X},
+        "objects": {"x": trap, "y": Y},
+        "object_labels": {"x": X, "y": trap},
+        "without_y": {"x": X},
         "empty": {"x": X[:0], "y": Y[:0]},
-        "nan": {"x": np.where(X > 0.9, np.nan, X), "y": Y}, "bright": {"x": X * 255, "y": Y}, "shape": {"x": X[:, 0], "y": Y},
-        "double": {"x": X.astype(np.float64), "y": Y}, "lengths": {"x": X, "y": Y[:5]}, "negative": {"x": X, "y": Y - 1},
-        "labels": {"x": X, "y": Y + 7}, "real_labels": {"x": X, "y": Y + 0.5}, "sound": {"x": X, "y": Y},
-    }  # fmt: skip
+        "nan": {"x": np.where(X > 0.9, np.nan, X), "y": Y},
+        "bright": {"x": X * 255, "y": Y},
+        "shape": {"x": X[:, 0], "y": Y},
+        "double": {"x": X.astype(np.float64), "y": Y},
+        "lengths": {"x": X, "y": Y[:5]},
+        "negative": {"x": X, "y": Y - 1},
+        "labels": {"x": X, "y": Y + 7},
+        "real_labels": {"x": X, "y": Y + 0.5},
+        "sound": {"x": X, "y": Y},
+    }
     for name, held in unsound.items():
         np.savez(made / f"{name}.npz", **held)
     np.save(made / "single.npy", X)
@@ -349,7 +358,7 @@ ROWS = {
     "no data option": option("data", None, "--data is missing", "for example: robustkit bench --model"),
     "no threat option": option("threat", None, "--threat is missing", "for example: robustkit bench --model"),
     "unknown option": option("nope", "x", "No such option", "--nope", "robustkit bench --help"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -460,7 +469,7 @@ ELSEWHERE = [
         ("'onepixel' does not serve", "it serves pixels:K"),
     ),
     (["train", *train_words({"--model": "{}/nets.py:nothing"})], ("NoneType", "must return a torch nn.Module")),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("words", "told"), ELSEWHERE, ids=[" ".join(words)[-60:] for words, _ in ELSEWHERE])
@@ -525,8 +534,12 @@ REAL = range(len(EVERY)) if os.environ.get("PROCESSES") else range(3, len(EVERY)
 def test_a_real_process_says_the_same(folder, number):
     before = listing(folder)
     words = [word.replace("{}", str(folder)) for word in EVERY[number]]
-    done = subprocess.run([sys.executable, "-m", "robustkit", *words], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder / "site")})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "robustkit", *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder / "site")},
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert " " in str(folder)
     check_told(done.stderr, TOLD[number])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from robustkit import PGD, Linf, Result
-from robustkit._engine.ledger import Evidence, Ledger, Stage
+from robustkit._engine.ledger import Check, Ledger, Stage
 from robustkit.errors import ArgumentError
 
 NET = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2), torch.nn.Dropout()).train()
@@ -19,7 +19,7 @@ def test_what_is_saved_is_loaded(tmp_path):
         assert torch.equal(getattr(loaded, name), getattr(RESULT, name)), name
     assert torch.equal(loaded.solver, RESULT.solver)
     assert (loaded.flags, loaded.notes, loaded.stages) == (RESULT.flags, RESULT.notes, RESULT.stages)
-    assert loaded.evidence == RESULT.evidence
+    assert loaded.checks == RESULT.checks
     assert loaded.flags[0].name == "train-mode"
 
 
@@ -49,9 +49,14 @@ def test_parts_add_up():
 
 def some(names, solver, **told):
     n = len(solver)
-    return Result(torch.zeros(n, 1), torch.tensor(solver) >= 0, *torch.zeros(5, n),
-                  stages=tuple(Stage(name, 1, 2, solver.count(at)) for at, name in enumerate(names)),
-                  solver=torch.tensor(solver), **told)  # fmt: skip
+    return Result(
+        torch.zeros(n, 1),
+        torch.tensor(solver) >= 0,
+        *torch.zeros(5, n),
+        stages=tuple(Stage(name, 1, 2, solver.count(at)) for at, name in enumerate(names)),
+        solver=torch.tensor(solver),
+        **told,
+    )
 
 
 def test_who_solved_what_is_told_by_the_stages_of_the_whole():
@@ -59,14 +64,14 @@ def test_who_solved_what_is_told_by_the_stages_of_the_whole():
     assert [stage.name for stage in whole.stages] == ["clean", "search", "more"]
     assert whole.solver.tolist() == [0, 1, -1, 2, 1, -1]
     assert [stage.solved for stage in whole.stages] == [1, 2, 1]
-    learned = whole.after(Ledger(6, torch.device("cpu")))
+    learned = whole.plus_cost(Ledger(6, torch.device("cpu")))
     assert [stage.name for stage in learned.stages] == ["learning", "clean", "search", "more"]
     assert learned.solver.tolist() == [1, 2, -1, 3, 2, -1]
 
 
 def test_evidence_adds_up_by_name():
     parts = [
-        some(["a"], [0], evidence=(Evidence("gaps", 1, 4),)),
-        some(["a"], [0], evidence=(Evidence("ties", 0, 1), Evidence("gaps", 2, 4))),
+        some(["a"], [0], checks=(Check("gaps", 1, 4),)),
+        some(["a"], [0], checks=(Check("ties", 0, 1), Check("gaps", 2, 4))),
     ]
-    assert Result.cat(parts).evidence == (Evidence("gaps", 3, 8), Evidence("ties", 0, 1))
+    assert Result.cat(parts).checks == (Check("gaps", 3, 8), Check("ties", 0, 1))

@@ -39,7 +39,7 @@ def test_held_sets_the_mode_freezes_the_parameters_and_restores_both_part_by_par
     coder.inner[0].bias.requires_grad_(False)
     parts, parameters = list(coder.modules()), list(coder.parameters())
     before = [p.training for p in parts], [p.requires_grad for p in parameters]
-    with contextlib.suppress(KeyError), Target(coder, mode=mode).held():
+    with contextlib.suppress(KeyError), Target(coder, mode=mode).frozen():
         assert [p.training for p in parts] == training
         assert not any(p.requires_grad for p in parameters)
         coder.inner(torch.rand(4, 2))  # in training mode this moves the running statistics
@@ -52,14 +52,14 @@ def test_held_sets_the_mode_freezes_the_parameters_and_restores_both_part_by_par
 def test_as_is_leaves_the_mode_alone():
     coder = Coder()
     coder.inner[1].eval()
-    with Target(coder, mode="as-is").held():
+    with Target(coder, mode="as-is").frozen():
         assert [p.training for p in coder.modules()] == [True, True, True, False, True]
 
 
 def test_held_does_not_touch_buffers_that_a_graph_still_needs():
     norm = nn.BatchNorm1d(2).eval()
     loss = norm(torch.rand(3, 2, requires_grad=True)).sum()
-    with Target(norm).held():
+    with Target(norm).frozen():
         norm(torch.rand(3, 2))
     loss.backward()  # would raise had a saved buffer been written
 

@@ -7,11 +7,11 @@ from typing import Literal, final, get_args
 import torch
 from torch import Tensor
 
-from robustkit._engine.ledger import Evidence, Ledger
+from robustkit._engine.ledger import Check, Ledger
 from robustkit.errors import ArgumentError
 from robustkit.threats import Threat
 
-__all__ = ["Keep", "Kept", "check_keep"]
+__all__ = ["BestSoFar", "Keep", "check_keep"]
 
 Keep = Literal["first", "best", "smallest", "last"]
 
@@ -23,7 +23,7 @@ def check_keep(keep: str) -> None:
 
 
 @final
-class _Slot:
+class _Incumbent:
     """One point for each of N examples, with a score: the lower, the better; infinite where there is none."""
 
     def __init__(self, x: Tensor) -> None:
@@ -47,7 +47,7 @@ class _Slot:
 
 
 @final
-class Kept:
+class BestSoFar:
     """The best visited point of each of N examples, by one of four rules, and who is still open.
 
     "first": the first success inside the threat; its example leaves at once. "best": a success before a failure, then
@@ -68,18 +68,18 @@ class Kept:
     def __init__(self, keep: Keep, x: Tensor, stochastic: bool | None) -> None:
         self.keep, self.ledger, self.checked = keep, Ledger(len(x), x.device), False
         self._declared, self.stochastic = stochastic, bool(stochastic)
-        self.noticed: list[Evidence] = []
-        self.open = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        self.first_output_checks: list[Check] = []
+        self.unsolved = torch.ones(len(x), dtype=torch.bool, device=x.device)
         # Where nothing is kept, nothing is written: then the inputs themselves stand there, without a copy.
-        self.best, self.lowest = (_Slot(x if keep == "last" else x.clone()) for _ in range(2))
+        self.best, self.lowest = (_Incumbent(x if keep == "last" else x.clone()) for _ in range(2))
 
     @property
-    def evidence(self) -> list[Evidence]:
+    def checks(self) -> list[Check]:
         """What checks have seen; what the first output has shown, where none of them has looked at that."""
-        looked = {one.name for one in self.ledger.evidence}
-        return [*self.ledger.evidence, *(one for one in self.noticed if one.name not in looked)]
+        looked = {one.name for one in self.ledger.checks}
+        return [*self.ledger.checks, *(one for one in self.first_output_checks if one.name not in looked)]
 
-    def found_out(self, *, stochastic: bool) -> None:
+    def set_stochastic(self, *, stochastic: bool) -> None:
         """Take note of whether the first call drew random numbers, unless the target had declared it."""
         self.checked = True
         self.stochastic = stochastic if self._declared is None else self._declared
@@ -90,30 +90,32 @@ class Kept:
         return self._declared is not None
 
     @property
-    def leaving(self) -> bool:
+    def early_stop(self) -> bool:
         """Whether solved examples leave the batch: at their first success, or where no change at all was needed."""
         return self.keep in ("first", "smallest") and not self.stochastic
 
     @property
-    def judging(self) -> bool:
+    def tracks_best(self) -> bool:
         """Whether points on the way are judged at all."""
         return self.keep != "last"
 
     @property
-    def weighing(self) -> bool:
+    def compares_loss(self) -> bool:
         """Whether points are compared by the loss of the goal; where it is not asked for, it need not be computed."""
-        return self.judging and not self.leaving
+        return self.tracks_best and not self.early_stop
 
-    def offer(self, rows: Tensor, x_adv: Tensor, x: Tensor, threat: Threat, reached: Tensor, loss: Tensor | None) -> None:
+    def update(self, rows: Tensor, x_adv: Tensor, x: Tensor, threat: Threat, reached: Tensor, loss: Tensor | None) -> None:
         """Keep those of the points (M, *S) of the examples `rows` (M,) that are better than what they had.
 
         `loss` (M,) is that of the goal, needed where points are weighed by it.
         """
-        if not self.judging:
+        if not self.tracks_best:
             return
-        worth = reached if self.leaving else torch.ones_like(reached)
-        if self.leaving and self.keep == "first":
-            worth = worth & self.open[rows]  # who has left may be asked again, for the sake of others; the first success stays
+        worth = reached if self.early_stop else torch.ones_like(reached)
+        if self.early_stop and self.keep == "first":
+            worth = (
+                worth & self.unsolved[rows]
+            )  # who has left may be asked again, for the sake of others; the first success stays
         new = worth.nonzero().squeeze(1)
         if len(new):
             new = new[threat[new].contains(x_adv[new], x[new])]
@@ -122,7 +124,7 @@ class Kept:
         rows, x_adv, reached = rows[new], x_adv[new], reached[new]
         if self.keep == "smallest" and not self.stochastic:
             score = threat[new].size(x_adv, x[new])
-        elif self.leaving:  # of several points of an example in one question, the one that was named first
+        elif self.early_stop:  # of several points of an example in one question, the one that was named first
             score = torch.arange(len(new), device=rows.device, dtype=torch.float64)
         else:
             assert loss is not None
@@ -132,4 +134,4 @@ class Kept:
         if self.stochastic:
             self.lowest.put(rows, x_adv, score, torch.zeros_like(reached))
         elif self.keep == "first":
-            self.open[changed] = False
+            self.unsolved[changed] = False

@@ -9,18 +9,18 @@ from typing import SupportsIndex, TypeVar
 import torch
 from torch import Tensor
 
-from robustkit._engine.ledger import Remark
+from robustkit._engine.ledger import Message
 from robustkit._engine.state_guard import is_out_of_memory
 from robustkit.errors import ArgumentError, ShapeError
 from robustkit.goals import Goal
 from robustkit.threats import Threat
 
-__all__ = ["checked", "gradients_on", "halved", "halving", "in_batches", "owned"]
+__all__ = ["check_request", "detached_copy", "gradients_enabled", "halved", "run_in_batches", "with_halving"]
 
 T = TypeVar("T")
 
 
-def checked(x: Tensor, ref: Tensor, goal: Goal, threat: Threat, seed: int, ids: Tensor | None) -> Tensor:
+def check_request(x: Tensor, ref: Tensor, goal: Goal, threat: Threat, seed: int, ids: Tensor | None) -> Tensor:
     """The ids, after a look at everything that can be seen to be wrong before any work."""
     for name, value, kind, example in (("goal", goal, Goal, "ClassifyAs()"), ("threat", threat, Threat, "Linf(8 / 255)")):
         if not isinstance(value, kind):
@@ -64,17 +64,17 @@ def _check_range(threat: Threat, x: Tensor) -> None:
         )
 
 
-def in_batches(solve: Callable[[slice, int], T], n: int, size: int) -> tuple[list[T], list[Remark]]:
+def run_in_batches(solve: Callable[[slice, int], T], n: int, size: int) -> tuple[list[T], list[Message]]:
     """`solve` for every slice of at most `size` rows; where memory runs out, half the size is tried from there on."""
     parts, start, most = [], 0, size
     while start < n:
-        part, most = halving(lambda rows, first=start: solve(slice(first, min(first + rows, n)), rows), most, n - start)  # type: ignore[misc]
+        part, most = with_halving(lambda rows, first=start: solve(slice(first, min(first + rows, n)), rows), most, n - start)  # type: ignore[misc]
         parts.append(part)
         start += most
     return parts, halved(size, most)
 
 
-def halving(work: Callable[[int], T], size: int, n: int) -> tuple[T, int]:
+def with_halving(work: Callable[[int], T], size: int, n: int) -> tuple[T, int]:
     """`work` on n images with the most at once, `size` or as many as memory allows; and how many these were."""
     while True:
         try:
@@ -85,19 +85,19 @@ def halving(work: Callable[[int], T], size: int, n: int) -> tuple[T, int]:
             size = -(-min(size, n) // 2)
 
 
-def halved(wanted: int, most: int) -> list[Remark]:
+def halved(wanted: int, most: int) -> list[Message]:
     """What is to be told where fewer images went through the model at once than were wanted."""
-    return [] if most == wanted else [Remark("batch-halved", f"memory ran out; the last batches held {most} images")]
+    return [] if most == wanted else [Message("batch-halved", f"memory ran out; the last batches held {most} images")]
 
 
 @contextmanager
-def gradients_on() -> Iterator[None]:
+def gradients_enabled() -> Iterator[None]:
     """Gradients are taken wherever the caller stands, inside torch.no_grad() and torch.inference_mode() too."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
 
 
-def owned(x: Tensor) -> Tensor:
+def detached_copy(x: Tensor) -> Tensor:
     """`x` without its history, as an ordinary tensor."""
     x = x.detach()
     return x.clone() if x.is_inference() else x

@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from robustkit._engine.tensors import amax
+from robustkit._engine.tensors import abs_max
 
 __all__ = ["Jacobian"]
 
@@ -62,7 +62,7 @@ class Jacobian:
     def pull(self, weight: Tensor) -> Tensor:
         """J^T u for weights of the output, (N, *H) -> (N, *S)."""
         pulled = self._back(weight).detach()
-        largest = amax(pulled)
+        largest = abs_max(pulled)
         self._count(0, 1, (~(largest.isfinite() & (largest > 0))).long())
         return pulled.nan_to_num(0.0, 0.0, 0.0)
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Evidence", "Ledger", "Remark", "Stage", "summed"]
+__all__ = ["Check", "Ledger", "Message", "Stage", "sum_checks"]
 
 
 @dataclass(frozen=True)
-class Remark:
+class Message:
     """One thing that the reader of a result should know: a short fixed name and the evidence in one line."""
 
     name: str
@@ -31,7 +31,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class Check:
     """What one check saw, in how many of so many cases; evidence of several batches adds up.
 
     Attributes:
@@ -47,12 +47,12 @@ class Evidence:
     limit: float = 0.5
 
 
-def summed(evidence: Iterable[Evidence]) -> tuple[Evidence, ...]:
+def sum_checks(checks: Iterable[Check]) -> tuple[Check, ...]:
     """One row a name, in the order of the first ones."""
-    sums: dict[str, Evidence] = {}
-    for one in evidence:
-        old = sums.get(one.name, Evidence(one.name, 0, 0, one.limit))
-        sums[one.name] = Evidence(one.name, old.hits + one.hits, old.of + one.of, max(old.limit, one.limit))
+    sums: dict[str, Check] = {}
+    for one in checks:
+        old = sums.get(one.name, Check(one.name, 0, 0, one.limit))
+        sums[one.name] = Check(one.name, old.hits + one.hits, old.of + one.of, max(old.limit, one.limit))
     return tuple(sums.values())
 
 
@@ -74,8 +74,8 @@ class Ledger:
         self._one = torch.ones(1, dtype=torch.int64, device=device)
         self.solver = torch.full((n,), -1, dtype=torch.int64, device=device)
         self.stages: list[Stage] = []
-        self.evidence: list[Evidence] = []
-        self.notes: list[Remark] = []
+        self.checks: list[Check] = []
+        self.notes: list[Message] = []
 
     def add(self, count: Tensor, rows: Tensor | slice, amount: int | Tensor = 1) -> None:
         """Add `amount` to `count` (one of the three above) for some of the examples, as often as they are named."""

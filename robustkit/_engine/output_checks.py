@@ -7,22 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustkit._engine.ledger import Evidence
+from robustkit._engine.ledger import Check
 from robustkit.target import Fn
 
-__all__ = ["are_probabilities", "asked_alone", "first_look", "last_look", "undefined"]
+__all__ = ["are_probabilities", "check_final_output", "check_first_output", "non_finite_rows", "predict_one"]
 
 _SUM = 1e-3  # by so much a row of probabilities may miss 1
 
 
-def undefined(out: object) -> Tensor:
+def non_finite_rows(out: object) -> Tensor:
     """Which rows of an output (N, ...), or of a tuple of such, hold a NaN or an infinity, (N,) bool; empty for other things.
 
     Both infinities count: a logit of minus infinity has no gradient, and hides what the other logits would say.
     """
     parts = out if isinstance(out, tuple | list) else (out,)
-    rows = [~part.isfinite().flatten(1).all(1) if part.dim() > 1 else ~part.isfinite()
-            for part in parts if isinstance(part, Tensor) and part.dim() and part.is_floating_point()]  # fmt: skip
+    rows = [
+        ~part.isfinite().flatten(1).all(1) if part.dim() > 1 else ~part.isfinite()
+        for part in parts
+        if isinstance(part, Tensor) and part.dim() and part.is_floating_point()
+    ]
     return torch.stack(rows).any(0) if rows and len({len(row) for row in rows}) == 1 else torch.zeros(0, dtype=torch.bool)
 
 
@@ -33,19 +36,19 @@ def are_probabilities(out: Tensor) -> Tensor:
     return rows
 
 
-def first_look(out: object) -> list[Evidence]:
+def check_first_output(out: object) -> list[Check]:
     """What the first answers of a run show without any further question: only what was seen, so mostly nothing."""
-    found, lost = [], undefined(out)
+    found, lost = [], non_finite_rows(out)
     if lost.any():
-        found.append(Evidence("undefined-outputs", int(lost.sum()), len(lost), 0.0))
+        found.append(Check("undefined-outputs", int(lost.sum()), len(lost), 0.0))
     if isinstance(out, Tensor) and out.dim() == 2 and out.shape[1] > 1 and out.is_floating_point():
         probabilities = are_probabilities(out)
         if probabilities.any():
-            found.append(Evidence("probabilities", int(probabilities.sum()), len(out)))
+            found.append(Check("probabilities", int(probabilities.sum()), len(out)))
     return found
 
 
-def last_look(out: object, level: Tensor) -> list[Evidence]:
+def check_final_output(out: object, level: Tensor) -> list[Check]:
     """What the final answers of a run show: no numbers, or ties by which alone an example is robust.
 
     Where there is nothing to be told nothing is, so that sound models have no such evidence at all.
@@ -55,15 +58,15 @@ def last_look(out: object, level: Tensor) -> list[Evidence]:
         level: Where the goal is not reached, and yet at its border: two classes share the first place, and the one of the lower
             number is taken, (N,) bool.
     """
-    found, lost = [], undefined(out)
+    found, lost = [], non_finite_rows(out)
     if lost.any():
-        found.append(Evidence("undefined-outputs", int(lost.sum()), len(lost), 0.0))
+        found.append(Check("undefined-outputs", int(lost.sum()), len(lost), 0.0))
     if level.any():
-        found.append(Evidence("tied-outputs", int(level.sum()), len(level), 0.01))
+        found.append(Check("tied-outputs", int(level.sum()), len(level), 0.01))
     return found
 
 
-def asked_alone(fn: Fn, x: Tensor) -> tuple[Any, Exception | None]:
+def predict_one(fn: Fn, x: Tensor) -> tuple[Any, Exception | None]:
     """What is said of one image (1, *S); a model that fails on a batch of one (batch norm in training mode) is asked about two.
 
     Returns:

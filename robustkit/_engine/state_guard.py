@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Mode", "held", "is_out_of_memory", "random_state", "reseeded", "seeded"]
+__all__ = ["Mode", "fork_generators", "fork_rng", "frozen", "is_out_of_memory", "random_state"]
 
 Mode = Literal["eval", "train", "as-is"]
 
 
 @contextmanager
-def held(module: nn.Module | None, mode: Mode) -> Iterator[None]:
+def frozen(module: nn.Module | None, mode: Mode) -> Iterator[None]:
     """The module in `mode` with frozen parameters; afterwards every flag, switch and buffer is what it was."""
     if module is None:
         yield
@@ -81,7 +81,7 @@ def _cuda_in_use() -> bool:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
+def fork_rng(seed: int) -> Iterator[None]:
     """The global generators of torch, numpy and Python seeded inside, and afterwards as they were."""
     torch_before = torch.get_rng_state()
     cuda_before = torch.cuda.get_rng_state_all() if _cuda_in_use() else None
@@ -100,7 +100,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def reseeded(generators: Iterable[Any], seed: int) -> Iterator[None]:
+def fork_generators(generators: Iterable[Any], seed: int) -> Iterator[None]:
     """Generators of somebody's own (of torch, numpy or Python) seeded inside, and afterwards as they were."""
     generators = list(generators)
     states = [_get(generator) for generator in generators]

@@ -5,10 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["amax", "as_rows", "dot", "flat", "norm", "over", "told", "toward", "wide"]
+__all__ = [
+    "abs_max",
+    "as_rows",
+    "at_least_float32",
+    "dot",
+    "expand_rows",
+    "flatten_rows",
+    "nan_to_inf",
+    "norm",
+    "round_towards",
+]
 
 
-def flat(x: Tensor) -> Tensor:
+def flatten_rows(x: Tensor) -> Tensor:
     """The batch as a matrix, (N, *S) -> (N, D)."""
     return x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
 
@@ -18,33 +28,33 @@ def as_rows(value: float | Tensor, x: Tensor) -> float | Tensor:
     return value.to(x).reshape(-1, *[1] * (x.dim() - 1)) if isinstance(value, Tensor) else value
 
 
-def over(mask: Tensor, x: Tensor) -> Tensor:
+def expand_rows(mask: Tensor, x: Tensor) -> Tensor:
     """One answer an example (N,) bool, made to broadcast over `x` (N, *S)."""
     return mask.reshape(-1, *[1] * (x.dim() - 1))
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner product of each pair of rows, (N, *S), (N, *S) -> (N,)."""
-    return (flat(a) * flat(b)).sum(1)
+    return (flatten_rows(a) * flatten_rows(b)).sum(1)
 
 
 def norm(x: Tensor, p: float) -> Tensor:
     """The p-norm of each row in float64, (N, *S) -> (N,)."""
-    lengths: Tensor = torch.linalg.vector_norm(flat(x), p, dim=1, dtype=torch.float64)
+    lengths: Tensor = torch.linalg.vector_norm(flatten_rows(x), p, dim=1, dtype=torch.float64)
     return lengths
 
 
-def amax(x: Tensor) -> Tensor:
+def abs_max(x: Tensor) -> Tensor:
     """The largest absolute value of each row, (N, *S) -> (N,); not a number where the row holds one."""
-    return flat(x).abs().amax(1)
+    return flatten_rows(x).abs().amax(1)
 
 
-def wide(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     """`x` in a type with room for small steps: half precision becomes float32."""
     return x.float() if x.element_size() < 4 else x
 
 
-def toward(y: Tensor, x: Tensor) -> Tensor:
+def round_towards(y: Tensor, x: Tensor) -> Tensor:
     """`y` rounded to the half-precision type of `x` and never further from `x` than it was; nearest would be."""
     near = y.to(x.dtype)
     wide = x.to(y.dtype)
@@ -55,6 +65,6 @@ def toward(y: Tensor, x: Tensor) -> Tensor:
     return torch.where(too_far, torch.where(outward, bits - 1, bits + 1).view(x.dtype), near)
 
 
-def told(loss: Tensor) -> Tensor:
+def nan_to_inf(loss: Tensor) -> Tensor:
     """Losses in float64, what is not a number as the worst of all."""
     return torch.where(loss.isnan(), torch.inf, loss.double())

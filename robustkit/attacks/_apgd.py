@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from robustkit._engine.field_checks import at_least
-from robustkit._engine.tensors import over
+from robustkit._engine.tensors import expand_rows
 from robustkit.attack import Attack
 from robustkit.errors import ArgumentError
 from robustkit.goals import Goal, Out
 from robustkit.losses import cross_entropy, dlr, margin
 from robustkit.problem import Problem
 
-__all__ = ["Point", "RestartedAttack", "Walk", "each"]
+__all__ = ["Point", "RestartedAttack", "Walk", "per_example"]
 
 _Followed = Literal["cross-entropy", "margin", "dlr", "targeted-dlr"]
 _LOSSES = {"cross-entropy": cross_entropy, "margin": margin, "dlr": dlr, "targeted-dlr": dlr}
@@ -55,7 +55,7 @@ class RestartedAttack(Attack):
     def run(self, problem: Problem) -> Tensor:
         """The points of lowest loss over all runs; the losses of several parts are compared as they are."""
         x_best = problem.x.clone()
-        rows = problem.open.nonzero().squeeze(1)
+        rows = problem.unsolved.nonzero().squeeze(1)
         if len(rows):
             x_best[rows] = self._best_of_runs(problem[rows])
         return x_best
@@ -64,8 +64,8 @@ class RestartedAttack(Attack):
         routes = self._routes(problem)
         x_best, lowest = problem.x.clone(), problem.x.new_full((len(problem),), torch.inf)
         for number in problem.steps(len(routes) * self.restarts):
-            rows = problem.open.nonzero().squeeze(1)
-            some = problem.following(*routes[number // self.restarts])[rows]
+            rows = problem.unsolved.nonzero().squeeze(1)
+            some = problem.with_surrogate(*routes[number // self.restarts])[rows]
             found = self.descend(some, number)
             lower = found.loss < lowest[rows]
             x_best[rows[lower]], lowest[rows[lower]] = found.x_adv[lower], found.loss[lower]
@@ -73,13 +73,13 @@ class RestartedAttack(Attack):
 
     def _routes(self, problem: Problem) -> list[tuple[Goal, Tensor]]:
         """The losses to follow one after another, as goals with their references (N, ...)."""
-        goal = problem.goal.by(_LOSSES[self.loss])
+        goal = problem.goal.with_surrogate(_LOSSES[self.loss])
         if goal is problem.goal:
-            problem.tell("loss", f"{goal!r} has a loss of its own, which was followed, not {self.loss}")
+            problem.add_note("loss", f"{goal!r} has a loss of its own, which was followed, not {self.loss}")
         if self.loss in ("cross-entropy", "margin") or (self.loss == "dlr" and goal is problem.goal):
             return [(goal, problem.ref)]
         # Of all examples, though one would tell the number of classes: what one costs must not depend on its neighbours.
-        out = problem.answer(problem.x)
+        out = problem.predict(problem.x)
         parts = goal.parts(out, problem.ref)
         one_class = self.loss == "targeted-dlr" or len(parts) == 1
         if goal is not problem.goal:
@@ -91,9 +91,9 @@ def _tell_form(problem: Problem, out: Out, loss: str, one_class: bool) -> None:
     """Note where the logits are too few for the loss of that name, and what `losses` has put in its place."""
     classes = out.shape[1] if isinstance(out, Tensor) and out.dim() == 2 else None
     if classes == 2:
-        problem.tell("loss", f"{loss} needs more than the model's 2 classes: the margin was followed")
+        problem.add_note("loss", f"{loss} needs more than the model's 2 classes: the margin was followed")
     elif classes == 3 and one_class:
-        problem.tell("loss", f"{loss} towards one class needs more than the model's 3: its form for three was followed")
+        problem.add_note("loss", f"{loss} towards one class needs more than the model's 3: its form for three was followed")
 
 
 @final
@@ -107,9 +107,12 @@ class Point:
 
     def replaced(self, rows: Tensor, by: Point) -> Point:
         """The same with the points of `by` for the examples `rows`, (N,) bool."""
-        here = over(rows, self.x_adv)
-        return Point(torch.where(here, by.x_adv, self.x_adv), torch.where(rows, by.loss, self.loss),
-                     torch.where(here, by.grad, self.grad))  # fmt: skip
+        here = expand_rows(rows, self.x_adv)
+        return Point(
+            torch.where(here, by.x_adv, self.x_adv),
+            torch.where(rows, by.loss, self.loss),
+            torch.where(here, by.grad, self.grad),
+        )
 
 
 @final
@@ -136,11 +139,11 @@ class Walk:
 
     def _seen(self, x_adv: Tensor) -> Point:
         # Copied, since the question may close examples. Those closed before answer with zero, which is not their loss.
-        asked = self._problem.open.clone()
+        asked = self._problem.unsolved.clone()
         loss, grad = self._problem.loss_and_grad(x_adv)
         return Point(x_adv, torch.where(asked & ~loss.isnan(), loss, torch.inf), grad)
 
 
-def each(value: float | Tensor, x: Tensor) -> Tensor:
+def per_example(value: float | Tensor, x: Tensor) -> Tensor:
     """One number an example, (N,) float64, of one for all."""
     return torch.as_tensor(value, dtype=torch.float64, device=x.device).expand(len(x))

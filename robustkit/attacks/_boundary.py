@@ -9,19 +9,19 @@ from torch import Tensor
 
 from robustkit.goals import Goal, Out
 
-__all__ = ["Border"]
+__all__ = ["DecisionBoundary"]
 
 
 @final
 @dataclass(frozen=True, repr=False)
-class Border(Goal):
+class DecisionBoundary(Goal):
     """Another goal, whose loss is how far its border is."""
 
     goal: Goal
 
     def loss(self, out: Out, ref: Tensor) -> Tensor:
         """The edge of the goal, (N,)."""
-        return self.goal.edge(out, ref)
+        return self.goal.boundary_margin(out, ref)
 
     def success(self, out: Out, ref: Tensor) -> Tensor:
         """Where the goal is reached."""

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from robustkit._engine.tensors import norm
-from robustkit.attacks._max_threat import everything
+from robustkit.attacks._max_threat import max_threat
 from robustkit.problem import Problem
 from robustkit.threats import L2, Linf, Pixels, Threat
 
-__all__ = ["Balls", "Claims"]
+__all__ = ["Balls", "SuccessCheck"]
 
 
 @final
@@ -66,23 +66,23 @@ def _whole(threat: Threat, x: Tensor, budget: Tensor) -> Tensor:
     """The size of a ball that holds the whole box, (N,); without a box, a hundred budgets."""
     if threat.bounds is None:
         return 100 * budget
-    return torch.full_like(budget, float(everything(threat, x).eps))
+    return torch.full_like(budget, float(max_threat(threat, x).eps))
 
 
 @final
-class Claims:
+class SuccessCheck:
     """What the adversary's view says of success, compared with the deployed function where that may tell otherwise."""
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
-        self._asked, self._doubted = (torch.zeros_like(problem.open) for _ in range(2))
+        self._asked, self._doubted = (torch.zeros_like(problem.unsolved) for _ in range(2))
 
     def checked(self, x_adv: Tensor, reached: Tensor) -> Tensor:
         """`reached` (N,) bool, corrected: the first claim of each example is looked at, and every one if that was wrong."""
         at = (reached & (self._doubted | ~self._asked)).nonzero().squeeze(1)
         if not len(at):
             return reached
-        true = self._problem[at].settled(x_adv[at])
+        true = self._problem[at].reliably_reached(x_adv[at])
         self._asked[at] = True
         self._doubted[at] |= ~true
         return reached.index_put((at,), true)

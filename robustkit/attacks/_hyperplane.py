@@ -5,28 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from robustkit._engine.tensors import amax, flat
+from robustkit._engine.tensors import abs_max, flatten_rows
 from robustkit.threats import L2, Threat
 
-__all__ = ["far", "onto"]
+__all__ = ["move_length", "project_to_hyperplane"]
 
 _EXTREME = 1e-10  # slopes
 _TRIES = 8  # of Newton's method; each fills the coordinates that the last one has overfilled
 _CLOSE = 1e-4  # share of the way that may be left
 
 
-def far(threat: Threat, move: Tensor) -> Tensor:
+def move_length(threat: Threat, move: Tensor) -> Tensor:
     """How far each move goes, (N, *S) -> (N,), in its own type: to compare moves, not to judge them.
 
     Args:
         threat: Linf or L2: what is far.
         move: The moves.
     """
-    lengths: Tensor = torch.linalg.vector_norm(flat(move), 2 if isinstance(threat, L2) else torch.inf, dim=1)
+    lengths: Tensor = torch.linalg.vector_norm(flatten_rows(move), 2 if isinstance(threat, L2) else torch.inf, dim=1)
     return lengths
 
 
-def onto(threat: Threat, x: Tensor, grad: Tensor, value: Tensor) -> Tensor:
+def project_to_hyperplane(threat: Threat, x: Tensor, grad: Tensor, value: Tensor) -> Tensor:
     """The smallest move from `x` inside the box, but for rounding, to where value + grad . move is zero, (N, *S).
 
     A coordinate moves by t in Linf and by t times its slope in L2, as far as it has room. How much of the value they take
@@ -39,8 +39,8 @@ def onto(threat: Threat, x: Tensor, grad: Tensor, value: Tensor) -> Tensor:
         grad: The slopes of a linear function there, (N, *S).
         value: What it is there, (N,).
     """
-    slope, value = flat(grad), value.unsqueeze(1)
-    largest = amax(slope).unsqueeze(1)
+    slope, value = flatten_rows(grad), value.unsqueeze(1)
+    largest = abs_max(slope).unsqueeze(1)
     # Slopes whose squares would vanish or overflow are scaled first.
     scale = torch.where((largest > 0) & ((largest < _EXTREME) | (largest > 1 / _EXTREME)), largest, 1)
     slope, value = slope / scale, value / scale
@@ -51,7 +51,9 @@ def onto(threat: Threat, x: Tensor, grad: Tensor, value: Tensor) -> Tensor:
         time = wanted / gain.sum(1, keepdim=True)
         return (sign * pace * torch.where(time.isfinite(), time, 0)).reshape(grad.shape)
     low, high = threat.bounds
-    room = ((low + high) / 2 - flat(x)).mul_(sign).add_((high - low) / 2).clamp_(min=0)  # where the sign is zero, nothing moves
+    room = (
+        ((low + high) / 2 - flatten_rows(x)).mul_(sign).add_((high - low) / 2).clamp_(min=0)
+    )  # where the sign is zero, nothing moves
     full, most = room / pace, room * weight  # when a coordinate has no room left, and what it has given by then
     short = most.sum(1, keepdim=True) <= wanted  # all room together is not enough
     time, left = torch.zeros_like(value), torch.arange(len(value), device=value.device)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from robustkit.threats import L1, L2, Linf, Pixels, Threat
 
-__all__ = ["everything"]
+__all__ = ["max_threat"]
 
 
-def everything(threat: Threat, x: Tensor) -> Threat:
+def max_threat(threat: Threat, x: Tensor) -> Threat:
     """The same kind of threat with a budget that reaches every valid input."""
     low, high = threat.bounds or (0.0, 1.0)
     width, size = high - low, math.prod(x.shape[1:])

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from robustkit._engine.noise import Noise
-from robustkit._engine.tensors import over
+from robustkit._engine.tensors import expand_rows
 from robustkit.threats import L2, Linf, Threat
 
-__all__ = ["moved", "numbers", "sides", "start"]
+__all__ = ["numbers", "propose", "sides", "start"]
 
 _TILES = 5  # of the L2 start, along the shorter side
 _CANCELLED = 1e-6  # so short a sum of two unit vectors is rounding
@@ -32,7 +32,7 @@ def numbers(threat: Threat, x: Tensor) -> int:
     return (5 if type(threat) is L2 else 2) + _images(x[:1]).shape[1]
 
 
-def moved(threat: Threat, x_adv: Tensor, x: Tensor, share: float, drawn: Tensor) -> Tensor:
+def propose(threat: Threat, x_adv: Tensor, x: Tensor, share: float, drawn: Tensor) -> Tensor:
     """`x_adv` (N, *S) with a random window of each changed, so that the whole budget is spent, box aside.
 
     Args:
@@ -84,7 +84,7 @@ def _coloured(threat: Threat, x_adv: Tensor, x: Tensor, share: float, drawn: Ten
     colour = _signs(drawn[:, 2:], x)[:, :, None].expand_as(had)
     ends, opposite = threat.steepest(colour, unchanged), threat.steepest(-colour, unchanged)
     same = ~(ends != had).flatten(1).any(1)
-    return window.write(x_adv, torch.where(over(same, had), opposite, ends))
+    return window.write(x_adv, torch.where(expand_rows(same, had), opposite, ends))
 
 
 def _tiles(threat: Threat, x: Tensor, noise: Noise) -> Tensor:
@@ -132,10 +132,13 @@ class _Window:
 
     def __init__(self, drawn: Tensor, size: tuple[int, int], x: Tensor) -> None:
         # In double, since a product in float32 may be rounded up to the first place outside.
-        first = [(at * (whole - length + 1)).long() for at, length, whole in
-                 zip(drawn.double().unbind(1), size, x.shape[2:], strict=True)]  # fmt: skip
-        self._rows, self._columns = (at[:, None] + torch.arange(length, device=x.device) for at, length in
-                                     zip(first, size, strict=True))  # fmt: skip
+        first = [
+            (at * (whole - length + 1)).long()
+            for at, length, whole in zip(drawn.double().unbind(1), size, x.shape[2:], strict=True)
+        ]
+        self._rows, self._columns = (
+            at[:, None] + torch.arange(length, device=x.device) for at, length in zip(first, size, strict=True)
+        )
         pixels = self._rows[:, :, None] * x.shape[3] + self._columns[:, None, :]
         self._pixels = pixels.flatten(1)[:, None].expand(-1, x.shape[1], -1)
 
@@ -149,8 +152,10 @@ class _Window:
 
     def covers(self, other: _Window) -> Tensor:
         """Which pixels of another window of this size are in this one too, (N, 1, pixels) bool."""
-        row, column = (_within(theirs - ours[:, :1], ours.shape[1]) for theirs, ours in
-                       ((other._rows, self._rows), (other._columns, self._columns)))  # fmt: skip
+        row, column = (
+            _within(theirs - ours[:, :1], ours.shape[1])
+            for theirs, ours in ((other._rows, self._rows), (other._columns, self._columns))
+        )
         return (row[:, :, None] & column[:, None, :]).flatten(1)[:, None]
 
 

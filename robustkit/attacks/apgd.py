@@ -9,7 +9,7 @@ from typing import ClassVar, final
 import torch
 
 from robustkit._engine.field_checks import positive
-from robustkit.attacks._apgd import Point, RestartedAttack, Walk, each
+from robustkit.attacks._apgd import Point, RestartedAttack, Walk, per_example
 from robustkit.errors import ArgumentError
 from robustkit.problem import Problem
 from robustkit.threats import L2, Linf, Threat
@@ -81,9 +81,9 @@ class APGD(RestartedAttack):
         """Algorithm 1."""
         x, threat, marks = problem.x, problem.threat, (0, *self.checkpoints)
         windows = {end: end - begin for begin, end in pairwise(marks)}
-        walk, length = Walk(problem, problem.start(number)), each(2 * threat.budget, x)
+        walk, length = Walk(problem, problem.start(number)), per_example(2 * threat.budget, x)
         before, lowest = walk.here.x_adv, walk.here.loss
-        halved, falls = torch.zeros_like(problem.open), torch.zeros_like(length)
+        halved, falls = torch.zeros_like(problem.unsolved), torch.zeros_like(length)
         for step in problem.steps(self.steps):
             here, weight = walk.here, self.momentum if step else 1.0
             z = threat.project(threat.move(-here.grad, here.x_adv, x, length), x)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from robustkit._engine.field_checks import at_least, not_negative
-from robustkit._engine.tensors import as_rows, dot, over
+from robustkit._engine.tensors import as_rows, dot, expand_rows
 from robustkit.attack import Attack
 from robustkit.goals import Out
 from robustkit.problem import Problem
@@ -40,7 +40,7 @@ class DeepFool(Attack):
     """
 
     serves: ClassVar[tuple[type[Threat], ...]] = (Linf, L2)
-    smallest: ClassVar[bool] = True
+    minimum_norm: ClassVar[bool] = True
 
     steps: int = 50
     candidates: int = 10
@@ -61,8 +61,9 @@ class DeepFool(Attack):
         return threat.project(x + change, x)
 
 
-def to_the_border(problem: Problem, place: Callable[[Tensor, Tensor], Tensor], steps: int, candidates: int,
-                  overshoot: float) -> Tensor:  # fmt: skip
+def to_the_border(
+    problem: Problem, place: Callable[[Tensor, Tensor], Tensor], steps: int, candidates: int, overshoot: float
+) -> Tensor:
     """The changes that bring the examples over the nearest borders, and a little further, (N, *S).
 
     Where the adversary's view says that the goal is reached and the deployed function does not, or not on most draws, the whole
@@ -78,14 +79,14 @@ def to_the_border(problem: Problem, place: Callable[[Tensor, Tensor], Tensor], s
     change = torch.zeros_like(problem.x)
     left = torch.arange(len(problem), device=problem.x.device)
     for _ in problem.steps(steps):
-        left = left[problem.open[left]]
+        left = left[problem.unsolved[left]]
         if not len(left):
             break
         some, points = problem[left], place(left, (1 + overshoot) * change[left])
         step, seen, reached = nearest_border(some, points, candidates)
         change[left] += step
         early = reached.nonzero().squeeze(1)
-        early = early[~some[early].settled(points[early])]
+        early = early[~some[early].reliably_reached(points[early])]
         change[left[early]] *= _FURTHER
         going = seen & ~reached
         going[early] = True
@@ -105,11 +106,11 @@ def nearest_border(problem: Problem, x_adv: Tensor, candidates: int) -> tuple[Te
     """
 
     def edges(out: Out, ref: Tensor) -> Iterator[Tensor]:
-        return (goal.edge(out, part) for goal, part in problem.goal.parts(out, ref)[:candidates])
+        return (goal.boundary_margin(out, part) for goal, part in problem.goal.parts(out, ref)[:candidates])
 
     step = zero = torch.zeros_like(x_adv)
     shortest = torch.full((len(problem),), torch.inf, dtype=x_adv.dtype, device=x_adv.device)
-    reached = torch.zeros_like(problem.open)
+    reached = torch.zeros_like(problem.unsolved)
     for edge, grad in problem.gradients(x_adv, edges):
         down = problem.threat.movable(-grad, x_adv)
         unit = problem.threat.move(down, zero, problem.x, 1.0)
@@ -118,6 +119,6 @@ def nearest_border(problem: Problem, x_adv: Tensor, candidates: int) -> tuple[Te
         reached |= edge < 0
         shorter = (length > 0) & (length < shortest)
         shortest = torch.where(shorter, length, shortest)
-        step = torch.where(over(shorter, x_adv), as_rows(length, x_adv) * unit, step)
+        step = torch.where(expand_rows(shorter, x_adv), as_rows(length, x_adv) * unit, step)
     seen = shortest < torch.inf
-    return torch.where(over(seen & ~reached, x_adv), step, 0), seen, reached
+    return torch.where(expand_rows(seen & ~reached, x_adv), step, 0), seen, reached

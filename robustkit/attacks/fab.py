@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from robustkit._engine.field_checks import at_least, not_negative, positive
-from robustkit._engine.tensors import as_rows, dot, over
+from robustkit._engine.tensors import as_rows, dot, expand_rows
 from robustkit.attack import Attack
-from robustkit.attacks._boundary import Border
-from robustkit.attacks._hyperplane import far, onto
+from robustkit.attacks._boundary import DecisionBoundary
+from robustkit.attacks._hyperplane import move_length, project_to_hyperplane
 from robustkit.errors import ArgumentError
 from robustkit.losses import margin
 from robustkit.problem import Problem
 from robustkit.threats import L2, Linf, Threat
 
-__all__ = ["FAB", "walk"]
+__all__ = ["FAB", "boundary_walk"]
 
 _TINY = 1e-8  # a move so short has no direction
 _CROWDED = 0.8  # of the examples still walk: the others are let go
@@ -47,7 +47,7 @@ class FAB(Attack):
     """
 
     serves: ClassVar[tuple[type[Threat], ...]] = (Linf, L2)
-    smallest: ClassVar[bool] = True
+    minimum_norm: ClassVar[bool] = True
 
     steps: int = 50
     parts: int = 9
@@ -59,8 +59,11 @@ class FAB(Attack):
         at_least(1, steps=self.steps, parts=self.parts)
         positive(pull=self.pull)
         not_negative(bias=self.bias, overshoot=self.overshoot)
-        for name, value, rule in (("bias", self.bias, self.bias <= 1), ("pull", self.pull, self.pull < 1),
-                                  ("overshoot", self.overshoot, self.overshoot >= 1)):  # fmt: skip
+        for name, value, rule in (
+            ("bias", self.bias, self.bias <= 1),
+            ("pull", self.pull, self.pull < 1),
+            ("overshoot", self.overshoot, self.overshoot >= 1),
+        ):
             if not rule:
                 raise ArgumentError(
                     f"{name}={value!r} is out of its range: bias is at most 1, pull below 1, overshoot at least 1"
@@ -69,15 +72,15 @@ class FAB(Attack):
     def run(self, problem: Problem) -> Tensor:
         """One walk for each part, from x."""
         x_adv, smallest = problem.x, torch.full((len(problem),), torch.inf, dtype=problem.x.dtype, device=problem.x.device)
-        goal = problem.goal.by(margin)
-        for part, ref in goal.parts(problem.answer(problem.x), problem.ref)[: self.parts]:
-            points, size = walk(problem.following(Border(part), ref), self.steps, self)
+        goal = problem.goal.with_surrogate(margin)
+        for part, ref in goal.parts(problem.predict(problem.x), problem.ref)[: self.parts]:
+            points, size = boundary_walk(problem.with_surrogate(DecisionBoundary(part), ref), self.steps, self)
             nearer = size < smallest
-            x_adv, smallest = torch.where(over(nearer, x_adv), points, x_adv), torch.minimum(size, smallest)
+            x_adv, smallest = torch.where(expand_rows(nearer, x_adv), points, x_adv), torch.minimum(size, smallest)
         return problem.threat.project(x_adv, problem.x)
 
 
-def walk(problem: Problem, steps: int, how: FAB) -> tuple[Tensor, Tensor]:
+def boundary_walk(problem: Problem, steps: int, how: FAB) -> tuple[Tensor, Tensor]:
     """The nearest points beyond the border that a walk comes to, (N, *S), and how far they are, (N,); x and infinite if none.
 
     The loss that the problem follows has to be an edge: what it is above, the border is at zero.
@@ -86,20 +89,23 @@ def walk(problem: Problem, steps: int, how: FAB) -> tuple[Tensor, Tensor]:
     smallest = torch.full((len(problem),), torch.inf, dtype=problem.x.dtype, device=problem.x.device)
     at = problem.x
     for _ in problem.steps(steps):
-        still = problem.open.nonzero().squeeze(1)
+        still = problem.unsolved.nonzero().squeeze(1)
         if len(still) < _CROWDED * len(rows):
             problem, rows, at = problem[still], rows[still], at[still]
         x, threat = problem.x, problem.threat
         edge, grad = problem.loss_and_grad(at)
-        reached, size = edge < 0, far(threat, at - x)
+        reached, size = edge < 0, move_length(threat, at - x)
         nearer = (reached & (size < smallest[rows])).nonzero().squeeze(1)
         found[rows[nearer]], smallest[rows[nearer]] = at[nearer], size[nearer]
         # The edge of a linear model at two points: at x, and at the iterate, which goes back part of the way if it is beyond.
         drawn = reached.to(x) * (1 - how.pull)
         slope = dot(grad, x - at)
         back = torch.lerp(at, x, as_rows(drawn, x))
-        one, two = onto(threat, back, grad, edge + drawn * slope), onto(threat, x, grad, edge + slope)
-        length = [far(threat, move).clamp(min=_TINY) for move in (one, two)]
+        one, two = (
+            project_to_hyperplane(threat, back, grad, edge + drawn * slope),
+            project_to_hyperplane(threat, x, grad, edge + slope),
+        )
+        length = [move_length(threat, move).clamp(min=_TINY) for move in (one, two)]
         share = as_rows((length[0] / (length[0] + length[1])).clamp(max=how.bias), x)
         at = threat.clamp(torch.lerp(back, x, share) + how.overshoot * torch.lerp(one, two, share))
     return found, smallest

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from robustkit._engine.field_checks import at_least, positive
-from robustkit._engine.tensors import amax, over
+from robustkit._engine.tensors import abs_max, expand_rows
 from robustkit.attack import Attack
-from robustkit.attacks._boundary import Border
+from robustkit.attacks._boundary import DecisionBoundary
 from robustkit.attacks._cosine import cosine
-from robustkit.attacks._fmn import Balls, Claims
+from robustkit.attacks._fmn import Balls, SuccessCheck
 from robustkit.errors import ArgumentError
 from robustkit.problem import Problem
 from robustkit.threats import Threat
@@ -59,7 +59,7 @@ class FMN(Attack):
     Source: Pintor, Roli, Brendel & Biggio 2021, algorithm 1 (https://arxiv.org/abs/2102.12827).
     """
 
-    smallest: ClassVar[bool] = True
+    minimum_norm: ClassVar[bool] = True
 
     steps: int = 100
     alpha: float = 0.5
@@ -74,17 +74,17 @@ class FMN(Attack):
     def run(self, problem: Problem) -> Tensor:
         """The loop of the paper."""
         x = x_adv = problem.x
-        border = problem.following(Border(problem.goal), problem.ref)
-        claims, balls = Claims(problem), Balls(problem.threat, x)
+        border = problem.with_surrogate(DecisionBoundary(problem.goal), problem.ref)
+        claims, balls = SuccessCheck(problem), Balls(problem.threat, x)
         for k in problem.steps(self.steps):
             edge, grad = border.loss_and_grad(x_adv)
             reached = claims.checked(x_adv, edge < 0)
             ball = balls.next(x_adv, edge, grad, reached, self.annealed(self.gamma, _LAST_GAMMA, k))
             share = self.annealed(self.alpha, _LAST_ALPHA * self.alpha, k)
-            lost = (amax(grad) == 0) & (amax(x_adv - x) == 0)
+            lost = (abs_max(grad) == 0) & (abs_max(x_adv - x) == 0)
             x_adv = ball.project(x_adv + share * _way(ball, -grad, x_adv, x), x)
             if lost.any():
-                x_adv = torch.where(over(lost, x), problem.start(), x_adv)
+                x_adv = torch.where(expand_rows(lost, x), problem.start(), x_adv)
         return x_adv
 
     def annealed(self, first: float, last: float, k: int) -> float:

@@ -8,8 +8,8 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from robustkit._engine.tensors import as_rows, flat
-from robustkit.attacks._apgd import Point, RestartedAttack, Walk, each
+from robustkit._engine.tensors import as_rows, flatten_rows
+from robustkit.attacks._apgd import Point, RestartedAttack, Walk, per_example
 from robustkit.problem import Problem
 from robustkit.threats import L1, Threat
 
@@ -52,7 +52,7 @@ class L1APGD(RestartedAttack):
     def descend(self, problem: Problem, number: int) -> Point:
         """The loop of the paper."""
         x, threat = problem.x, problem.threat
-        longest, changed = each(threat.budget, x), each(flat(x).shape[1], x)
+        longest, changed = per_example(threat.budget, x), per_example(flatten_rows(x).shape[1], x)
         start = threat.project(x + problem.noise("start", number).normal(*x.shape[1:]).to(x), x)
         walk, length, count, window = Walk(problem, start), longest, changed / 5, max(1, self.steps // _WINDOW)
         for step in problem.steps(self.steps):
@@ -60,7 +60,7 @@ class L1APGD(RestartedAttack):
             way = -here.grad if step // window % 2 else threat.movable(-here.grad, here.x_adv)
             walk.to(threat.project(here.x_adv + _sparse_step(way, length, count), x))
             if (step + 1) % window == 0:
-                before, changed = changed, flat(walk.best.x_adv != x).sum(1).double()
+                before, changed = changed, flatten_rows(walk.best.x_adv != x).sum(1).double()
                 sparser = changed < _SPARSER * before
                 length = torch.where(sparser, longest, torch.maximum(length / _FEWER, longest / _SHORTEST))
                 count = changed / _FEWER
@@ -73,7 +73,7 @@ def _sparse_step(way: Tensor, length: Tensor, count: Tensor) -> Tensor:
 
     Counts are rounded up; of equal coordinates at the limit all take part.
     """
-    weight = flat(way).abs()
+    weight = flatten_rows(way).abs()
     least = weight.sort(1, descending=True).values.gather(1, (count.ceil().long() - 1).clamp(min=0).unsqueeze(1))
     sign = way.sign() * (weight >= least).reshape(way.shape)
-    return sign * as_rows(length / flat(sign).abs().sum(1).clamp(min=1), way)
+    return sign * as_rows(length / flatten_rows(sign).abs().sum(1).clamp(min=1), way)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robustkit._engine.field_checks import at_least, positive
-from robustkit._engine.tensors import amax, flat, over
+from robustkit._engine.tensors import abs_max, expand_rows, flatten_rows
 from robustkit.attack import Attack
 from robustkit.problem import Problem
 from robustkit.threats import L2, Linf, Threat
@@ -57,30 +57,30 @@ class RayS(Attack):
     def run(self, problem: Problem) -> Tensor:
         """The loops of the paper turned inside out: with each query, every example asks its own next question."""
         x, threat = problem.x, problem.threat
-        widest, blocks = _widest(threat, x), _blocks(flat(x).shape[1], self.queries + 1).to(x.device)
+        widest, blocks = _widest(threat, x), _blocks(flatten_rows(x).shape[1], self.queries + 1).to(x.device)
         tolerance = self.tolerance * torch.as_tensor(threat.budget).to(widest)
         sign, best, low = torch.ones_like(x), torch.full_like(widest, torch.inf), torch.zeros_like(widest)
-        tried, searching = torch.zeros_like(problem.ids), torch.zeros_like(problem.open)
+        tried, searching = torch.zeros_like(problem.ids), torch.zeros_like(problem.unsolved)
         ray = _flipped(sign, blocks[tried])
         for _ in problem.steps(self.queries):
             radius = torch.where(searching, (low + best) / 2, torch.minimum(best, widest))
             reached = problem.success(threat.clamp(threat.move(ray, x, x, radius)))
             nearer = reached & (radius < best)
-            sign = torch.where(over(nearer | best.isinf(), x), ray, sign)
+            sign = torch.where(expand_rows(nearer | best.isinf(), x), ray, sign)
             best = torch.where(nearer, radius, best)
             low = torch.where(searching & ~reached, radius, low)
             searching = (searching | reached) & (best - low > tolerance)
             low = torch.where(searching, low, 0)
             tried += ~searching
-            ray = torch.where(over(searching, x), ray, _flipped(sign, blocks[tried]))
+            ray = torch.where(expand_rows(searching, x), ray, _flipped(sign, blocks[tried]))
         return threat.clamp(threat.move(sign, x, x, torch.minimum(best, widest)))
 
 
 def _widest(threat: Threat, x: Tensor) -> Tensor:
     """The radius at which every ray from anywhere ends in a corner of the box, (N,); some finite one where there is no box."""
     end, zero = torch.full_like(x, torch.inf), torch.zeros_like(x)
-    width = amax(threat.clamp(end) - threat.clamp(-end))
-    step = amax(threat.move(zero + 1, zero, x, 1.0))
+    width = abs_max(threat.clamp(end) - threat.clamp(-end))
+    step = abs_max(threat.move(zero + 1, zero, x, 1.0))
     return torch.where(width.isfinite(), width / step, _FAR * torch.as_tensor(threat.budget).to(x))
 
 
@@ -97,6 +97,6 @@ def _blocks(length: int, count: int) -> Tensor:
 
 def _flipped(sign: Tensor, block: Tensor) -> Tensor:
     """`sign` (N, *S) with the signs of one block of each turned, (N, 2)."""
-    at = torch.arange(flat(sign).shape[1], device=sign.device)
+    at = torch.arange(flatten_rows(sign).shape[1], device=sign.device)
     inside = (at >= block[:, :1]) & (at < block[:, 1:])
-    return torch.where(inside, -flat(sign), flat(sign)).reshape(sign.shape)
+    return torch.where(inside, -flatten_rows(sign), flatten_rows(sign)).reshape(sign.shape)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from robustkit._engine.field_checks import at_least, positive
-from robustkit._engine.tensors import over, told
+from robustkit._engine.tensors import expand_rows, nan_to_inf
 from robustkit.attack import Attack
-from robustkit.attacks._square_patches import moved, numbers, start
+from robustkit.attacks._square_patches import numbers, propose, start
 from robustkit.errors import ArgumentError
 from robustkit.problem import Problem
 from robustkit.threats import L2, Linf, Threat
@@ -66,22 +66,22 @@ class Square(Attack):
 
     def run(self, problem: Problem) -> Tensor:
         """Algorithm 1 for all images at once; the solved ones leave."""
-        last, rows = problem.x.clone(), problem.open.nonzero().squeeze(1)
+        last, rows = problem.x.clone(), problem.unsolved.nonzero().squeeze(1)
         left = problem[rows]
         x_adv = start(left.threat, left.x, left.noise("start"))
-        value = told(left.loss(x_adv))
+        value = nan_to_inf(left.loss(x_adv))
         for query in left.steps(self.queries - 1):
-            still = left.open
+            still = left.unsolved
             rows, left, x_adv, value = rows[still], left[still], x_adv[still], value[still]
-            candidate = moved(
+            candidate = propose(
                 left.threat,
                 x_adv,
                 left.x,
                 self.share(query + 1),
                 left.noise("query", query + 1).uniform(numbers(left.threat, left.x)),
             )
-            loss = told(left.loss(candidate))
+            loss = nan_to_inf(left.loss(candidate))
             better = loss < value
-            x_adv, value = torch.where(over(better, x_adv), candidate, x_adv), torch.where(better, loss, value)
+            x_adv, value = torch.where(expand_rows(better, x_adv), candidate, x_adv), torch.where(better, loss, value)
         last[rows] = x_adv
         return last

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from robustkit.attack import Attack
 from robustkit.bench.execution.executors import Executor, Processes, Serial
-from robustkit.bench.execution.loaded_run import Loaded, Trial, load
+from robustkit.bench.execution.loaded_run import LoadedRun, ResolvedCase, load
 from robustkit.bench.execution.model_under_test import Subject
 from robustkit.bench.execution.runner import Outcome, outcomes
 from robustkit.bench.folder import open_folder, results_of
@@ -57,9 +57,9 @@ class Report:
         return list(self.results["records"])
 
     @property
-    def together(self) -> list[dict[str, Any]]:
+    def worst_case(self) -> list[dict[str, Any]]:
         """For each model and threat, what survives all attacks: the figure to quote."""
-        return list(self.results["together"])
+        return list(self.results["worst_case"])
 
     def save(self, path: str | Path) -> None:
         """Write the page that shows all of it, one HTML file."""
@@ -70,19 +70,18 @@ class Report:
         told = (
             f"{row['model']}, {row['threat']}: {row['clean_accuracy']:.1%} clean, {row['robust_accuracy']:.1%} robust at most "
             f"(95 % Wilson interval over the choice of {row['n']:,} images: {row['low']:.1%} to {row['high']:.1%})"
-            for row in self.together
+            for row in self.worst_case
         )
         return "\n".join(["Report", *told])
 
     def __rich__(self) -> Any:  # Any: what rich can print
-        return table(self.records, self.together)
+        return table(self.records, self.worst_case)
 
     def _repr_html_(self) -> str:
         return fragment(self.results)
 
 
-def run(plan: Plan, *, out: str | Path | None = None, resume: bool = False, workers: int = 1,
-        progress: bool = False) -> Report:  # fmt: skip
+def run(plan: Plan, *, out: str | Path | None = None, resume: bool = False, workers: int = 1, progress: bool = False) -> Report:
     """Measure what a plan names.
 
     Args:
@@ -113,9 +112,17 @@ def run(plan: Plan, *, out: str | Path | None = None, resume: bool = False, work
     return _report(loaded, done)
 
 
-def evaluate(model: Model | Mapping[str, Model], data: Any, *, threat: Threat | str | Sequence[Threat | str],
-             attacks: Attack | str | Sequence[Attack | str] = "pgd", goals: str | Sequence[str] = "misclassify",
-             limit: int | None = None, seed: int = 0, progress: bool = False) -> Report:  # fmt: skip
+def evaluate(
+    model: Model | Mapping[str, Model],
+    data: Any,
+    *,
+    threat: Threat | str | Sequence[Threat | str],
+    attacks: Attack | str | Sequence[Attack | str] = "pgd",
+    goals: str | Sequence[str] = "misclassify",
+    limit: int | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Report:
     """Measure how robust a model in memory is, or several.
 
     Args:
@@ -149,26 +156,35 @@ def evaluate(model: Model | Mapping[str, Model], data: Any, *, threat: Threat | 
     goals = [_meant("goals", one, str, specs.goal, str)[0] for one in _several(goals)]
     behind = {name: described(target) or NONE for name, target in targets.items()}
     trials = [
-        Trial(Case(name, told, word, goal, behind[name]), attack, one, specs.goal(goal))
+        ResolvedCase(Case(name, told, word, goal, behind[name]), attack, one, specs.goal(goal))
         for name in targets
         for told, one in threats
         for word, attack in meant
         for goal in goals
     ]
-    words = f"robustkit.evaluate({', '.join(targets)}, {held.spec}, threat={threat!r}, attacks={attacks!r}, " \
-            f"goals={goals!r}, limit={limit}, seed={seed})"  # fmt: skip
+    words = (
+        f"robustkit.evaluate({', '.join(targets)}, {held.spec}, threat={threat!r}, attacks={attacks!r}, "
+        f"goals={goals!r}, limit={limit}, seed={seed})"
+    )
     loaded = _loaded(targets, held, trials, seed, words)
     return _report(loaded, list(_outcomes(loaded, None, Serial(), 1, progress)))
 
 
-def _loaded(targets: Mapping[str, Target], held: Data, trials: Sequence[Trial], seed: int, words: str) -> Loaded:
+def _loaded(targets: Mapping[str, Target], held: Data, trials: Sequence[ResolvedCase], seed: int, words: str) -> LoadedRun:
     most = max((target.batch_size for target in targets.values()), default=_BLOCK)
     devices = {_device(target) for target in targets.values()}
     if len(devices) > 1:
         raise ArgumentError(f"the models are on {', '.join(sorted(map(str, devices)))}; bring them to one device")
     cases = tuple(trial.case for trial in trials)
-    plan = Plan(cases, held.spec, seed=seed, block=max(_BLOCK, most), batch_size=most, device=str(next(iter(devices), "cpu")),
-                threads=torch.get_num_threads())  # fmt: skip
+    plan = Plan(
+        cases,
+        held.spec,
+        seed=seed,
+        block=max(_BLOCK, most),
+        batch_size=most,
+        device=str(next(iter(devices), "cpu")),
+        threads=torch.get_num_threads(),
+    )
     try:
         attacked = {case.subject: targets[case.model] for case in cases}
         subjects = {name: Subject(name, target, held, plan, weights=target.module) for name, target in attacked.items()}
@@ -177,10 +193,10 @@ def _loaded(targets: Mapping[str, Target], held: Data, trials: Sequence[Trial], 
             f"robustkit had shown a model images of shape (N, {', '.join(map(str, held.shape[1:]))}), as they were given"
         )
         raise
-    return Loaded(plan, held, subjects, trials, words)
+    return LoadedRun(plan, held, subjects, trials, words)
 
 
-def _outcomes(loaded: Loaded, store: Store | None, executor: Executor, workers: int, progress: bool) -> Iterator[Outcome]:
+def _outcomes(loaded: LoadedRun, store: Store | None, executor: Executor, workers: int, progress: bool) -> Iterator[Outcome]:
     if not progress:
         yield from outcomes(loaded, store, executor)
         return
@@ -188,7 +204,7 @@ def _outcomes(loaded: Loaded, store: Store | None, executor: Executor, workers: 
         yield from outcomes(loaded, store, executor, live.progress)
 
 
-def _report(loaded: Loaded, done: Sequence[Outcome]) -> Report:
+def _report(loaded: LoadedRun, done: Sequence[Outcome]) -> Report:
     pictures = (picture for outcome in sorted(done, key=lambda outcome: outcome.index) for picture in outcome.pictures)
     return Report(results_of(loaded, done), tuple(pictures))
 

@@ -13,19 +13,18 @@ from typing import Any, final
 from filelock import FileLock, Timeout
 
 import robustkit
-from robustkit.bench.execution.loaded_run import Loaded
-from robustkit.bench.execution.model_under_test import is_pinned
+from robustkit._engine.schema import SCHEMA
+from robustkit.bench.execution.loaded_run import LoadedRun
+from robustkit.bench.execution.model_under_test import hash_matches
 from robustkit.bench.execution.runner import Outcome
 from robustkit.bench.plan.plan import Plan
 from robustkit.bench.plan.plan_file import plan_text, read_plan
 from robustkit.bench.reporting.page import report
-from robustkit.bench.results.record import together
+from robustkit.bench.results.record import worst_case
 from robustkit.bench.results.store import Files, replace_file
 from robustkit.errors import ArgumentError
 
 __all__ = ["SCHEMA", "Folder", "open_folder", "results_of"]
-
-SCHEMA = 1
 
 
 @final
@@ -46,7 +45,7 @@ class Folder:
         """Where its blocks are."""
         return Files(self.path / "examples")
 
-    def begin(self, loaded: Loaded) -> None:
+    def begin(self, loaded: LoadedRun) -> None:
         """Write the plan, or hold the run to the one that is there.
 
         Raises:
@@ -58,8 +57,11 @@ class Folder:
             replace_file(self.path / "plan.toml", text.encode("utf-8"))
             return
         old = self._told()
-        changed = [f"{name} was {value}, is {loaded.environment.get(name)}" for name, value in old["environment"].items()
-                   if value != loaded.environment.get(name)]  # fmt: skip
+        changed = [
+            f"{name} was {value}, is {loaded.environment.get(name)}"
+            for name, value in old["environment"].items()
+            if value != loaded.environment.get(name)
+        ]
         others = [spec for spec, value in loaded.fingerprints.items() if old["fingerprints"].get(spec) != value]
         if others:
             raise ArgumentError(
@@ -82,7 +84,7 @@ class Folder:
                 "name a new folder"
             ) from error
 
-    def write(self, loaded: Loaded, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    def write(self, loaded: LoadedRun, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         """Write results.json and report.html of the cases so far; the content of results.json comes back."""
         results = results_of(loaded, outcomes)
         pictures = [picture for outcome in sorted(outcomes, key=_index) for picture in outcome.pictures]
@@ -132,7 +134,7 @@ def open_folder(out: Path | None, plan: Plan, *, resume: bool = False) -> Iterat
                 part.rmdir()
 
 
-def results_of(loaded: Loaded, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def results_of(loaded: LoadedRun, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """The content of results.json, in the order of the plan, whatever the order in which the cases were finished."""
     told = sorted(outcomes, key=_index)
     return {
@@ -143,7 +145,7 @@ def results_of(loaded: Loaded, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "command": loaded.command,
         "data": {"spec": loaded.plan.data, "offset": loaded.plan.offset, "limit": loaded.plan.limit},
         "cases": len(loaded.trials),
-        "together": together([(outcome.record, outcome.robust) for outcome in told]),
+        "worst_case": worst_case([(outcome.record, outcome.robust) for outcome in told]),
         "records": [outcome.record for outcome in told],
     }
 
@@ -188,7 +190,7 @@ def _is_empty_run(path: Path) -> bool:
 def _check_plan(path: Path, plan: Plan) -> None:
     old = read_plan(path / "plan.toml")
     names = [name for name in vars(plan) if name != "pins" and getattr(plan, name) != getattr(old, name)]
-    if not all(is_pinned(plan.pins.get(spec, "none"), wanted) for spec, wanted in old.pins.items()):
+    if not all(hash_matches(plan.pins.get(spec, "none"), wanted) for spec, wanted in old.pins.items()):
         names.append("hashes")
     if names:
         what = ", ".join(names)

@@ -19,7 +19,7 @@ from rich.text import Text
 from robustkit.bench.comparison import gates
 from robustkit.bench.comparison.gates import Verdict
 from robustkit.bench.execution.executors import Executor, Processes, Serial
-from robustkit.bench.execution.loaded_run import Loaded, load
+from robustkit.bench.execution.loaded_run import LoadedRun, load
 from robustkit.bench.execution.preview import preview
 from robustkit.bench.execution.runner import Outcome, outcomes
 from robustkit.bench.folder import Folder, open_folder, results_of
@@ -31,18 +31,18 @@ from robustkit.bench.reporting.live import Live
 from robustkit.bench.reporting.table import preview_table, table
 from robustkit.bench.results import read_run as past
 from robustkit.bench.results.read_run import Run
-from robustkit.bench.results.record import together
+from robustkit.bench.results.record import worst_case
 from robustkit.commands._output import write_output
 from robustkit.errors import ArgumentError
 
-__all__ = ["Manner", "bench_command"]
+__all__ = ["RunOptions", "bench_command"]
 
 INTERRUPTED = 130
 
 
 @final
 @dataclass(frozen=True)
-class Manner:
+class RunOptions:
     """How a plan is run, shown and judged; nothing here changes a number.
 
     Attributes:
@@ -85,7 +85,7 @@ class Manner:
         return Serial() if self.workers == 1 else Processes(self.workers)
 
 
-def bench_command(request: Request, manner: Manner) -> int:
+def bench_command(request: Request, manner: RunOptions) -> int:
     """Run, show, write and judge; the exit code comes back: 0 done, 1 a gate failed, 130 interrupted.
 
     Files are written after every block and every case, so that whatever stops a run leaves what was finished.
@@ -121,7 +121,7 @@ def bench_command(request: Request, manner: Manner) -> int:
     return 0 if all(verdict.passed for verdict in verdicts) else 1
 
 
-def _plan(request: Request, manner: Manner) -> Plan:
+def _plan(request: Request, manner: RunOptions) -> Plan:
     """What to run; `--resume` without any other word means the plan of that folder."""
     if not manner.resume or manner.out is None or request.given():
         return plan_of(request)
@@ -130,7 +130,7 @@ def _plan(request: Request, manner: Manner) -> Plan:
     return read_plan(manner.out / "plan.toml")
 
 
-def _run(loaded: Loaded, folder: Folder, executor: Executor, workers: int) -> tuple[dict[str, Any], Run]:
+def _run(loaded: LoadedRun, folder: Folder, executor: Executor, workers: int) -> tuple[dict[str, Any], Run]:
     done: list[Outcome] = []
     # On stderr, so that standard output holds the answer alone.
     with Live(Console(stderr=True), loaded, workers) as live:
@@ -162,23 +162,30 @@ def _check_junit(path: Path) -> None:
         raise ArgumentError(f"junit={str(path)!r} cannot be written; name a file in a folder of yours")
 
 
-def _promised(loaded: Loaded) -> Run:
+def _promised(loaded: LoadedRun) -> Run:
     """The run as it will be, with figures that mean nothing yet."""
     plan = loaded.plan
     nobody = [np.zeros(len(loaded.images(case)), np.bool_) for case in range(len(loaded.trials))]
     records = [
         {
-            **asdict(trial.case), "data": plan.data, "defence": trial.case.defended, "recipe": repr(trial.attack),
-            "seed": plan.seed, "n": len(robust), "clean_accuracy": 0.0, "robust_accuracy": 0.0, "flags": [],
+            **asdict(trial.case),
+            "data": plan.data,
+            "defence": trial.case.defended,
+            "recipe": repr(trial.attack),
+            "seed": plan.seed,
+            "n": len(robust),
+            "clean_accuracy": 0.0,
+            "robust_accuracy": 0.0,
+            "flags": [],
             "data_hash": plan.pins[plan.data],
         }
         for trial, robust in zip(loaded.trials, nobody, strict=True)
-    ]  # fmt: skip
-    results = results_of(loaded, []) | {"records": records, "together": together(list(zip(records, nobody, strict=True)))}
+    ]
+    results = results_of(loaded, []) | {"records": records, "worst_case": worst_case(list(zip(records, nobody, strict=True)))}
     return Run(Path("the run that is asked for"), results, tuple(nobody))
 
 
-def _judged(run: Run, baseline: Run | None, manner: Manner) -> tuple[Verdict, ...]:
+def _judged(run: Run, baseline: Run | None, manner: RunOptions) -> tuple[Verdict, ...]:
     verdicts: tuple[Verdict, ...] = ()
     if manner.fail_under is not None:
         verdicts += gates.fail_under(run.results, manner.fail_under)
@@ -187,12 +194,12 @@ def _judged(run: Run, baseline: Run | None, manner: Manner) -> tuple[Verdict, ..
     return verdicts
 
 
-def _show(screen: Console, results: dict[str, Any], folder: Folder, verdicts: Sequence[Verdict], manner: Manner) -> None:
+def _show(screen: Console, results: dict[str, Any], folder: Folder, verdicts: Sequence[Verdict], manner: RunOptions) -> None:
     if manner.format == "json":
         told = [{"name": verdict.name, "passed": verdict.passed, "why": verdict.why} for verdict in verdicts]
         sys.stdout.write(json.dumps(results | {"out": str(folder.path), "gates": told}, indent=1) + "\n")
         return
-    screen.print(table(results["records"], results["together"]))
+    screen.print(table(results["records"], results["worst_case"]))
     for verdict in verdicts:
         mark = ("passed", "green") if verdict.passed else ("FAILED", "bold red")
         screen.print(Text.assemble("gate ", mark, f" {verdict.name}: {verdict.why}"), soft_wrap=True)

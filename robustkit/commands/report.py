@@ -26,7 +26,7 @@ def report_command(path: Path) -> None:
         replace_file(path / "report.html", page.encode("utf-8"))
     except OSError as error:
         raise ArgumentError(f"run={str(path)!r} cannot be written ({error.strerror}); copy the folder first") from error
-    screen.print(table(run.results["records"], run.results["together"]))
+    screen.print(table(run.results["records"], run.results["worst_case"]))
     done, cases = len(run.results["records"]), run.results["cases"]
     if done < cases:
         screen.print(Text(f"{done} of {cases} cases are finished", "bold"))

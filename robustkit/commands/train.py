@@ -16,7 +16,7 @@ from torch.optim import Adam
 from torch.utils.data import DataLoader, TensorDataset
 
 from robustkit import data as real_data
-from robustkit._engine.state_guard import seeded
+from robustkit._engine.state_guard import fork_rng
 from robustkit.bench.plan import specs
 from robustkit.bench.plan.model_specs import load_model
 from robustkit.commands._output import check_new, write_output
@@ -25,12 +25,12 @@ from robustkit.threats import Pixels
 from robustkit.training import fit, madry, standard
 from robustkit.training.fit import Loss
 
-__all__ = ["Course", "train_command"]
+__all__ = ["TrainOptions", "train_command"]
 
 
 @final
 @dataclass(frozen=True)
-class Course:
+class TrainOptions:
     """What to train, on what, and how.
 
     Attributes:
@@ -67,7 +67,7 @@ class Course:
             raise ArgumentError("threat is missing; say against what, for example --threat linf:0.1, or take --loss standard")
 
 
-def train_command(course: Course, out: Path) -> None:
+def train_command(course: TrainOptions, out: Path) -> None:
     """Train and write the weights, epoch by epoch told on standard output.
 
     Raises:
@@ -77,7 +77,7 @@ def train_command(course: Course, out: Path) -> None:
     held, model = real_data.load(course.data), load_model(course.model)
     _loss(course, 1.0)  # refused now, if it means nothing
     screen = Console()
-    with seeded(course.seed):
+    with fork_rng(course.seed):
         # A seed for the order of the images apart from the one that the model's own noise draws from.
         order = torch.Generator().manual_seed(course.seed)
         loader = DataLoader(TensorDataset(held.x, held.y), course.batch_size, shuffle=True, generator=order)
@@ -98,7 +98,7 @@ def train_command(course: Course, out: Path) -> None:
     screen.print(Text(f"weights: {out}\nmeasure it: {again} --threat {course.threat or 'linf:0.1'}"), soft_wrap=True)
 
 
-def _loss(course: Course, share: float) -> Loss:
+def _loss(course: TrainOptions, share: float) -> Loss:
     """What is made small, at some share of eps."""
     if course.loss == "standard" or course.threat is None:
         return standard

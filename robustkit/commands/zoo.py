@@ -24,8 +24,15 @@ def list_command() -> None:
     for name in zoo.names():
         card = zoo.card(name)
         scores = card.scores
-        view.add_row(f"zoo:{name}", f"{card.parameters:,}", scores.data, f"{scores.n:,}", f"{scores.clean_accuracy:.1%}",
-                     f"{scores.robust_accuracy:.1%}", scores.threat.partition(", bounds")[0] + ")")  # fmt: skip
+        view.add_row(
+            f"zoo:{name}",
+            f"{card.parameters:,}",
+            scores.data,
+            f"{scores.n:,}",
+            f"{scores.clean_accuracy:.1%}",
+            f"{scores.robust_accuracy:.1%}",
+            scores.threat.partition(", bounds")[0] + ")",
+        )
     screen = Console()
     screen.print(view)
     screen.print(Text(f"robust: by {scores.attack}, an upper bound on the truth"))

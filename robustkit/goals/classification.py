@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from robustkit._engine.introspection import module_of
-from robustkit._engine.state_guard import held, seeded
-from robustkit._engine.tensors import amax
+from robustkit._engine.state_guard import fork_rng, frozen
+from robustkit._engine.tensors import abs_max
 from robustkit.errors import ShapeError
 from robustkit.goals.goal import Goal, Out
 from robustkit.losses import Loss, cross_entropy, logits_of, margin, targeted
@@ -29,7 +29,7 @@ class Misclassify(Goal):
     """
 
     surrogate: Loss = cross_entropy
-    met_before: ClassVar[bool] = True
+    counts_if_already_true: ClassVar[bool] = True
 
     def loss(self, out: Out, ref: Tensor) -> Tensor:
         """Minus the surrogate of the right class, (N,)."""
@@ -42,22 +42,22 @@ class Misclassify(Goal):
         """
         return ~_first(logits_of(out, ref), ref)
 
-    def by(self, surrogate: Loss) -> Goal:
+    def with_surrogate(self, surrogate: Loss) -> Goal:
         """Another surrogate."""
         return Misclassify(surrogate)
 
-    def own(self, out: Out, ref: Tensor) -> Tensor:
+    def predicted_ref(self, out: Out, ref: Tensor) -> Tensor:
         """The classes that come first, (N,) int64."""
         return logits_of(out, ref).argmax(1)
 
-    def edge(self, out: Out, ref: Tensor) -> Tensor:
+    def boundary_margin(self, out: Out, ref: Tensor) -> Tensor:
         """How far the right class is ahead of the strongest other."""
         return -margin(out, ref)
 
     def parts(self, out: Out, ref: Tensor) -> list[tuple[Goal, Tensor]]:
         """One `ClassifyAs` for each rank among the wrong classes, that of the largest logit first."""
         others = logits_of(out, ref).scatter(1, ref.unsqueeze(1), -torch.inf).argsort(1, descending=True)[:, :-1]
-        return [(ClassifyAs().by(self.surrogate), column) for column in others.unbind(1)]
+        return [(ClassifyAs().with_surrogate(self.surrogate), column) for column in others.unbind(1)]
 
     def check(self, out: Out, ref: Tensor) -> None:
         """Refuse outputs that are no logits, and labels that are no classes of theirs."""
@@ -83,11 +83,11 @@ class ClassifyAs(Goal):
         """Where the wanted class comes first and every logit is a finite number."""
         return _first(logits_of(out, ref), ref)
 
-    def by(self, surrogate: Loss) -> Goal:
+    def with_surrogate(self, surrogate: Loss) -> Goal:
         """Another surrogate, in its form for one wanted class."""
         return ClassifyAs(targeted(surrogate))
 
-    def edge(self, out: Out, ref: Tensor) -> Tensor:
+    def boundary_margin(self, out: Out, ref: Tensor) -> Tensor:
         """How far the wanted class is behind the strongest other."""
         return margin(out, ref)
 
@@ -98,7 +98,7 @@ class ClassifyAs(Goal):
 
 def _first(logits: Tensor, ref: Tensor) -> Tensor:
     """Where the class `ref` comes first and every logit is a finite number, (N,) bool."""
-    return (logits.argmax(1) == ref) & (amax(logits) < torch.inf)  # of what is no number the largest is none either
+    return (logits.argmax(1) == ref) & (abs_max(logits) < torch.inf)  # of what is no number the largest is none either
 
 
 def _check_classes(out: Out, ref: Tensor) -> None:
@@ -123,6 +123,6 @@ def least_likely(model: Callable[[Tensor], Tensor], x: Tensor, *, batch_size: in
 
     Source: Kurakin et al. 2017, "Adversarial examples in the physical world", section 2.3 (https://arxiv.org/abs/1607.02533).
     """
-    with torch.no_grad(), held(module_of(model), "eval"), seeded(0):
+    with torch.no_grad(), frozen(module_of(model), "eval"), fork_rng(0):
         parts = [model(x[i : i + batch_size]).argmin(1) for i in range(0, len(x), batch_size)]
     return torch.cat([x.new_zeros(0, dtype=torch.int64), *parts])

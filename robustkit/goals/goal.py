@@ -28,7 +28,7 @@ class Goal(ABC):
             output itself), so that a zero there is no sign of a masked gradient. Such goals need a random start.
     """
 
-    met_before: ClassVar[bool] = False
+    counts_if_already_true: ClassVar[bool] = False
     vanishes_at_x: ClassVar[bool] = False
 
     @abstractmethod
@@ -46,18 +46,18 @@ class Goal(ABC):
         """
         return [(self, ref)]
 
-    def by(self, surrogate: Loss) -> Goal:
+    def with_surrogate(self, surrogate: Loss) -> Goal:
         """The same goal with another loss to follow; by default itself, which knows but one."""
         return self
 
-    def own(self, out: Out, ref: Tensor) -> Tensor:
+    def predicted_ref(self, out: Out, ref: Tensor) -> Tensor:
         """The reference with the model's own answer `out` in the place of the truth; by default `ref`, which is no truth.
 
         What is learned against it asks for a change of the answer, whether the answer was right or wrong.
         """
         return ref
 
-    def edge(self, out: Out, ref: Tensor) -> Tensor:
+    def boundary_margin(self, out: Out, ref: Tensor) -> Tensor:
         """How far the output is from the goal, (N,): above zero before it is reached, zero at the border; by default the loss.
 
         For attacks that look for the border. Goals whose loss is not zero there have to say something else.

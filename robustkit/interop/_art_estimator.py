@@ -24,8 +24,13 @@ def classifier_of(model: nn.Module, x: Tensor, classes: int, bounds: tuple[float
     """`model` as a `PyTorchClassifier` for inputs like `x` (N, *S), on the device of these."""
     # The sum, not the mean: ART adds 1e-7 to the length of a gradient, which must not be made small by the batch.
     return load_art()[1].PyTorchClassifier(
-        model, loss=nn.CrossEntropyLoss(reduction="sum"), input_shape=tuple(x.shape[1:]), nb_classes=classes,
-        clip_values=bounds, device_type="gpu" if x.is_cuda else "cpu")  # fmt: skip
+        model,
+        loss=nn.CrossEntropyLoss(reduction="sum"),
+        input_shape=tuple(x.shape[1:]),
+        nb_classes=classes,
+        clip_values=bounds,
+        device_type="gpu" if x.is_cuda else "cpu",
+    )
 
 
 def is_torch(estimator: Any) -> bool:

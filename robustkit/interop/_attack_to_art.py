@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from robustkit._engine.best_so_far import check_keep
-from robustkit._engine.state_guard import held, seeded
+from robustkit._engine.state_guard import fork_rng, frozen
 from robustkit.attack import Attack
 from robustkit.defence import Defence
 from robustkit.errors import ArgumentError, ShapeError
@@ -37,9 +37,17 @@ def attack_class(access: str) -> Any:
 
     class RobustkitAttack(base.EvasionAttack):  # type: ignore[misc, name-defined]
         attack_params: ClassVar[list[str]] = [
-            *base.EvasionAttack.attack_params, "attack", "threat", "goal", "eps", "targeted", "seed", "keep", "batch_size",
+            *base.EvasionAttack.attack_params,
+            "attack",
+            "threat",
+            "goal",
+            "eps",
+            "targeted",
+            "seed",
+            "keep",
+            "batch_size",
             "verbose",
-        ]  # fmt: skip
+        ]
         _estimator_requirements = (estimators.BaseEstimator, *gradients, mixin)
 
         def __init__(self, attack: Attack, estimator: Any, threat: Threat, goal: Goal) -> None:
@@ -128,7 +136,7 @@ def _generate(art: Any, x: Any, y: Any) -> Any:
 def _predicted(target: Target, x: Tensor) -> Tensor:
     """The classes that the target finds, (N,) int64."""
     size = target.batch_size
-    with torch.no_grad(), target.held(), seeded(0):
+    with torch.no_grad(), target.frozen(), fork_rng(0):
         found = [target.fn(x[i : i + size]).argmax(1) for i in range(0, len(x), size)]
     return torch.cat([torch.zeros(0, dtype=torch.int64, device=x.device), *found])
 
@@ -161,11 +169,11 @@ def preprocessor_class() -> Any:
 
         def forward(self, x: Tensor, y: Any = None) -> tuple[Tensor, Any]:
             # ART differentiates `forward` and never asks `estimate_forward` on this path: the view has to be in here.
-            with held(self.defence, "eval"):
+            with frozen(self.defence, "eval"):
                 return (self._view if torch.is_grad_enabled() and x.requires_grad else self.defence)(x), y
 
         def estimate_forward(self, x: Tensor, y: Any = None) -> Tensor:
-            with held(self.defence, "eval"):
+            with frozen(self.defence, "eval"):
                 out: Tensor = self._view(x)
                 return out
 

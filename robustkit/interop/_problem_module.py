@@ -8,11 +8,11 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from robustkit._engine.tensors import over
+from robustkit._engine.tensors import expand_rows
 from robustkit.errors import ShapeError
 from robustkit.problem import Problem
 
-__all__ = ["Door", "SomeRowsError", "by_budget", "finite"]
+__all__ = ["ProblemModule", "SomeRowsError", "by_budget", "finite"]
 
 
 class SomeRowsError(ShapeError):
@@ -20,7 +20,7 @@ class SomeRowsError(ShapeError):
 
 
 @final
-class Door(nn.Module):
+class ProblemModule(nn.Module):
     """Every pass of a foreign attack goes through here, forwards and backwards, and is counted by the problem.
 
     What is differentiated through the door reaches the input alone: `loss.backward()` on the far side leaves no gradient
@@ -47,12 +47,12 @@ class Door(nn.Module):
                 f"the attack asks about {len(x)} points while {n} examples are attacked at once; the queries of an attack "
                 "that takes some of the examples alone can be counted with Target(batch_size=1)"
             )
-        ask = _answer if x.requires_grad and torch.is_grad_enabled() else Problem.answer
+        ask = _answer if x.requires_grad and torch.is_grad_enabled() else Problem.predict
         x = x.to(self._problem.x)
         if len(x) == n:
             return ask(self._problem, x).to(where)
         # As many at once as the target allows: an attack on one example may ask about hundreds of points.
-        size = max(n, self._problem.most // n * n)
+        size = max(n, self._problem.batch_size // n * n)
         everyone = torch.arange(len(x), device=x.device) % n
         parts = [ask(self._problem[everyone[i : i + size]], x[i : i + size]) for i in range(0, len(x), size)]
         return torch.cat(parts).to(where)
@@ -68,7 +68,7 @@ class _Answer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, problem: Problem) -> Tensor:  # Any: torch gives contexts no public type
-        out, ctx.pull = problem.answer_and_pull(x)
+        out, ctx.pull = problem.predict_and_vjp(x)
         return out.detach()  # type: ignore[no-any-return]
 
     @staticmethod
@@ -79,11 +79,11 @@ class _Answer(torch.autograd.Function):
 def by_budget(problem: Problem) -> Iterator[tuple[float, Tensor]]:
     """Each budget, and the open examples that have it: other libraries take one number a call."""
     eps = torch.as_tensor(problem.threat.eps, dtype=torch.float64, device=problem.x.device).expand(len(problem))
-    open_before = problem.open.clone()
+    open_before = problem.unsolved.clone()
     for value in sorted(set(eps[open_before].tolist())):
         yield value, ((eps == value) & open_before).nonzero().squeeze(1)
 
 
 def finite(x_adv: Tensor, x: Tensor) -> Tensor:
     """`x_adv`, and x for the examples in which it holds what is no finite number."""
-    return torch.where(over(x_adv.isfinite().flatten(1).all(1), x_adv), x_adv, x)
+    return torch.where(expand_rows(x_adv.isfinite().flatten(1).all(1), x_adv), x_adv, x)

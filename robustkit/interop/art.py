@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from robustkit._engine.best_so_far import Keep
-from robustkit._engine.state_guard import seeded
+from robustkit._engine.state_guard import fork_rng
 from robustkit.attack import Attack
 from robustkit.defence import Defence
 from robustkit.errors import ArgumentError, ShapeError
 from robustkit.goals import ClassifyAs, Goal, Misclassify
 from robustkit.interop._art_estimator import classifier_of
 from robustkit.interop._attack_to_art import NORMS, attack_class, preprocessor_class
-from robustkit.interop._problem_module import Door, SomeRowsError, by_budget, finite
+from robustkit.interop._problem_module import ProblemModule, SomeRowsError, by_budget, finite
 from robustkit.interop.peers import load_art
 from robustkit.problem import Problem
 from robustkit.threats import Pixels, Threat
@@ -38,8 +38,16 @@ __all__ = ["ArtAttack", "from_art", "preprocessor", "to_art"]
 _MOST = 128  # rows at once in ART's predictions, where an attack does not say otherwise
 
 
-def to_art(attack: Attack, estimator: PyTorchClassifier, *, threat: Threat, goal: Goal = Misclassify(), seed: int = 0,
-           keep: Keep = "first", batch_size: int = 128) -> EvasionAttack:  # fmt: skip
+def to_art(
+    attack: Attack,
+    estimator: PyTorchClassifier,
+    *,
+    threat: Threat,
+    goal: Goal = Misclassify(),
+    seed: int = 0,
+    keep: Keep = "first",
+    batch_size: int = 128,
+) -> EvasionAttack:
     """One of our attacks as an ART attack: `to_art(PGD(), classifier, threat=Linf(8 / 255)).generate(x, y)`.
 
     ART's tools take it like one of their own, `AdversarialTrainer` among them. `generate` takes and gives float32 arrays;
@@ -170,14 +178,14 @@ class ArtAttack(Attack):
                     continue
                 except SomeRowsError:
                     apart = True
-            for row in rows[problem.open[rows]].unsqueeze(1):
-                with seeded(problem.noise("art", int(problem.ids[row])).key):
+            for row in rows[problem.unsolved[rows]].unsqueeze(1):
+                with fork_rng(problem.noise("art", int(problem.ids[row])).key):
                     x_adv[row] = self._ask(problem[row], eps, classes)
         return finite(x_adv, problem.x)
 
     def _ask(self, problem: Problem, eps: float, classes: int) -> Tensor:
         x, ref = problem.x.cpu().float().numpy(), problem.ref.cpu().numpy()
-        attack = self.make(classifier_of(Door(problem), problem.x, classes, problem.threat.bounds))
+        attack = self.make(classifier_of(ProblemModule(problem), problem.x, classes, problem.threat.bounds))
         told = _set(attack, problem, eps, self.make)
         with warnings.catch_warnings(), patch.object(np.random, "RandomState", _State):
             warnings.simplefilter("ignore", DeprecationWarning)  # of numpy, about what ART does to tensors
@@ -198,7 +206,7 @@ class _State(np.random.RandomState):
 
 def _classes(problem: Problem) -> int:
     """How many classes the model has: one look at its output."""
-    return int(problem.answer(problem.x).shape[1])
+    return int(problem.predict(problem.x).shape[1])
 
 
 def _set(attack: Any, problem: Problem, eps: float, make: Any) -> bool:

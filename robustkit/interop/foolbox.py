@@ -13,7 +13,7 @@ from robustkit.attack import Attack
 from robustkit.errors import ArgumentError
 from robustkit.goals import ClassifyAs, Goal, Misclassify
 from robustkit.interop._attack_to_foolbox import Recipe, adapted
-from robustkit.interop._problem_module import Door, by_budget, finite
+from robustkit.interop._problem_module import ProblemModule, by_budget, finite
 from robustkit.interop.peers import load_foolbox
 from robustkit.problem import Problem
 from robustkit.threats import L1, L2, Linf, Pixels, Threat
@@ -28,8 +28,9 @@ __all__ = ["FoolboxAttack", "from_foolbox", "to_foolbox"]
 _NORMS: dict[type[Threat], float] = {Linf: torch.inf, L2: 2, L1: 1, Pixels: 0}
 
 
-def to_foolbox(attack: Attack, *, threat: Threat, goal: Goal | None = None, seed: int = 0, keep: Keep = "first",
-               batch_size: int = 128) -> FixedEpsilonAttack:  # fmt: skip
+def to_foolbox(
+    attack: Attack, *, threat: Threat, goal: Goal | None = None, seed: int = 0, keep: Keep = "first", batch_size: int = 128
+) -> FixedEpsilonAttack:
     """One of our attacks as a foolbox attack: `to_foolbox(PGD(), threat=Linf(8 / 255))(fmodel, x, y, epsilons=[...])`.
 
     Labels and the criterion `Misclassification` mean the goal `Misclassify()`, `TargetedMisclassification` means
@@ -111,7 +112,7 @@ class FoolboxAttack(Attack):
     def _ask(self, problem: Problem, eps: float) -> Tensor:
         fb = load_foolbox()
         base, x = fb.attacks.base, problem.x
-        fmodel = fb.PyTorchModel(Door(problem), bounds=problem.threat.bounds, device=x.device)
+        fmodel = fb.PyTorchModel(ProblemModule(problem), bounds=problem.threat.bounds, device=x.device)
         criterion = _criterion(fb, problem)
         answer: Tensor
         try:

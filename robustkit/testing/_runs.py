@@ -28,8 +28,12 @@ def holds(law: Callable[..., None], about: object, cases: Any, examples: int | N
         raise MissingExtraError("hypothesis", "testing", error) from error
     count = 0
 
-    @settings(max_examples=examples or settings().max_examples, deadline=None, report_multiple_bugs=False,
-              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @settings(
+        max_examples=examples or settings().max_examples,
+        deadline=None,
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(case=cases)
     def run(case: object) -> None:
         nonlocal count

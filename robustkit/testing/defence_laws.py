@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from robustkit._engine.noise import Noise
-from robustkit._engine.state_guard import held, random_state, seeded
-from robustkit._engine.tensors import amax
+from robustkit._engine.state_guard import fork_rng, frozen, random_state
+from robustkit._engine.tensors import abs_max
 from robustkit.defence import Defence
 from robustkit.errors import ArgumentError
 from robustkit.target import Fn
@@ -36,7 +36,7 @@ class DefenceCase:
 
     def value(self, fn: Fn) -> Tensor:
         """What a function says of the inputs, from the same random state each time."""
-        with seeded(self.seed), torch.no_grad():
+        with fork_rng(self.seed), torch.no_grad():
             out: Tensor = fn(self.x.clone())
             return out
 
@@ -63,7 +63,7 @@ def check_defence(defence: Defence, *, shape: Sequence[int] = (1, 8, 8), example
     if not isinstance(defence, Defence):
         raise ArgumentError(f"defence={defence!r} must be a Defence, such as robustkit.defences.Quantise(8)")
     defence.checked_views()
-    with held(defence, "eval"), seeded(0):
+    with frozen(defence, "eval"), fork_rng(0):
         return sum(holds(law, defence, _cases(tuple(shape)), examples) for law in LAWS)
 
 
@@ -95,7 +95,7 @@ def exact_means_exact(defence: Defence, case: DefenceCase) -> None:
     for name, view in defence.views().items():
         if name in ("exact", "bpda"):
             assert torch.equal(case.value(view), value), name
-            with seeded(case.seed):
+            with fork_rng(case.seed):
                 assert torch.equal(view(case.x.clone().requires_grad_()).detach(), value), name
 
 
@@ -104,12 +104,12 @@ def views_show_a_way(defence: Defence, case: DefenceCase) -> None:
     value = case.value(defence)
     for number, view in enumerate(defence.views().values()):
         x = case.x.clone().requires_grad_()
-        with seeded(case.seed):
+        with fork_rng(case.seed):
             out = view(x)
         assert out.shape == value.shape
         grad = torch.autograd.grad((out * case.noise().at("slope").uniform(*out.shape[1:])).sum(), x, allow_unused=True)[0]
         assert grad is None or grad.isfinite().all()
-        assert number or (grad is not None and bool((amax(grad) > 0).all())), "the first view leads nowhere"
+        assert number or (grad is not None and bool((abs_max(grad) > 0).all())), "the first view leads nowhere"
 
 
 def scores_a_number_each(defence: Defence, case: DefenceCase) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from robustkit._engine.noise import Noise
-from robustkit._engine.tensors import as_rows, flat, norm
+from robustkit._engine.tensors import as_rows, flatten_rows, norm
 from robustkit.threats._box import l1_nearest, l1_steepest
 from robustkit.threats.threat import Threat
 
@@ -32,13 +32,13 @@ class L1(Threat):
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """The nearest point of ball and box together (projecting on one after the other is not)."""
-        delta = flat(x_adv).double() - flat(x).double()
+        delta = flatten_rows(x_adv).double() - flatten_rows(x).double()
         nearest = l1_nearest(delta.abs(), self._room(delta, x), self._eps_column(x))
-        return self.clamp((flat(x).double() + delta.sign() * nearest).to(x.dtype).reshape(x.shape))
+        return self.clamp((flatten_rows(x).double() + delta.sign() * nearest).to(x.dtype).reshape(x.shape))
 
     def steepest(self, grad: Tensor, x: Tensor) -> Tensor:
         """The coordinates of the largest gradient, each as far as the box allows, until the budget is spent."""
-        delta = l1_steepest(flat(grad).double().abs(), self._room(grad, x), self._eps_column(x))
+        delta = l1_steepest(flatten_rows(grad).double().abs(), self._room(grad, x), self._eps_column(x))
         return self.clamp(x + grad.sign() * delta.to(x).reshape(x.shape))
 
     def move(self, grad: Tensor, x_adv: Tensor, x: Tensor, length: float | Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class L1(Threat):
         SLIDE, Tramer & Boneh 2019, section 2.2 (https://arxiv.org/abs/1904.13000); unlike there, entries at the edge of
         the box that could only leave it are passed over.
         """
-        weight = flat(grad).abs() * (self._room(grad, x_adv) > 0)
+        weight = flatten_rows(grad).abs() * (self._room(grad, x_adv) > 0)
         count = max(1, round(0.05 * weight.shape[1]))
         top = weight.topk(count, 1).indices
         chosen = torch.zeros_like(weight).scatter(1, top, 1.0) * (weight > 0)

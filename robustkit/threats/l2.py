@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from robustkit._engine.noise import Noise
-from robustkit._engine.tensors import amax, as_rows, flat, norm, over
+from robustkit._engine.tensors import abs_max, as_rows, expand_rows, flatten_rows, norm
 from robustkit.threats._box import l2_steepest
 from robustkit.threats.threat import Threat
 
@@ -38,19 +38,19 @@ class L2(Threat):
         # Where float32 has rounded outwards by more than the size law allows, the change gives way by four roundings.
         outside = self.size(near, x) > self._eps_column(x)[:, 0] + self.slack(x)
         if outside.any():
-            near = torch.where(over(outside, x), self.clamp(x + delta * as_rows(shrink * (1 - 2**-22), x)), near)
+            near = torch.where(expand_rows(outside, x), self.clamp(x + delta * as_rows(shrink * (1 - 2**-22), x)), near)
         return near
 
     def steepest(self, grad: Tensor, x: Tensor) -> Tensor:
         """Along the gradient; what the box cuts off is spent on the other coordinates. Exact, unlike cutting alone."""
-        weight = flat(grad).double().abs()
+        weight = flatten_rows(grad).double().abs()
         weight = weight / weight.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
         delta = l2_steepest(weight, self._room(grad, x), self._eps_column(x))
         return self.clamp(x + grad.sign() * delta.to(x).reshape(x.shape))
 
     def move(self, grad: Tensor, x_adv: Tensor, x: Tensor, length: float | Tensor) -> Tensor:
         """Along the gradient."""
-        largest = amax(grad)
+        largest = abs_max(grad)
         # Gradients whose squares would vanish or overflow are scaled first; all others keep the bits of other libraries.
         extreme = (largest > 0) & ((largest < 1e-10) | (largest > 1e10))
         grad = grad / as_rows(torch.where(extreme, largest, torch.ones_like(largest)), grad)
@@ -65,4 +65,4 @@ class L2(Threat):
 
 def _length(x: Tensor) -> Tensor:
     """The Euclidean length of each row, (N,), in the operations and the type of other libraries; never quite zero."""
-    return flat(x).square().sum(1).sqrt().clamp(min=1e-12)
+    return flatten_rows(x).square().sum(1).sqrt().clamp(min=1e-12)

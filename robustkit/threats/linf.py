@@ -9,7 +9,7 @@ from typing import final
 from torch import Tensor
 
 from robustkit._engine.noise import Noise
-from robustkit._engine.tensors import amax, as_rows
+from robustkit._engine.tensors import abs_max, as_rows
 from robustkit.threats.threat import Threat
 
 __all__ = ["Linf"]
@@ -25,7 +25,7 @@ class Linf(Threat):
 
     def size(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """The largest absolute change, (N,) float64."""
-        return amax(x_adv.double() - x.double())
+        return abs_max(x_adv.double() - x.double())
 
     def slack(self, x: Tensor) -> Tensor:
         """One rounding."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from robustkit._engine.noise import Noise
-from robustkit._engine.tensors import as_rows, flat
+from robustkit._engine.tensors import as_rows, flatten_rows
 from robustkit.errors import ArgumentError, ShapeError
 from robustkit.threats.threat import Threat
 
@@ -37,7 +37,7 @@ class Pixels(Threat):
 
     def size(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """The number of locations where any channel differs, (N,) float64."""
-        return flat((_image(x_adv) != x).any(1)).sum(1).double()
+        return flatten_rows((_image(x_adv) != x).any(1)).sum(1).double()
 
     def slack(self, x: Tensor) -> Tensor:
         """None: untouched locations keep their bits."""
@@ -76,9 +76,9 @@ class Pixels(Threat):
         most = int(torch.as_tensor(self.eps).max())
         if most > math.prod(value.shape[1:]) > 0:
             raise ArgumentError(f"eps={most} of Pixels exceeds the {math.prod(value.shape[1:])} locations of the images")
-        top = flat(value).topk(most, 1)
+        top = flatten_rows(value).topk(most, 1)
         within = torch.arange(most, device=x.device) < self._eps_column(x)
-        chosen = torch.zeros_like(flat(value)).scatter(1, top.indices, ((top.values > 0) & within).double())
+        chosen = torch.zeros_like(flatten_rows(value)).scatter(1, top.indices, ((top.values > 0) & within).double())
         return torch.where(chosen.reshape(value.shape).unsqueeze(1) > 0, x_adv, x)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from robustkit._engine.noise import Noise
-from robustkit._engine.tensors import amax, flat
+from robustkit._engine.tensors import abs_max, flatten_rows
 from robustkit.errors import ArgumentError
 
 __all__ = ["Threat"]
@@ -121,7 +121,7 @@ class Threat(ABC):
         """Whether each x_adv lies in the box and, but for float32 rounding, in the ball, (N,) bool."""
         inside = self.size(x_adv, x) <= torch.as_tensor(self.eps, dtype=torch.float64, device=x.device) + self.slack(x)
         if self.bounds is not None:
-            inside &= (flat(x_adv) >= self.bounds[0]).all(1) & (flat(x_adv) <= self.bounds[1]).all(1)
+            inside &= (flatten_rows(x_adv) >= self.bounds[0]).all(1) & (flatten_rows(x_adv) <= self.bounds[1]).all(1)
         return inside
 
     @final
@@ -138,17 +138,17 @@ class Threat(ABC):
     def _rounding(self, x: Tensor) -> Tensor:
         """One float32 rounding of the data range, (N,) float64."""
         if self.bounds is None:
-            return (amax(x).double() + 2 * self._eps_column(x)[:, 0]) * _ROUNDING
+            return (abs_max(x).double() + 2 * self._eps_column(x)[:, 0]) * _ROUNDING
         low, high = self.bounds
         return torch.full((len(x),), max(high - low, -low, high) * _ROUNDING, dtype=torch.float64, device=x.device)
 
     @final
     def _room(self, grad: Tensor, x: Tensor) -> Tensor:
         """How far each coordinate can move in the direction of `grad` inside the box, (N, D) float64."""
-        x = flat(x).double()
+        x = flatten_rows(x).double()
         if self.bounds is None:
             return torch.full_like(x, torch.inf)
-        return torch.where(flat(grad) > 0, self.bounds[1] - x, x - self.bounds[0]).clamp(min=0)
+        return torch.where(flatten_rows(grad) > 0, self.bounds[1] - x, x - self.bounds[0]).clamp(min=0)
 
     @final
     def _eps_row(self, x: Tensor) -> float | Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from robustkit._engine.state_guard import held, seeded
+from robustkit._engine.state_guard import fork_rng, frozen
 from robustkit.errors import ArgumentError
 
 __all__ = ["Epoch", "Loss", "fit"]
@@ -37,8 +37,16 @@ class Epoch:
     examples: int
 
 
-def fit(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, loss: Loss, optimizer: Optimizer, epochs: int,
-        schedule: LRScheduler | None = None, seed: int = 0) -> tuple[Epoch, ...]:  # fmt: skip
+def fit(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    loss: Loss,
+    optimizer: Optimizer,
+    epochs: int,
+    schedule: LRScheduler | None = None,
+    seed: int = 0,
+) -> tuple[Epoch, ...]:
     """Train `model` in place, in training mode; its modes are restored afterwards.
 
     The order of the data is the loader's affair, and random numbers that the model draws (dropout) come from the global
@@ -83,8 +91,9 @@ def _with_seed(loss: Loss, seeds: Iterator[int]) -> Loss:
     return lambda model, x, y: loss(model, x, y, seed=next(seeds))
 
 
-def _epoch(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], loss: Loss, optimizer: Optimizer,
-           schedule: LRScheduler | None) -> Epoch:  # fmt: skip
+def _epoch(
+    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], loss: Loss, optimizer: Optimizer, schedule: LRScheduler | None
+) -> Epoch:
     total, right, count = 0.0, 0.0, 0
     for x, y in loader:
         x, y = _beside(model, x), _beside(model, y)
@@ -111,6 +120,6 @@ def _right(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """How many of the examples the model classifies right; leaves no trace."""
     if y.dtype != torch.int64 or y.dim() != 1:
         return math.nan
-    with held(model, "eval"), seeded(0):
+    with frozen(model, "eval"), fork_rng(0):
         out = model(x)
     return float((out.argmax(1) == y).sum()) if isinstance(out, Tensor) and out.dim() == 2 else math.nan

@@ -122,9 +122,18 @@ def train(name: str, folder: str | Path) -> Card:
     seconds = time.process_time() - start
     path = folder / f"{name}.safetensors"
     path.write_bytes(save(model.state_dict()))
-    made = Card(name, table(recipe), recipe.seed, sha256(path), sum(p.numel() for p in model.parameters()),
-                score(model, recipe), round(seconds, 1), torch.__version__, torch.backends.cpu.get_cpu_capability(),
-                _DATA_LICENCES[recipe.data])  # fmt: skip
+    made = Card(
+        name,
+        table(recipe),
+        recipe.seed,
+        sha256(path),
+        sum(p.numel() for p in model.parameters()),
+        score(model, recipe),
+        round(seconds, 1),
+        torch.__version__,
+        torch.backends.cpu.get_cpu_capability(),
+        _DATA_LICENCES[recipe.data],
+    )
     made.write(folder / f"{name}.json")
     return made
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import OneCycleLR
 
-from robustkit._engine.state_guard import seeded
+from robustkit._engine.state_guard import fork_rng
 from robustkit.attack import Attack
 from robustkit.attacks import PGD
 from robustkit.data import Data, load
@@ -54,12 +54,15 @@ class Recipe:
     warmup: int = 0
 
 
-RECIPES: Final[Mapping[str, Recipe]] = MappingProxyType({
-    "mnist-cnn": Recipe("mnist-5k", mnist_cnn, Linf(0.1), epochs=15, batch=100, lr=5e-3, shift=2),
-    "mnist-cnn-robust": Recipe("mnist-5k", mnist_cnn, Linf(0.3), epochs=60, batch=100, lr=5e-3, shift=2,
-                               attack=PGD(steps=7), warmup=20),
-    "digits-mlp": Recipe("digits", digits_mlp, Linf(0.1), epochs=30, batch=50, lr=1e-2),
-})  # fmt: skip
+RECIPES: Final[Mapping[str, Recipe]] = MappingProxyType(
+    {
+        "mnist-cnn": Recipe("mnist-5k", mnist_cnn, Linf(0.1), epochs=15, batch=100, lr=5e-3, shift=2),
+        "mnist-cnn-robust": Recipe(
+            "mnist-5k", mnist_cnn, Linf(0.3), epochs=60, batch=100, lr=5e-3, shift=2, attack=PGD(steps=7), warmup=20
+        ),
+        "digits-mlp": Recipe("digits", digits_mlp, Linf(0.1), epochs=30, batch=50, lr=1e-2),
+    }
+)
 
 
 class Batches:
@@ -98,7 +101,7 @@ class Batches:
 def build(recipe: Recipe) -> nn.Module:
     """The trained model in evaluation mode; the same bits for the same recipe, torch and processor family."""
     data = load(f"{recipe.data}:train")
-    with one_thread(), seeded(recipe.seed):
+    with one_thread(), fork_rng(recipe.seed):
         model = recipe.net()
         batches = Batches(data, recipe.batch, recipe.shift, recipe.seed)
         optimizer = Adam(model.parameters())

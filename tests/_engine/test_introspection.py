@@ -104,11 +104,11 @@ def test_generators_are_found():
     class Noisy(nn.Module):
         def __init__(self):
             super().__init__()
-            self.own, self.inner = torch.Generator(), nn.Identity()
+            self.predicted_ref, self.inner = torch.Generator(), nn.Identity()
             self.inner.rng = np.random.default_rng(0)
 
     noisy, python = Noisy(), random.Random(0)
-    assert set(map(id, generators_of(noisy))) == {id(noisy.own), id(noisy.inner.rng)}
+    assert set(map(id, generators_of(noisy))) == {id(noisy.predicted_ref), id(noisy.inner.rng)}
     assert generators_of(lambda x: python.random()) == [python]
 
 

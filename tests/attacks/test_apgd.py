@@ -156,7 +156,7 @@ def test_checkpoints_of_few_steps_rise_within_them():
 @pytest.mark.parametrize("loss", ["cross-entropy", "margin", "dlr"])
 def test_the_best_of_all_points_comes_back(loss):
     """By the loss that was followed, over all restarts."""
-    followed = Misclassify().by({"margin": _margin, "dlr": _dlr}.get(loss, _cross_entropy))
+    followed = Misclassify().with_surrogate({"margin": _margin, "dlr": _dlr}.get(loss, _cross_entropy))
     target = Seen(NET)
     result = APGD(steps=9, loss=loss, restarts=3)(Target(target), X, Y, threat=L2(2.0), keep="last")
     asked = target.inputs[1:31] if loss == "dlr" else target.inputs[:30]  # dlr asks about x itself before

@@ -9,8 +9,8 @@ from torch import nn
 from robustkit import L2, PGD, ClassifyAs, Linf, Misclassify, data, zoo
 from robustkit.attack import Attack
 from robustkit.attacks import FAB
-from robustkit.attacks._boundary import Border
-from robustkit.attacks.fab import walk
+from robustkit.attacks._boundary import DecisionBoundary
+from robustkit.attacks.fab import boundary_walk
 from robustkit.errors import ArgumentError
 from robustkit.losses import margin
 
@@ -101,8 +101,8 @@ def test_a_walk_is_the_same_alone_and_beside_others_who_leave():
     class Walk(Attack):
         def run(self, problem):
             wanted = NET(problem.x).argsort(1, descending=True)[:, 1]
-            asked = problem.following(Border(ClassifyAs().by(margin)), wanted)
-            found.append((*walk(asked, 12, FAB()), (~problem.open).tolist()))
+            asked = problem.with_surrogate(DecisionBoundary(ClassifyAs().with_surrogate(margin)), wanted)
+            found.append((*boundary_walk(asked, 12, FAB()), (~problem.unsolved).tolist()))
             return problem.x
 
     y = NET(x).argmax(1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from robustkit import L2, Linf
-from robustkit.attacks._hyperplane import far, onto
+from robustkit.attacks._hyperplane import far, project_to_hyperplane
 
 
 def dice(*shape, seed=0):
@@ -34,7 +34,7 @@ def test_it_is_the_smallest_move_to_the_plane(norm, bounds, sign):
     reach = (grad.abs() * torch.where(sign * grad > 0, unit, 1 - unit)).sum(1)  # what the box allows against the slope
     value = sign * torch.linspace(0.05, 0.9, 50, dtype=torch.float64) * reach
     x = low + width * unit
-    ours = onto(norm(0.1, bounds=bounds), x, grad / width, value)
+    ours = project_to_hyperplane(norm(0.1, bounds=bounds), x, grad / width, value)
     torch.testing.assert_close(ours / width, bisected(norm, unit, grad, value), rtol=1e-4, atol=2e-4)
     assert (value + (grad / width * ours).sum(1)).abs().max() < 1e-3 * value.abs().max()
     assert ((x + ours >= low - 1e-12) & (x + ours <= bounds[1] + 1e-12)).all()
@@ -47,8 +47,8 @@ def test_it_is_the_smallest_move_to_the_plane(norm, bounds, sign):
 def test_tiny_and_huge_slopes_are_as_good_as_others(norm, scale, bounds):
     """Their squares are no float32 numbers."""
     x, grad, value = torch.full((1, 2), 0.5), torch.tensor([[3.0, -4.0]]), torch.tensor([1.0])
-    ours = onto(norm(0.1, bounds=bounds), x, scale * grad, scale * value)
-    torch.testing.assert_close(ours, onto(norm(0.1, bounds=bounds), x, grad, value))
+    ours = project_to_hyperplane(norm(0.1, bounds=bounds), x, scale * grad, scale * value)
+    torch.testing.assert_close(ours, project_to_hyperplane(norm(0.1, bounds=bounds), x, grad, value))
     assert ours.abs().min() > 0.05
 
 
@@ -62,20 +62,20 @@ def test_how_far_a_move_goes():
 def test_without_a_box_it_is_the_dual_direction(norm, move):
     """From a value of 10 with slopes (3, -4): 10 / 25 of the slopes, or 10 / 7 against each sign."""
     x, grad = torch.zeros(1, 2), torch.tensor([[3.0, -4.0]])
-    ours = onto(norm(0.1, bounds=None), x, grad, torch.tensor([10.0]))
+    ours = project_to_hyperplane(norm(0.1, bounds=None), x, grad, torch.tensor([10.0]))
     torch.testing.assert_close(ours, torch.tensor([move]))
-    back = onto(norm(0.1, bounds=None), x, grad, torch.tensor([-10.0]))
+    back = project_to_hyperplane(norm(0.1, bounds=None), x, grad, torch.tensor([-10.0]))
     torch.testing.assert_close(back, -ours)
 
 
 @pytest.mark.parametrize("norm", [Linf, L2])
 def test_where_the_box_has_too_little_room_all_of_it_is_used(norm):
     x, grad = torch.tensor([[0.2, 0.9, 0.5]]), torch.tensor([[1.0, -2.0, 0.0]])
-    ours = onto(norm(0.1), x, grad, torch.tensor([5.0]))
+    ours = project_to_hyperplane(norm(0.1), x, grad, torch.tensor([5.0]))
     torch.testing.assert_close(ours, torch.tensor([[-0.2, 0.1, 0.0]]))
 
 
 def test_nothing_moves_at_the_plane_or_without_a_slope():
     x = torch.tensor([[0.2, 0.9], [0.2, 0.9]])
-    ours = onto(L2(0.1), x, torch.tensor([[1.0, 1.0], [0.0, 0.0]]), torch.tensor([0.0, 1.0]))
+    ours = project_to_hyperplane(L2(0.1), x, torch.tensor([[1.0, 1.0], [0.0, 0.0]]), torch.tensor([0.0, 1.0]))
     assert torch.equal(ours, torch.zeros(2, 2))

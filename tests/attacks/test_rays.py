@@ -194,8 +194,9 @@ def test_rows_of_a_table_are_served():
     torch.manual_seed(3)
     net, x = nn.Linear(9, 3).double(), torch.rand(5, 9, dtype=torch.float64)
     flat = RayS(queries=80)(net, x, net(x).argmax(1), threat=Linf(0.2), keep="last")
-    image = RayS(queries=80)(nn.Sequential(nn.Flatten(), net), x.reshape(5, 1, 3, 3), net(x).argmax(1), threat=Linf(0.2),
-                             keep="last")  # fmt: skip
+    image = RayS(queries=80)(
+        nn.Sequential(nn.Flatten(), net), x.reshape(5, 1, 3, 3), net(x).argmax(1), threat=Linf(0.2), keep="last"
+    )
     assert torch.equal(flat.x_adv, image.x_adv.flatten(1))
 
 

@@ -25,8 +25,12 @@ from robustkit.errors import ArgumentError
 
 NET = zoo.load("digits-mlp")
 DIGITS = load_data("digits")
-PLAN = Plan((Case("zoo:digits-mlp", "linf:0.1", "pgd:steps=5"), Case("zoo:digits-mlp", "linf:0.1", "fgsm")), "digits", limit=60,
-            block=20)  # fmt: skip
+PLAN = Plan(
+    (Case("zoo:digits-mlp", "linf:0.1", "pgd:steps=5"), Case("zoo:digits-mlp", "linf:0.1", "fgsm")),
+    "digits",
+    limit=60,
+    block=20,
+)
 
 
 @pytest.fixture(scope="module")
@@ -166,8 +170,25 @@ def test_a_margin_lets_a_fall_of_its_size_pass_and_no_larger_one(made, tmp_path)
     out = tmp_path / "run"
     shutil.copytree(made, out)
     lost = better_by(out, 6)
-    words = ["bench", "--model", "zoo:digits-mlp", "--data", "digits", "--limit", "60", "--block", "20", "--threat", "linf:0.1",
-             "--attack", "pgd:steps=5", "--attack", "fgsm", "--baseline", str(out)]  # fmt: skip
+    words = [
+        "bench",
+        "--model",
+        "zoo:digits-mlp",
+        "--data",
+        "digits",
+        "--limit",
+        "60",
+        "--block",
+        "20",
+        "--threat",
+        "linf:0.1",
+        "--attack",
+        "pgd:steps=5",
+        "--attack",
+        "fgsm",
+        "--baseline",
+        str(out),
+    ]
     assert lost == 6
     assert main([*words, "--fail-if-worse", "0.1", "--out", str(tmp_path / "a")]) == 0
     assert main([*words, "--fail-if-worse", "0.099", "--out", str(tmp_path / "b")]) == 1

@@ -27,8 +27,9 @@ def test_the_figures_are_those_of_the_attack():
     assert [(r["threat"], r["attack"]) for r in report.records] == [
         (threat, repr(attack)) for threat in ("linf:0.1", "l2:0.7") for attack in (PGD(5), FGSM())
     ]
-    for record, (threat, attack) in zip(report.records, [(t, a) for t in (Linf(0.1), L2(0.7)) for a in (PGD(5), FGSM())],
-                                        strict=True):  # fmt: skip
+    for record, (threat, attack) in zip(
+        report.records, [(t, a) for t in (Linf(0.1), L2(0.7)) for a in (PGD(5), FGSM())], strict=True
+    ):
         parts = [slice(0, 100), slice(100, 130)]
         ids = torch.arange(130)
         results = [attack(NET, X[p], Y[p], threat=threat, seed=3, ids=ids[p]) for p in parts]
@@ -36,8 +37,8 @@ def test_the_figures_are_those_of_the_attack():
         assert record["robust_accuracy"] == pytest.approx(1 - record["success_rate"])
         assert record["clean_accuracy"] == (NET(X).argmax(1) == Y).double().mean().item()
         assert record["forwards"] == sum(int(r.forwards.sum()) for r in results)
-    assert [row["threat"] for row in report.together] == ["linf:0.1", "l2:0.7"]
-    for row in report.together:
+    assert [row["threat"] for row in report.worst_case] == ["linf:0.1", "l2:0.7"]
+    for row in report.worst_case:
         assert row["robust_accuracy"] <= min(r["robust_accuracy"] for r in report.records if r["threat"] == row["threat"])
 
 
@@ -56,8 +57,21 @@ def test_objects_words_loaders_and_plans_say_the_same():
     other_name = evaluate(NET, (X, Y), threat=Linf(0.1), attacks=[PGD(5)]).records[0]
     assert other_name["model"] == type(NET).__name__
     for record in others:
-        for key in ("n", "clean_accuracy", "robust_accuracy", "success_rate", "forwards", "backwards", "median_size", "model",
-                    "model_hash", "data_hash", "recipe", "attack", "threat"):  # fmt: skip
+        for key in (
+            "n",
+            "clean_accuracy",
+            "robust_accuracy",
+            "success_rate",
+            "forwards",
+            "backwards",
+            "median_size",
+            "model",
+            "model_hash",
+            "data_hash",
+            "recipe",
+            "attack",
+            "threat",
+        ):
             assert record[key] == expected[key], key
 
 
@@ -99,9 +113,9 @@ def test_a_loader_is_read_no_further_than_it_is_wanted():
 
 def test_it_shows_itself(tmp_path):
     report = evaluate({"<b>mine</b>": NET}, (X, Y), threat=Linf(0.1), attacks=[FGSM()])
-    robust = f"{report.together[0]['robust_accuracy']:.1%}"
+    robust = f"{report.worst_case[0]['robust_accuracy']:.1%}"
     assert repr(report).splitlines()[0] == "Report"
-    assert f"<b>mine</b>, linf:0.1: {report.together[0]['clean_accuracy']:.1%} clean, {robust} robust at most" in repr(report)
+    assert f"<b>mine</b>, linf:0.1: {report.worst_case[0]['clean_accuracy']:.1%} clean, {robust} robust at most" in repr(report)
     html = report._repr_html_()
     assert robust.replace("%", "") in html
     assert "<b>mine</b>" not in html

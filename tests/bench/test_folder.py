@@ -42,7 +42,7 @@ def test_what_is_written_can_be_read(tmp_path):
     )
     assert results["data"] == {"spec": "digits", "offset": 0, "limit": 20}
     assert results["records"] == [outcome.record for outcome in DONE]
-    assert [(row["threat"], row["n"]) for row in results["together"]] == [("linf:0.1", 20), ("linf:0.2", 20)]
+    assert [(row["threat"], row["n"]) for row in results["worst_case"]] == [("linf:0.1", 20), ("linf:0.2", 20)]
     held = read_plan(out / "plan.toml")
     assert held == PLAN
     assert held.pins == LOADED.plan.pins

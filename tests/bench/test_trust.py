@@ -18,7 +18,7 @@ from torch import nn
 from robustkit import FGSM, PGD, Linf, Target, cli, evaluate, zoo
 from robustkit.bench import Case, Plan
 from robustkit.bench.execution.executors import Processes
-from robustkit.bench.execution.loaded_run import Loader, Trial, load
+from robustkit.bench.execution.loaded_run import ResolvedCase, RunLoader, load
 from robustkit.bench.execution.preview import preview
 from robustkit.bench.execution.runner import outcomes
 from robustkit.bench.folder import open_folder
@@ -28,7 +28,7 @@ from robustkit.bench.results import read_run as past
 from robustkit.bench.results.block import Task
 from robustkit.bench.results.store import Files, Memory
 from robustkit.commands import bench as command
-from robustkit.commands.bench import Manner, bench_command
+from robustkit.commands.bench import RunOptions, bench_command
 from robustkit.data import load as load_data
 from robustkit.errors import ArgumentError, RobustkitError
 
@@ -71,10 +71,16 @@ def name_of(loaded):
 @pytest.mark.parametrize(
     "change",
     [
-        {"seed": 1}, {"batch_size": 99}, {"block": 99}, {"device": "cuda"}, {"normalize": "0.5,0.5"}, {"offset": 1},
-        {"save_adversarial": True}, {"pins": {"digits": "0", "zoo:digits-mlp": "1"}},
+        {"seed": 1},
+        {"batch_size": 99},
+        {"block": 99},
+        {"device": "cuda"},
+        {"normalize": "0.5,0.5"},
+        {"offset": 1},
+        {"save_adversarial": True},
+        {"pins": {"digits": "0", "zoo:digits-mlp": "1"}},
     ],
-)  # fmt: skip
+)
 def test_a_block_is_named_by_all_that_its_outcome_depends_on(change):
     loaded = load(PLAN)
     loaded.plan = replace(loaded.plan, pins={"digits": "1", "zoo:digits-mlp": "1"})
@@ -96,7 +102,7 @@ def test_a_block_is_named_by_all_that_its_outcome_depends_on(change):
 def test_a_block_is_named_by_the_recipe_and_not_by_words_alone(change):
     loaded = load(PLAN)
     before = name_of(loaded)
-    trial = Trial(CASE, PGD(steps=3), Linf(0.1), goal("misclassify"))
+    trial = ResolvedCase(CASE, PGD(steps=3), Linf(0.1), goal("misclassify"))
     loaded.trials = (trial,)
     assert name_of(loaded) == before
     loaded.trials = (replace(trial, **change),)
@@ -162,7 +168,7 @@ def test_a_worker_with_another_model_than_that_of_its_parent_does_no_block(use):
     begun = load(PLAN)
     use(Around(lambda x: x + 1e-4))
     with pytest.raises(ArgumentError):
-        pickle.loads(pickle.dumps(Loader(begun.plan, begun)))()
+        pickle.loads(pickle.dumps(RunLoader(begun.plan, begun)))()
 
 
 # --- models that change what they are given, or remember -----------------------------------------------------------------
@@ -493,14 +499,15 @@ def test_results_with_strange_records_are_not_read(finished, tmp_path, content):
         past.read(run)
 
 
-SMALL = Request(model=["zoo:digits-mlp"], data="digits", limit=40, threat=["linf:0.1"], attack=["pgd:steps=3", "fgsm"],
-                block=10)  # fmt: skip
+SMALL = Request(
+    model=["zoo:digits-mlp"], data="digits", limit=40, threat=["linf:0.1"], attack=["pgd:steps=3", "fgsm"], block=10
+)
 
 
 def test_resuming_with_other_words_is_refused_and_not_silently_the_old_plan(finished, tmp_path):
     run = copied(finished, tmp_path)
     with pytest.raises(ArgumentError, match=r"another plan \(other limit"):
-        bench_command(replace(SMALL, limit=30), Manner(run, resume=True))
+        bench_command(replace(SMALL, limit=30), RunOptions(run, resume=True))
 
 
 def reversed_outcomes(*arguments):
@@ -511,8 +518,8 @@ def test_cases_that_are_finished_in_another_order_are_judged_as_those_that_they_
     """As workers may finish them: what survives each must stay with its record."""
     monkeypatch.setattr(command, "outcomes", reversed_outcomes)
     request = replace(SMALL, threat=["linf:0.1", "linf:0.02"], attack=["fgsm"])
-    assert bench_command(request, Manner(tmp_path / "a", baseline=None)) == 0
-    assert bench_command(request, Manner(tmp_path / "b", baseline=tmp_path / "a", fail_if_worse=0.0)) == 0
+    assert bench_command(request, RunOptions(tmp_path / "a", baseline=None)) == 0
+    assert bench_command(request, RunOptions(tmp_path / "b", baseline=tmp_path / "a", fail_if_worse=0.0)) == 0
     assert "0 of 40 images lost, 0 won" in capsys.readouterr().out
 
 

@@ -11,14 +11,21 @@ import pytest
 
 from robustkit import cli
 from robustkit.bench import read_plan
-from robustkit.bench.execution.model_under_test import is_pinned
+from robustkit.bench.execution.model_under_test import hash_matches
 from robustkit.bench.plan.request import Request
 from robustkit.commands import bench as command
-from robustkit.commands.bench import Manner, bench_command
+from robustkit.commands.bench import RunOptions, bench_command
 from robustkit.errors import ArgumentError
 
-SMALL = Request(model=["zoo:digits-mlp"], data="digits", limit=30, threat=["linf:0.1"], attack=["fgsm", "pgd:steps=3"],
-                goal=["misclassify", "least-likely"], block=10)  # fmt: skip
+SMALL = Request(
+    model=["zoo:digits-mlp"],
+    data="digits",
+    limit=30,
+    threat=["linf:0.1"],
+    attack=["fgsm", "pgd:steps=3"],
+    goal=["misclassify", "least-likely"],
+    block=10,
+)
 
 
 def results(out):
@@ -35,12 +42,12 @@ def timeless(value):
 def made(tmp_path_factory):
     """A finished run."""
     out = tmp_path_factory.mktemp("made") / "run"
-    assert bench_command(SMALL, Manner(out)) == 0
+    assert bench_command(SMALL, RunOptions(out)) == 0
     return out
 
 
 def test_two_equal_runs_differ_in_seconds_alone(made, tmp_path, capsys):
-    bench_command(SMALL, Manner(tmp_path / "again"))
+    bench_command(SMALL, RunOptions(tmp_path / "again"))
     first, second = results(made), results(tmp_path / "again")
     assert first != second
     assert timeless(first) == timeless(second)
@@ -49,14 +56,14 @@ def test_two_equal_runs_differ_in_seconds_alone(made, tmp_path, capsys):
 
 
 def test_the_plan_that_is_written_gives_the_same_numbers(made, tmp_path, capsys):
-    assert bench_command(Request(plan=made / "plan.toml"), Manner(tmp_path / "again")) == 0
+    assert bench_command(Request(plan=made / "plan.toml"), RunOptions(tmp_path / "again")) == 0
     assert timeless(results(tmp_path / "again")) == timeless(results(made))
     assert (tmp_path / "again" / "plan.toml").read_bytes() == (made / "plan.toml").read_bytes()
 
 
 def test_the_table_says_what_the_file_says_and_where_the_report_is(tmp_path, capsys):
     out = tmp_path / "[bold]a run :smile:"
-    bench_command(SMALL, Manner(out))
+    bench_command(SMALL, RunOptions(out))
     said = capsys.readouterr()
     assert said.err == ""
     for record in results(out)["records"]:
@@ -68,7 +75,7 @@ def test_the_table_says_what_the_file_says_and_where_the_report_is(tmp_path, cap
 
 def test_json_is_results_json_and_the_gates(tmp_path, capsys):
     out = tmp_path / "run"
-    assert bench_command(SMALL, Manner(out, format="json", fail_under=0.0)) == 0
+    assert bench_command(SMALL, RunOptions(out, format="json", fail_under=0.0)) == 0
     said = json.loads(capsys.readouterr().out)
     (gate,) = said.pop("gates")
     assert gate["passed"] is True
@@ -92,8 +99,12 @@ class Talks(torch.nn.Module):
 def test_what_a_model_prints_is_not_the_answer(tmp_path, workers):
     (tmp_path / "nets.py").write_text(TALKING)
     words = ["--model", "nets.py:Talks", "--data", "digits", "--limit", "20", "--block", "10", "--threat", "linf:0.1"]
-    done = subprocess.run([sys.executable, "-m", "robustkit", "bench", *words, "--format", "json", "--workers", workers],
-                          capture_output=True, text=True, cwd=tmp_path)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "robustkit", "bench", *words, "--format", "json", "--workers", workers],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["records"][0]["n"] == 20
     assert "I am a model" in done.stderr
@@ -108,7 +119,7 @@ def test_files_are_written_after_every_case(tmp_path, monkeypatch, capsys):
             seen.append(len(results(tmp_path / "out")["records"]))
 
     monkeypatch.setattr(command, "outcomes", watched)
-    bench_command(SMALL, Manner(tmp_path / "out"))
+    bench_command(SMALL, RunOptions(tmp_path / "out"))
     assert seen == [1, 2, 3, 4]
 
 
@@ -128,7 +139,7 @@ def test_an_interruption_keeps_what_was_finished_and_tells_how_to_go_on(made, tm
     out = tmp_path / "a run"
     with monkeypatch.context() as patch:
         patch.setattr(command, "outcomes", failing(2, KeyboardInterrupt()))
-        assert bench_command(SMALL, Manner(out)) == 130
+        assert bench_command(SMALL, RunOptions(out)) == 130
     assert capsys.readouterr().err == (
         f"robustkit: what was finished is in {out}; go on with: robustkit bench --out '{out}' --resume\n"
     )
@@ -140,13 +151,13 @@ def test_an_interruption_keeps_what_was_finished_and_tells_how_to_go_on(made, tm
 def test_a_defect_keeps_what_was_finished(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "outcomes", failing(2, ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):
-        bench_command(SMALL, Manner(tmp_path / "out"))
+        bench_command(SMALL, RunOptions(tmp_path / "out"))
     assert len(results(tmp_path / "out")["records"]) == 2
 
 
 def test_nothing_is_left_where_nothing_could_begin(tmp_path):
     with pytest.raises(ArgumentError):
-        bench_command(replace(SMALL, model=["zoo:nope"]), Manner(tmp_path / "new" / "out"))
+        bench_command(replace(SMALL, model=["zoo:nope"]), RunOptions(tmp_path / "new" / "out"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -167,7 +178,7 @@ def test_finished_blocks_are_not_done_again(made, tmp_path, monkeypatch, capsys)
 
     monkeypatch.setattr(command, "load", watched)
     before = {path: path.stat().st_mtime_ns for path in (out / "examples").rglob("*.safetensors")}
-    assert bench_command(Request(), Manner(out, resume=True)) == 0
+    assert bench_command(Request(), RunOptions(out, resume=True)) == 0
     assert {task.name for task in done} == {path.stem.partition("-")[2] for path in (gone, damaged)}
     after = {path: path.stat().st_mtime_ns for path in (out / "examples").rglob("*.safetensors")}
     assert after.keys() - before.keys() == {gone}
@@ -176,7 +187,7 @@ def test_finished_blocks_are_not_done_again(made, tmp_path, monkeypatch, capsys)
 
 
 def test_workers_change_nothing(made, tmp_path, capsys):
-    assert bench_command(SMALL, Manner(tmp_path / "run", workers=2)) == 0
+    assert bench_command(SMALL, RunOptions(tmp_path / "run", workers=2)) == 0
     assert timeless(results(tmp_path / "run")) == timeless(results(made))
     ours, theirs = (sorted((out / "examples").rglob("*.safetensors")) for out in (made, tmp_path / "run"))
     assert [path.relative_to(made) for path in ours] == [path.relative_to(tmp_path / "run") for path in theirs]
@@ -185,7 +196,7 @@ def test_workers_change_nothing(made, tmp_path, capsys):
 def test_attacked_images_are_saved_where_wanted(made, tmp_path, capsys):
     from safetensors.torch import load_file
 
-    assert bench_command(replace(SMALL, save_adversarial=True), Manner(tmp_path / "run")) == 0
+    assert bench_command(replace(SMALL, save_adversarial=True), RunOptions(tmp_path / "run")) == 0
     files = sorted((tmp_path / "run" / "examples" / "case-01").iterdir())
     assert [tuple(load_file(file)["x_adv"].shape) for file in files] == [(10, 1, 8, 8)] * 3
     assert all("x_adv" not in load_file(file) for file in (made / "examples").rglob("*.safetensors"))
@@ -194,17 +205,17 @@ def test_attacked_images_are_saved_where_wanted(made, tmp_path, capsys):
 
 
 def test_gates_decide_the_exit_code_and_are_told(made, tmp_path, capsys):
-    share = results(made)["together"][0]["robust_accuracy"]
-    assert bench_command(SMALL, Manner(tmp_path / "a", fail_under=share)) == 0
+    share = results(made)["worst_case"][0]["robust_accuracy"]
+    assert bench_command(SMALL, RunOptions(tmp_path / "a", fail_under=share)) == 0
     assert "gate passed" in capsys.readouterr().out
     junit = tmp_path / "deep" / "junit.xml"
-    assert bench_command(SMALL, Manner(tmp_path / "b", fail_under=share + 0.01, junit=junit)) == 1
+    assert bench_command(SMALL, RunOptions(tmp_path / "b", fail_under=share + 0.01, junit=junit)) == 1
     assert "gate FAILED" in capsys.readouterr().out
     assert len(ElementTree.parse(junit).findall(".//failure")) == 1
 
 
 def test_a_baseline_is_compared_with_image_by_image(made, tmp_path, capsys):
-    assert bench_command(SMALL, Manner(tmp_path / "a", baseline=made)) == 0
+    assert bench_command(SMALL, RunOptions(tmp_path / "a", baseline=made)) == 0
     weak = replace(SMALL, attack=["fgsm"])
     for unlike, told in [
         (weak, "attacked in the same ways"),
@@ -212,18 +223,18 @@ def test_a_baseline_is_compared_with_image_by_image(made, tmp_path, capsys):
         (replace(SMALL, threat=["linf:0.2"]), "no record in common"),
     ]:
         with pytest.raises(ArgumentError, match=told):
-            bench_command(unlike, Manner(tmp_path / "b", baseline=made))
+            bench_command(unlike, RunOptions(tmp_path / "b", baseline=made))
     half = tmp_path / "half"
     shutil.copytree(made, half)
     told = results(half)
     (half / "results.json").write_text(json.dumps(told | {"records": told["records"][:1]}))
     with pytest.raises(ArgumentError, match="has finished 1 of 4 cases; go on with: robustkit bench --out"):
-        bench_command(SMALL, Manner(tmp_path / "b", baseline=half))
+        bench_command(SMALL, RunOptions(tmp_path / "b", baseline=half))
     for junit in (tmp_path, tmp_path / "half" / "plan.toml" / "x.xml"):
         with pytest.raises(ArgumentError, match=r"junit=.* cannot be written"):
-            bench_command(SMALL, Manner(tmp_path / "b", junit=junit))
+            bench_command(SMALL, RunOptions(tmp_path / "b", junit=junit))
     with pytest.raises(ArgumentError, match="a gate needs an attack with goal misclassify"):
-        bench_command(replace(SMALL, goal=["least-likely"]), Manner(tmp_path / "b", fail_under=0.5))
+        bench_command(replace(SMALL, goal=["least-likely"]), RunOptions(tmp_path / "b", fail_under=0.5))
     assert not (tmp_path / "b").exists()  # before any work
 
 
@@ -240,13 +251,13 @@ def test_a_baseline_is_compared_with_image_by_image(made, tmp_path, capsys):
 def test_a_manner_that_makes_no_sense_is_refused_before_any_work(tmp_path, monkeypatch, manner, told):
     monkeypatch.setattr(command, "load", lambda plan: pytest.fail("the plan was loaded"))
     with pytest.raises(ArgumentError, match=told):
-        bench_command(SMALL, Manner(tmp_path / "out", **manner))
+        bench_command(SMALL, RunOptions(tmp_path / "out", **manner))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dry_run_tells_what_it_would_take_and_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert bench_command(replace(SMALL, block=None, attack=["ifgsm:steps=4"], goal=None), Manner(dry_run=True)) == 0
+    assert bench_command(replace(SMALL, block=None, attack=["ifgsm:steps=4"], goal=None), RunOptions(dry_run=True)) == 0
     said = capsys.readouterr().out
     # keep="first" lets the solved leave, so at most 4 gradients an image.
     (row,) = [line.split() for line in said.splitlines() if "ifgsm" in line]
@@ -270,7 +281,7 @@ def test_a_plan_on_other_weights_is_refused(made, tmp_path):
     pin = read_plan(made / "plan.toml").pins["zoo:digits-mlp"]
     (tmp_path / "plan.toml").write_text(text.replace(pin, "0123456789abcdef"))
     with pytest.raises(ArgumentError, match=rf"'zoo:digits-mlp' has the hash {pin}, and the plan was made with 0123456789abc"):
-        bench_command(Request(plan=tmp_path / "plan.toml"), Manner(tmp_path / "out"))
+        bench_command(Request(plan=tmp_path / "plan.toml"), RunOptions(tmp_path / "out"))
 
 
 CODE = """
@@ -288,32 +299,40 @@ def test_a_run_is_held_to_the_code_of_a_model_and_not_to_its_weights_alone(tmp_p
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nets.py").write_text(CODE.format(mean=0.3))
     asked = Request(model=["nets.py:Net"], data="digits", limit=30, block=10, threat=["linf:0.1"], attack=["fgsm"])
-    assert bench_command(asked, Manner(tmp_path / "run")) == 0
+    assert bench_command(asked, RunOptions(tmp_path / "run")) == 0
     before = results(tmp_path / "run")
     next((tmp_path / "run" / "examples").rglob("*.safetensors")).unlink()
     for mean, told in ((0.9, "has the hash"), (0.30001, "does not say what it said when this run began")):
         (tmp_path / "nets.py").write_text(CODE.format(mean=mean) + "# as long as that was before\n" * round(mean))
         with pytest.raises(ArgumentError, match=told):
-            bench_command(Request(), Manner(tmp_path / "run", resume=True))
+            bench_command(Request(), RunOptions(tmp_path / "run", resume=True))
     (tmp_path / "nets.py").write_text(CODE.format(mean=0.9))
     with pytest.raises(ArgumentError, match="the plan was made with"):
-        bench_command(Request(plan=tmp_path / "run" / "plan.toml"), Manner(tmp_path / "again"))
+        bench_command(Request(plan=tmp_path / "run" / "plan.toml"), RunOptions(tmp_path / "again"))
     (tmp_path / "nets.py").write_text(CODE.format(mean=0.3) + "# another comment\n")
-    assert bench_command(Request(), Manner(tmp_path / "run", resume=True)) == 0
+    assert bench_command(Request(), RunOptions(tmp_path / "run", resume=True)) == 0
     assert timeless(results(tmp_path / "run")) == timeless(before)
 
 
 @pytest.mark.parametrize(
     ("found", "wanted", "same"),
     [
-        ("abc 1.0 2.0", "abc 1.0 2.0", True), ("abc 1.0 2.0", "abc", True), ("abc 1.0 2.0", "abd 1.0 2.0", False),
-        ("abc 1.001 2.0", "abc 1.0 2.0", True), ("abc 1.003 2.0", "abc 1.0 2.0", False), ("abc 1e-9 2.0", "abc 0 2.0", True),
-        ("abc 1.0 2.003", "abc 1.0 2.0", False), ("abc nan nan", "abc nan nan", True), ("abc nan 1", "abc 0 1", False),
-        ("abc 1.0 2.0", "abc x y", False), ("abc 1.0 2.0", "abc 1.0", False), ("abc inf 1", "abc inf 1", True),
+        ("abc 1.0 2.0", "abc 1.0 2.0", True),
+        ("abc 1.0 2.0", "abc", True),
+        ("abc 1.0 2.0", "abd 1.0 2.0", False),
+        ("abc 1.001 2.0", "abc 1.0 2.0", True),
+        ("abc 1.003 2.0", "abc 1.0 2.0", False),
+        ("abc 1e-9 2.0", "abc 0 2.0", True),
+        ("abc 1.0 2.003", "abc 1.0 2.0", False),
+        ("abc nan nan", "abc nan nan", True),
+        ("abc nan 1", "abc 0 1", False),
+        ("abc 1.0 2.0", "abc x y", False),
+        ("abc 1.0 2.0", "abc 1.0", False),
+        ("abc inf 1", "abc inf 1", True),
     ],
-)  # fmt: skip
+)
 def test_a_pin_forgives_rounding_and_nothing_else(found, wanted, same):
-    assert is_pinned(found, wanted) is same
+    assert hash_matches(found, wanted) is same
 
 
 def test_a_cross_check_without_any_library_says_how_to_install_one(monkeypatch, capsys):

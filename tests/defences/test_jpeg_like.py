@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.fft import dctn, idctn
 
 from robustkit import PGD, Linf, data, zoo
-from robustkit.attack import FLAT
+from robustkit.attack import FLAT_GRADIENTS
 from robustkit.defences import JPEGLike
 from robustkit.errors import ArgumentError, ShapeError
 from robustkit.testing import check_defence
@@ -116,7 +116,7 @@ def test_it_hides_the_gradient_and_protects_hardly_anything():
     digits, net = data.load("mnist-5k").part(limit=40), zoo.load("mnist-cnn")
     target = JPEGLike(50).guard(net)
     blind = PGD(steps=10)(target.seen("exact"), digits.x, digits.y, threat=Linf(0.2))
-    assert FLAT in [flag.name for flag in blind.flags]
+    assert FLAT_GRADIENTS in [flag.name for flag in blind.flags]
     for name in ("bpda", "smooth"):
         seeing = PGD(steps=20)(target.seen(name), digits.x, digits.y, threat=Linf(0.2))
         assert not seeing.flags

@@ -39,8 +39,11 @@ def test_the_derivative_is_that_of_the_pixel_which_is_the_median():
     expected = torch.zeros_like(x)
     for row in range(5):
         for column in range(6):
-            square = [(abs(row + i) if row + i < 5 else 3, abs(column + j) if column + j < 6 else 4)
-                      for i in (-1, 0, 1) for j in (-1, 0, 1)]  # fmt: skip
+            square = [
+                (abs(row + i) if row + i < 5 else 3, abs(column + j) if column + j < 6 else 4)
+                for i in (-1, 0, 1)
+                for j in (-1, 0, 1)
+            ]
             middle = sorted(square, key=lambda at: float(x.detach()[0, 0, at[0], at[1]]))[4]
             expected[0, 0, middle[0], middle[1]] += weight[0, 0, row, column]
     assert torch.allclose(slopes["exact"], expected)

@@ -44,10 +44,10 @@ def test_parts_are_all_other_classes_likeliest_first(case):
 
 @given(CASES)
 def test_a_goal_can_be_followed_by_another_loss_and_so_can_its_parts(case):
-    assert Misclassify().by(margin) == Misclassify(margin)
-    assert ClassifyAs().by(margin) == ClassifyAs(margin)
-    assert ClassifyAs().by(dlr) == ClassifyAs(targeted_dlr)
-    assert all(part == ClassifyAs(targeted_dlr) for part, _ in Misclassify().by(dlr).parts(*case))
+    assert Misclassify().with_surrogate(margin) == Misclassify(margin)
+    assert ClassifyAs().with_surrogate(margin) == ClassifyAs(margin)
+    assert ClassifyAs().with_surrogate(dlr) == ClassifyAs(targeted_dlr)
+    assert all(part == ClassifyAs(targeted_dlr) for part, _ in Misclassify().with_surrogate(dlr).parts(*case))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -64,7 +64,7 @@ def test_of_a_tie_the_class_of_the_lowest_number_comes_first():
     out = torch.tensor([[1.0, 1.0, 0.0]]).expand(3, 3)
     y = torch.arange(3)
     assert Misclassify().success(out, y).tolist() == [False, True, True]
-    assert Misclassify().edge(out, y).tolist() == [0, 0, -1]  # by which a tie is told
+    assert Misclassify().boundary_margin(out, y).tolist() == [0, 0, -1]  # by which a tie is told
 
 
 @pytest.mark.parametrize("bad", [-1, 3, 99])

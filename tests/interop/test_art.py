@@ -13,7 +13,7 @@ from torch import nn
 
 from robustkit import FGSM, L1, L2, PGD, ClassifyAs, Linf, Misclassify, Pixels, Target
 from robustkit._engine.state_guard import random_state
-from robustkit.attack import FLAT, Attack
+from robustkit.attack import FLAT_GRADIENTS, Attack
 from robustkit.defence import Defence
 from robustkit.defences import Quantise
 from robustkit.errors import ArgumentError, MissingExtraError, ShapeError
@@ -53,8 +53,15 @@ EPS = 0.3
 
 
 def classifier_of(net, *, clip_values=(0.0, 1.0), kind=PyTorchClassifier, **keywords):
-    return kind(model=net, loss=nn.CrossEntropyLoss(), input_shape=(1, 8, 8), nb_classes=10, clip_values=clip_values,
-                device_type="cpu", **keywords)  # fmt: skip
+    return kind(
+        model=net,
+        loss=nn.CrossEntropyLoss(),
+        input_shape=(1, 8, 8),
+        nb_classes=10,
+        clip_values=clip_values,
+        device_type="cpu",
+        **keywords,
+    )
 
 
 def taken(classifier, x, y):
@@ -117,14 +124,14 @@ class Shift(Attack):
     universal = True
 
     def __init__(self, by=None):
-        self.by = by
+        self.with_surrogate = by
 
-    def learned(self, problem):
-        grads = [part.loss_and_grad(part.x)[1] for part in problem.batches(problem.most)]
+    def fitted(self, problem):
+        grads = [part.loss_and_grad(part.x)[1] for part in problem.batches(problem.batch_size)]
         return Shift(-torch.cat(grads).mean(0, keepdim=True).sign())
 
     def run(self, problem):
-        return problem.threat.project(problem.x + self.by * problem.threat.eps, problem.x)
+        return problem.threat.project(problem.x + self.with_surrogate * problem.threat.eps, problem.x)
 
 
 class Guess(Attack):
@@ -214,8 +221,19 @@ def test_set_params_sets_all_or_nothing(trained):
     direct = PGD(steps=3)(Target(net, batch_size=50), x, y, threat=Linf(0.2), seed=4, keep="last").x_adv
     assert np.array_equal(adapter.generate(x.numpy(), y.numpy()), direct.numpy())
     assert "eps=0.2" in repr(adapter)
-    for name, value in (("eps", -1), ("eps", "large"), ("targeted", 1), ("batch_size", 0), ("batch_size", True), ("seed", 0.5),
-                        ("keep", "worst"), ("verbose", None), ("attack", PGD), ("threat", 0.1), ("goal", "wrong")):  # fmt: skip
+    for name, value in (
+        ("eps", -1),
+        ("eps", "large"),
+        ("targeted", 1),
+        ("batch_size", 0),
+        ("batch_size", True),
+        ("seed", 0.5),
+        ("keep", "worst"),
+        ("verbose", None),
+        ("attack", PGD),
+        ("threat", 0.1),
+        ("goal", "wrong"),
+    ):
         with pytest.raises(ArgumentError):
             adapter.set_params(**{"eps": 0.3, name: value})
         assert (adapter.eps, adapter.batch_size, adapter.seed, adapter.keep) == (0.2, 50, 4, "last")
@@ -307,8 +325,15 @@ def test_channels_may_come_last(trained):
         def forward(self, z):
             return colour(z.movedim(-1, 1))
 
-    classifier = PyTorchClassifier(Last(), loss=nn.CrossEntropyLoss(), input_shape=(8, 8, 3), nb_classes=10,
-                                   clip_values=(0, 1), channels_first=False, device_type="cpu")  # fmt: skip
+    classifier = PyTorchClassifier(
+        Last(),
+        loss=nn.CrossEntropyLoss(),
+        input_shape=(8, 8, 3),
+        nb_classes=10,
+        clip_values=(0, 1),
+        channels_first=False,
+        device_type="cpu",
+    )
     found = to_art(PGD(), classifier, threat=Pixels(3)).generate(x.movedim(1, -1).numpy(), y)
     direct = PGD()(colour, x, y, threat=Pixels(3)).x_adv
     assert found.shape == (20, 8, 8, 3)
@@ -385,11 +410,18 @@ def test_arts_autoattack_drives_it(trained, monkeypatch):
     assert fooled(classifier, found, y.numpy()) >= fooled(classifier, alone.generate(x.numpy(), y), y.numpy())
 
 
-@pytest.mark.parametrize(("arguments", "why"), [
-    ({"attack": PGD}, "must be ours"), ({"threat": 0.1}, "must be ours"), ({"goal": "wrong"}, "goal"),
-    ({"keep": "worst"}, "keep"), ({"batch_size": 0}, "batch_size"), ({"seed": "x"}, "seed"),
-    ({"estimator": nn.Linear(1, 1)}, "must be a classifier"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"attack": PGD}, "must be ours"),
+        ({"threat": 0.1}, "must be ours"),
+        ({"goal": "wrong"}, "goal"),
+        ({"keep": "worst"}, "keep"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"seed": "x"}, "seed"),
+        ({"estimator": nn.Linear(1, 1)}, "must be a classifier"),
+    ],
+)
 def test_wrong_arguments_are_refused_at_once(trained, arguments, why):
     given = {"attack": PGD(), "estimator": classifier_of(trained[0]), "threat": Linf(0.1), **arguments}
     with pytest.raises(ArgumentError, match=why):
@@ -418,7 +450,7 @@ WRAPPED = {
     "hsj": (lambda c: HopSkipJump(c, max_iter=1, max_eval=60, init_eval=40), L2(3.0), Misclassify()),
     "boundary": (lambda c: BoundaryAttack(c, max_iter=2, targeted=False), L2(3.0), Misclassify()),
     "pixel": (lambda c: PixelAttack(c, th=40, es=1, max_iter=1), Pixels(2), Misclassify()),
-}  # fmt: skip
+}
 
 
 def ref_of(goal, y):
@@ -465,8 +497,14 @@ def test_the_world_is_left_as_found(trained, name):
 @pytest.mark.parametrize(("norm", "threat", "eps"), [(np.inf, Linf, 0.1), ("inf", Linf, 0.05), (2, L2, 0.5), (1, L1, 2.0)])
 def test_what_comes_back_is_what_art_returns(trained, norm, threat, eps):
     net, x, y = trained
-    classifier = PyTorchClassifier(net, loss=nn.CrossEntropyLoss(reduction="sum"), input_shape=(1, 8, 8), nb_classes=10,
-                                   clip_values=(0, 1), device_type="cpu")  # fmt: skip
+    classifier = PyTorchClassifier(
+        net,
+        loss=nn.CrossEntropyLoss(reduction="sum"),
+        input_shape=(1, 8, 8),
+        nb_classes=10,
+        clip_values=(0, 1),
+        device_type="cpu",
+    )
     make = functools.partial(ProjectedGradientDescent, norm=norm, max_iter=10, verbose=False)
     theirs = make(classifier, eps=eps, eps_step=eps / 3, batch_size=128).generate(x.numpy(), y.numpy())
     ours = from_art(functools.partial(make, eps=0.3, eps_step=0.1))(net, x, y, threat=threat(eps), keep="last")
@@ -505,8 +543,9 @@ def test_more_images_than_art_predicts_at_once_are_cut(trained):
         sizes.append(len(z))
         return net(z)
 
-    from_art(lambda c: ProjectedGradientDescent(c, max_iter=2))(Target(spy, net, batch_size=256), many, labels,
-                                                                threat=Linf(0.1), keep="last")  # fmt: skip
+    from_art(lambda c: ProjectedGradientDescent(c, max_iter=2))(
+        Target(spy, net, batch_size=256), many, labels, threat=Linf(0.1), keep="last"
+    )
     assert set(sizes) == {1, 128, 72, 200}  # one look at the classes, two parts, the verdict
 
 
@@ -524,12 +563,16 @@ def test_an_attack_on_one_image_asks_about_many_points_at_once(trained):
     assert int(result.forwards.sum()) == sum(sizes)
 
 
-@pytest.mark.parametrize(("make", "serves"), [
-    (FastGradientMethod, [Linf]),
-    (lambda c: FastGradientMethod(c, norm=2), [L2]),
-    (lambda c: ProjectedGradientDescent(c, max_iter=4, eps=0.4), [Linf]),
-    (lambda c: ProjectedGradientDescent(c, max_iter=4, norm=2), [L2]),
-], ids=["fgm", "fgm-l2", "pgd", "pgd-l2"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "serves"),
+    [
+        (FastGradientMethod, [Linf]),
+        (lambda c: FastGradientMethod(c, norm=2), [L2]),
+        (lambda c: ProjectedGradientDescent(c, max_iter=4, eps=0.4), [Linf]),
+        (lambda c: ProjectedGradientDescent(c, max_iter=4, norm=2), [L2]),
+    ],
+    ids=["fgm", "fgm-l2", "pgd", "pgd-l2"],
+)
 def test_the_laws_hold(make, serves, cases):
     cases(check_attack(from_art(make), serves=serves, examples=8))
 
@@ -571,7 +614,7 @@ def test_the_seed_alone_decides(trained):
 def test_a_model_without_a_graph_is_told_flat(trained):
     net, x, y = trained
     result = from_art(FastGradientMethod)(lambda z: net(z).detach(), x, y, threat=Linf(0.1))
-    assert [flag.name for flag in result.flags] == [FLAT]
+    assert [flag.name for flag in result.flags] == [FLAT_GRADIENTS]
 
 
 class Lost(FastGradientMethod):
@@ -631,12 +674,15 @@ def test_pixels_that_art_moves_by_rounding_are_put_back(trained):
     assert ((result.x_adv != x[:6]).flatten(1).sum(1) <= 1).all()
 
 
-@pytest.mark.parametrize(("make", "threat", "goal", "why"), [
-    (FastGradientMethod, L2(0.5), Misclassify(), "is not what"),
-    (lambda c: FastGradientMethod(c, norm=2), Pixels(2), Misclassify(), "is not what"),
-    (DeepFool, L2(0.5), ClassifyAs(), "is not served"),
-    (lambda c: c, L2(0.5), Misclassify(), "must give an instance"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "threat", "goal", "why"),
+    [
+        (FastGradientMethod, L2(0.5), Misclassify(), "is not what"),
+        (lambda c: FastGradientMethod(c, norm=2), Pixels(2), Misclassify(), "is not what"),
+        (DeepFool, L2(0.5), ClassifyAs(), "is not served"),
+        (lambda c: c, L2(0.5), Misclassify(), "must give an instance"),
+    ],
+)
 def test_what_art_cannot_do_is_refused(trained, make, threat, goal, why):
     net, x, y = trained
     with pytest.raises(ArgumentError, match=why):
@@ -715,9 +761,14 @@ def test_a_preprocessor_of_nothing_is_refused():
 # the import
 
 
-@pytest.mark.parametrize("call", [
-    lambda: to_art(PGD(), None, threat=Linf(0.1)), lambda: from_art(None), lambda: preprocessor(Quantise(8)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: to_art(PGD(), None, threat=Linf(0.1)),
+        lambda: from_art(None),
+        lambda: preprocessor(Quantise(8)),
+    ],
+)
 def test_a_missing_art_is_told_with_the_install_line(monkeypatch, call):
     monkeypatch.setitem(sys.modules, "art.attacks.evasion", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'robustkit\[art\]'"):

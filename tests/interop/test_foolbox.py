@@ -132,19 +132,28 @@ def test_an_epsilon_of_zero_changes_nothing(trained):
     assert torch.equal(success[0], net(x).argmax(1) != y)
 
 
-@pytest.mark.parametrize(("keywords", "criterion", "why"), [
-    ({}, lambda y: fb.Misclassification(y) & fb.TargetedMisclassification(y), "has no loss"),
-    ({"goal": ClassifyAs()}, lambda y: y, "does not go with the criterion"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("keywords", "criterion", "why"),
+    [
+        ({}, lambda y: fb.Misclassification(y) & fb.TargetedMisclassification(y), "has no loss"),
+        ({"goal": ClassifyAs()}, lambda y: y, "does not go with the criterion"),
+    ],
+)
 def test_criteria_that_cannot_be_followed_are_refused(trained, keywords, criterion, why):
     net, x, y = trained
     with pytest.raises(ArgumentError, match=why):
         to_foolbox(PGD(), threat=Linf(1.0), **keywords)(fmodel_of(net), x, criterion(y), epsilons=0.1)
 
 
-@pytest.mark.parametrize(("attack", "keywords"), [
-    (PGD, {}), (PGD(), {"threat": 0.1}), (PGD(), {"keep": "worst"}), (PGD(), {"goal": "misclassify"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("attack", "keywords"),
+    [
+        (PGD, {}),
+        (PGD(), {"threat": 0.1}),
+        (PGD(), {"keep": "worst"}),
+        (PGD(), {"goal": "misclassify"}),
+    ],
+)
 def test_wrong_arguments_are_refused_at_once(attack, keywords):
     with pytest.raises(ArgumentError):
         to_foolbox(attack, **{"threat": Linf(0.1), **keywords})
@@ -244,10 +253,13 @@ def test_there_and_back_again_is_the_attack_itself(trained):
     assert torch.equal(direct.x_adv, wrapped.x_adv)
 
 
-@pytest.mark.parametrize(("attack", "threat"), [
-    (fb.attacks.L2CarliniWagnerAttack(steps=2, binary_search_steps=1), L2(0.05)),
-    (fb.attacks.EADAttack(steps=2, binary_search_steps=1), L1(0.05)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("attack", "threat"),
+    [
+        (fb.attacks.L2CarliniWagnerAttack(steps=2, binary_search_steps=1), L2(0.05)),
+        (fb.attacks.EADAttack(steps=2, binary_search_steps=1), L1(0.05)),
+    ],
+)
 def test_black_images_that_foolbox_takes_for_successes_are_not(trained, attack, threat):
     net, x, y = trained
     right = net(x).argmax(1) == y
@@ -342,12 +354,15 @@ def test_a_minimum_norm_attack_may_search_on(trained):
     assert seen == [0.5, None]
 
 
-@pytest.mark.parametrize(("attack", "threat", "goal", "why"), [
-    (fb.attacks.LinfPGD(), L2(0.5), Misclassify(), "is not what"),
-    (fb.attacks.L2PGD(), Pixels(2), Misclassify(), "is not what"),
-    (fb.attacks.LinfPGD(), Linf(0.1, bounds=None), Misclassify(), "bounds=None"),
-    (fb.attacks.FGSM(), Linf(0.1), ClassifyAs(), "is not served"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("attack", "threat", "goal", "why"),
+    [
+        (fb.attacks.LinfPGD(), L2(0.5), Misclassify(), "is not what"),
+        (fb.attacks.L2PGD(), Pixels(2), Misclassify(), "is not what"),
+        (fb.attacks.LinfPGD(), Linf(0.1, bounds=None), Misclassify(), "bounds=None"),
+        (fb.attacks.FGSM(), Linf(0.1), ClassifyAs(), "is not served"),
+    ],
+)
 def test_what_foolbox_cannot_do_is_refused(trained, attack, threat, goal, why):
     net, x, y = trained
     with pytest.raises(ArgumentError, match=why):

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from robustkit import Linf, Misclassify, Target
-from robustkit._engine.best_so_far import Kept
+from robustkit._engine.best_so_far import BestSoFar
 from robustkit._engine.noise import Noise
-from robustkit.interop._problem_module import Door, SomeRowsError, by_budget, finite
+from robustkit.interop._problem_module import ProblemModule, SomeRowsError, by_budget, finite
 from robustkit.problem import Problem
 
 
@@ -20,7 +20,7 @@ def problem_of(n=3, most=4, dtype=torch.float32, eps=0.5):
         return net(x)
 
     x = torch.rand(n, 2, 3, dtype=dtype)
-    kept = Kept("last", x, False)
+    kept = BestSoFar("last", x, False)
     target = Target(spy, batch_size=most, stochastic=False)
     ref = torch.zeros(n, dtype=torch.int64)
     return Problem(target, x, ref, Misclassify(), Linf(eps), Noise(0, torch.arange(n)), kept), kept.ledger, net, sizes
@@ -30,11 +30,11 @@ def problem_of(n=3, most=4, dtype=torch.float32, eps=0.5):
 def test_all_of_them_several_times_over(most):
     problem, ledger, net, sizes = problem_of(most=most)
     points = torch.rand(15, 2, 3)
-    assert torch.allclose(Door(problem)(points), net(points))
+    assert torch.allclose(ProblemModule(problem)(points), net(points))
     assert ledger.forwards.tolist() == [5, 5, 5]
     assert max(sizes) <= most
     asked = points.clone().requires_grad_()
-    (Door(problem)(asked) ** 2).sum().backward()
+    (ProblemModule(problem)(asked) ** 2).sum().backward()
     other = points.clone().requires_grad_()
     (net(other) ** 2).sum().backward()
     assert torch.allclose(asked.grad, other.grad)
@@ -45,7 +45,7 @@ def test_all_of_them_several_times_over(most):
 def test_the_type_of_the_problem_is_kept_inside_and_that_of_the_question_outside():
     problem, _, net, _ = problem_of(dtype=torch.float64)
     asked = torch.rand(3, 2, 3, requires_grad=True)
-    out = Door(problem)(asked)
+    out = ProblemModule(problem)(asked)
     assert torch.equal(out, net(asked.double()))
     out.sum().backward()
     assert asked.grad.dtype == torch.float32
@@ -54,7 +54,7 @@ def test_the_type_of_the_problem_is_kept_inside_and_that_of_the_question_outside
 def test_some_of_them_alone_are_refused():
     problem, ledger, _, _ = problem_of()
     with pytest.raises(SomeRowsError, match="4 points while 3 examples"):
-        Door(problem)(torch.rand(4, 2, 3))
+        ProblemModule(problem)(torch.rand(4, 2, 3))
     assert not ledger.forwards.any()
 
 

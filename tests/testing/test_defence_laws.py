@@ -132,12 +132,25 @@ def test_sound_defences_pass_and_are_left_as_found(defence, cases):
     cases(count)
 
 
-@pytest.mark.parametrize(("broken", "law"), [
-    (SecretlyNoisy, "is_honest"), (DeafToNoise, "takes_rows|is_honest"), (Mixes, "takes_rows"), (Shrinks, "takes_rows"),
-    (Overflows, "takes_rows"), (Detached, "views_show"), (Blind, "views_show"), (NotExact, "exact_means"),
-    (OtherShape, "views_show"), (Steep, "views_show"), (Counts, "leaves_the_world"),
-    (WritesToItsInput, "leaves_the_world|is_honest"), (OneScore, "scores"), (Renames, "guards"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("broken", "law"),
+    [
+        (SecretlyNoisy, "is_honest"),
+        (DeafToNoise, "takes_rows|is_honest"),
+        (Mixes, "takes_rows"),
+        (Shrinks, "takes_rows"),
+        (Overflows, "takes_rows"),
+        (Detached, "views_show"),
+        (Blind, "views_show"),
+        (NotExact, "exact_means"),
+        (OtherShape, "views_show"),
+        (Steep, "views_show"),
+        (Counts, "leaves_the_world"),
+        (WritesToItsInput, "leaves_the_world|is_honest"),
+        (OneScore, "scores"),
+        (Renames, "guards"),
+    ],
+)
 def test_each_broken_defence_is_caught(broken, law):
     with pytest.raises(AssertionError) as caught:
         check_defence(broken(), examples=8)

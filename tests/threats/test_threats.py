@@ -125,10 +125,10 @@ def test_pixels_refuse_what_is_no_image():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_rounds_towards_x(dtype):
-    from robustkit._engine.tensors import toward
+    from robustkit._engine.tensors import round_towards
 
     x = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
     for threat in (Linf(8 / 255), L2(0.5), L1(3.0)):
-        x_adv = toward(threat.sample(x.float(), Noise(0, torch.arange(4))), x)
+        x_adv = round_towards(threat.sample(x.float(), Noise(0, torch.arange(4))), x)
         assert x_adv.dtype == dtype
         assert threat.contains(x_adv, x).all()

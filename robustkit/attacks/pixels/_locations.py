@@ -9,11 +9,11 @@ from typing import final
 import torch
 from torch import Tensor
 
-from robustkit._engine.tensors import told
+from robustkit._engine.tensors import nan_to_inf
 from robustkit.problem import Problem
 from robustkit.threats import Threat
 
-__all__ = ["Field", "answers", "corners", "extremes", "painted"]
+__all__ = ["EffectMap", "answers", "corners", "extremes", "painted"]
 
 _GRID = 8  # so many locations along the longer side are asked first
 _REACH = 1.0  # what a location tells of another falls by a factor e over so many locations, in steps of the first grid / 4
@@ -58,19 +58,19 @@ def answers(problem: Problem, count: int, points: Callable[[Tensor, slice], Tens
     out = torch.full((len(problem), count), torch.inf, dtype=torch.float64, device=problem.x.device)
     done = 0
     while done < count:
-        rows = problem.open.nonzero().squeeze(1)
+        rows = problem.unsolved.nonzero().squeeze(1)
         if not len(rows):
             break
-        ahead = slice(done, min(count, done + max(1, problem.most // len(rows))))
+        ahead = slice(done, min(count, done + max(1, problem.batch_size // len(rows))))
         many = ahead.stop - done
         loss = problem[rows.repeat_interleave(many)].loss(points(rows, ahead))
-        out[rows, ahead] = told(loss).reshape(len(rows), many)
+        out[rows, ahead] = nan_to_inf(loss).reshape(len(rows), many)
         done = ahead.stop
     return out
 
 
 @final
-class Field:
+class EffectMap:
     """What black and white pixels were seen to do to the loss of each image, and what they are expected to do elsewhere.
 
     A pixel counts by its effect: how much it lowers the loss. The effect is taken as proportional to the change of colour,
@@ -123,7 +123,7 @@ class Field:
             self._square += column.square()
         self._count += effects.shape[1]
 
-    def promise(self) -> Tensor:
+    def acquisition(self) -> Tensor:
         """How good each candidate may be: the expected effect, and more where little is known, (N, 2 * H * W)."""
         weight = self._spread(self._weight) + _DOUBT
         typical = (self._square / max(1, self._count)).sqrt().clamp(min=1e-300).unsqueeze(1)

@@ -61,8 +61,8 @@ class PixelAttack(Attack):
         x_adv = problem.x.clone()
         for count, rows in by_budget(problem, self.pixels):
             check_count(count, problem.x)
-            for first in range(0, len(rows), problem.most):
-                part = rows[first : first + problem.most]
+            for first in range(0, len(rows), problem.batch_size):
+                part = rows[first : first + problem.batch_size]
                 x_adv[part] = self.search(problem[part], count)
         return x_adv
 

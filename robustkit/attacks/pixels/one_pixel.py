@@ -68,18 +68,18 @@ class OnePixel(PixelAttack):
 
     def search(self, problem: Problem, count: int) -> Tensor:
         """An evolution for each image, side by side; as many at once as there is room for."""
-        at_once = max(1, min(problem.most, _ROOM * problem.most // self.population))
+        at_once = max(1, min(problem.batch_size, _ROOM * problem.batch_size // self.population))
         return torch.cat([self._evolved(part, count) for part in problem.batches(at_once)])
 
     def _evolved(self, problem: Problem, count: int) -> Tensor:
         """The best image of each evolution in the end, `count` pixels changed; who is solved or at rest leaves before."""
         canvas = Canvas(problem.x, problem.threat, count)
-        x_adv, rows = problem.x.clone(), problem.open.nonzero().squeeze(1)
+        x_adv, rows = problem.x.clone(), problem.unsolved.nonzero().squeeze(1)
         left = problem[rows]
         points = self._beginning(left.noise("beginning"), canvas)
         population = Population.begun(points, _values(left, canvas, points))
         for generation in left.steps(self.generations):
-            moving = left.open & ~population.at_rest(self.tolerance)
+            moving = left.unsolved & ~population.at_rest(self.tolerance)
             if not moving.all():
                 x_adv[rows] = canvas.paint(left.x, population.best)
                 rows, left, population = rows[moving], left[moving], population[moving]
@@ -107,10 +107,10 @@ def _values(problem: Problem, canvas: Canvas, points: Tensor) -> Tensor:
     values = torch.full(points.shape[:2], torch.inf, dtype=problem.x.dtype, device=points.device)
     asked, of, done = problem, torch.Size(), 0
     while done < points.shape[1]:
-        rows = problem.open.nonzero().squeeze(1)
+        rows = problem.unsolved.nonzero().squeeze(1)
         if not len(rows):
             break
-        ahead = slice(done, done + max(1, problem.most // len(rows)))
+        ahead = slice(done, done + max(1, problem.batch_size // len(rows)))
         candidates = points[rows, ahead]
         if of != candidates.shape[:2]:  # open examples only become fewer: as many as before are the same ones
             asked, of = problem[rows.repeat_interleave(candidates.shape[1])], candidates.shape[:2]

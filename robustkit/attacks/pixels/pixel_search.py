@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from robustkit._engine.field_checks import at_least
-from robustkit.attacks.pixels._locations import Field, answers, extremes, painted
+from robustkit.attacks.pixels._locations import EffectMap, answers, extremes, painted
 from robustkit.attacks.pixels._pixel_attack import PixelAttack
 from robustkit.problem import Problem
 
@@ -72,7 +72,7 @@ class _Search:
         x = problem.x
         self._x_adv, self._rows = x.clone(), torch.arange(len(x), device=x.device)
         self._problem, self._count, self._left, self._at_once = problem, count, queries, at_once
-        self._field, self._colours = Field(x, problem.threat), extremes(x, problem.threat)
+        self._field, self._colours = EffectMap(x, problem.threat), extremes(x, problem.threat)
         self._locations = x.shape[2] * x.shape[3]
         # The pixels of each set by their locations and the numbers of their colours, and the loss with all of them.
         self._places = torch.arange(count, device=x.device).repeat(len(x), 1)
@@ -102,7 +102,7 @@ class _Search:
 
     def _somebody_left(self) -> bool:
         """Forget the images that are solved, and say whether there are others."""
-        still = self._problem.open
+        still = self._problem.unsolved
         if not still.all():
             self._problem, self._rows = self._problem[still], self._rows[still]
             self._field.narrow(still)
@@ -133,15 +133,15 @@ class _Search:
         kept = [i for i in range(self._count) if i != slot]
         places, tints = self._places[:, kept], self._tints[:, kept]
         # What was tried comes last, and what must not be asked at all after that.
-        promise = self._field.promise().masked_fill(self._tried[:, slot], _TRIED)
+        acquisition = self._field.acquisition().masked_fill(self._tried[:, slot], _TRIED)
         without = self._single
         if kept:
             for shift in (0, self._locations):
-                promise.scatter_(1, places + shift, -torch.inf)
-            self._leave_out_own(promise, slot)
+                acquisition.scatter_(1, places + shift, -torch.inf)
+            self._leave_out_own(acquisition, slot)
             without = self._ask(1, lambda rows, _: self._paint(rows, places[rows], tints[rows]))[:, 0]
         many = min(self._at_once, most - bool(kept), 2 * (self._locations - len(kept)) - bool(kept), self._untried)
-        candidates = promise.argsort(dim=1, descending=True, stable=True)[:, :many]
+        candidates = acquisition.argsort(dim=1, descending=True, stable=True)[:, :many]
         losses = self._try(candidates, places, tints, without)
         self._tried[:, slot].scatter_(1, candidates, True)
         better = self._take(slot, candidates, losses)
@@ -149,14 +149,14 @@ class _Search:
         self._untried -= many if self._count == 1 else 0
         self._tried[:, kept] &= ~better[:, None, None]
 
-    def _leave_out_own(self, promise: Tensor, slot: int) -> None:
+    def _leave_out_own(self, acquisition: Tensor, slot: int) -> None:
         """Forbid the pixel that stands in the slot: its loss is known, and told in another batch it may be a rounding lower.
 
         A set that was drawn anew has not been asked about yet, so there it may come back.
         """
         own = (self._places[:, slot] + self._tints[:, slot] * self._locations).unsqueeze(1)
-        there = promise.gather(1, own)
-        promise.scatter_(1, own, torch.where(self._value.isfinite().unsqueeze(1), -torch.inf, there))
+        there = acquisition.gather(1, own)
+        acquisition.scatter_(1, own, torch.where(self._value.isfinite().unsqueeze(1), -torch.inf, there))
 
     def _kick(self, turn: int) -> None:
         """Draw a set anew among the promising locations where a round through all its pixels changed nothing."""
@@ -165,8 +165,8 @@ class _Search:
         if self._count == 1 or shelf <= self._count or not len(stuck):
             return
         noise = self._problem[stuck].noise("anew", turn)
-        promise, tint = self._field.promise()[stuck].reshape(len(stuck), 2, -1).max(1)
-        best = promise.argsort(dim=1, descending=True, stable=True)[:, :shelf]
+        acquisition, tint = self._field.acquisition()[stuck].reshape(len(stuck), 2, -1).max(1)
+        best = acquisition.argsort(dim=1, descending=True, stable=True)[:, :shelf]
         draw = noise.at("place").uniform(shelf).argsort(dim=1, stable=True)[:, : self._count]
         self._places[stuck] = best.gather(1, draw)
         # One in four in the colour that promises less: what counts beside others may not show in single pixels.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robustkit._engine.field_checks import at_least, positive
 from robustkit._engine.noise import Noise
-from robustkit._engine.tensors import told
+from robustkit._engine.tensors import nan_to_inf
 from robustkit.attacks.pixels._locations import corners, painted
 from robustkit.attacks.pixels._pixel_attack import PixelAttack
 from robustkit.errors import ArgumentError
@@ -68,19 +68,19 @@ class SparseRS(PixelAttack):
 
     def search(self, problem: Problem, count: int) -> Tensor:
         """The best set of each image after all queries; the solved ones leave before."""
-        x_adv, rows = problem.x.clone(), problem.open.nonzero().squeeze(1)
+        x_adv, rows = problem.x.clone(), problem.unsolved.nonzero().squeeze(1)
         left = problem[rows]
         ends = corners(left.x, left.threat)
         start = left.noise("start")
         places = _order(start, left.x)[:, :count]
         colours = _coloured(start, count, ends)
-        value = told(left.loss(painted(left.x, places, colours)))
+        value = nan_to_inf(left.loss(painted(left.x, places, colours)))
         for query in left.steps(self.queries - 1):
-            still = left.open
+            still = left.unsolved
             rows, left, places, colours, value = rows[still], left[still], places[still], colours[still], value[still]
             noise = left.noise("query", query + 1)
             new_places, new_colours = _swapped(noise, left.x, places, colours, self.swaps(query + 1, count), ends)
-            loss = told(left.loss(painted(left.x, new_places, new_colours)))
+            loss = nan_to_inf(left.loss(painted(left.x, new_places, new_colours)))
             better = loss < value
             places = torch.where(better[:, None], new_places, places)
             colours = torch.where(better[:, None, None], new_colours, colours)

@@ -12,26 +12,26 @@ from typing import Any, Final, NamedTuple, final
 import torch
 from torch import Tensor
 
-from robustkit._engine.tensors import flat
-from robustkit.attacks._max_threat import everything
+from robustkit._engine.tensors import flatten_rows
+from robustkit.attacks._max_threat import max_threat
 from robustkit.attacks.pgd import PGD
 from robustkit.attacks.rays import RayS
 from robustkit.attacks.square import Square
 from robustkit.attacks.standard.cascade import descend
 from robustkit.attacks.standard.gradient_checks import chosen
-from robustkit.attacks.standard.substitute import Teaching, scattered, strikes, taught
+from robustkit.attacks.standard.substitute import SubstituteConfig, random_tiles, train_substitute, transfer_attack
 from robustkit.goals import Goal
 from robustkit.problem import Problem
 from robustkit.threats import Linf, Threat
 
-__all__ = ["Across", "binarised", "everything", "raw_runs", "survivors", "unbounded"]
+__all__ = ["BeyondHyperplane", "binarised", "max_threat", "raw_runs", "survivors", "unbounded"]
 
 _LITTLE, _MUCH = 5, 20  # steps of raw runs, of one path length
 _REACH: Final = 2.5  # that length in budgets
 _CLOSER = 0.1  # of the way that a run has gone: so much more says that it was not at its end
 _FREE = 12  # steps without a budget
 _SCORES, _DECISIONS = 24, 24  # queries without gradients
-_COPY = Teaching(points=12, steps=30, batch=128, rate=3e-3)
+_COPY = SubstituteConfig(points=12, steps=30, batch=128, rate=3e-3)
 _INNER, _OUTER = 24, 8  # points inside and at the edge of the ball, between which a readout is put
 _INSIDE = 0.75  # of the way out lie the inner ones
 _RIDGE = 1e-2  # of the mean variance of the features
@@ -54,13 +54,18 @@ def raw_runs(problem: Problem, rows: Tensor) -> None:
     """
     if not len(rows):
         return
-    for part in torch.split(rows, max(1, problem.most // 5)):
+    for part in torch.split(rows, max(1, problem.batch_size // 5)):
         some = problem[part]
         eps, here = _budgets(some), [some.start(draw) for draw in range(3)]
-        twice = torch.minimum(2 * eps, _budgets(some, everything(some.threat, some.x)))
+        twice = torch.minimum(2 * eps, _budgets(some, max_threat(some.threat, some.x)))
         larger = replace(some.threat, eps=twice).sample(some.x, some.noise("start", 0))
-        walks = [Walk(part, here[0], eps, _LITTLE), Walk(part, here[0], eps, _MUCH), Walk(part, here[1], eps, _LITTLE),
-                 Walk(part, here[2], eps, _LITTLE), Walk(part, larger, twice, _LITTLE)]  # fmt: skip
+        walks = [
+            Walk(part, here[0], eps, _LITTLE),
+            Walk(part, here[0], eps, _MUCH),
+            Walk(part, here[1], eps, _LITTLE),
+            Walk(part, here[2], eps, _LITTLE),
+            Walk(part, larger, twice, _LITTLE),
+        ]
         little, more, *several, wide = _walked(problem, walks)
         _compare(problem, "more-steps-leave-more", little, more)
         _compare(problem, "more-restarts-leave-more", little, torch.stack(several).any(0))
@@ -72,15 +77,15 @@ def _walked(problem: Problem, walks: Sequence[Walk]) -> list[Tensor]:
     rows, start = torch.cat([walk.rows for walk in walks]), torch.cat([walk.start for walk in walks])
     eps = torch.cat([walk.eps for walk in walks])
     steps = torch.cat([torch.full_like(walk.rows, walk.steps) for walk in walks])
-    cases = problem.aside(rows, threat=replace(problem.threat, eps=eps))
+    cases = problem.subproblem(rows, threat=replace(problem.threat, eps=eps))
     lengths = _REACH / steps * torch.as_tensor(cases.threat.budget, dtype=torch.float64, device=eps.device)
     x_adv, best, lowest, first = _steps(cases, start, lengths, steps)
-    solved = cases.settled(x_adv)
+    solved = cases.reliably_reached(x_adv)
     longest = (steps == steps.max()).nonzero().squeeze(1)
     if len(problem.views) > 1 or problem.views[0] != "exact":
         _believed(cases[longest], x_adv[longest], solved[longest], problem)
     _halved(cases[longest], best[longest], lowest[longest], first[longest], lengths[longest] / 2, problem)
-    problem.book(rows, cases)
+    problem.charge(rows, cases)
     within = eps <= _budgets(problem[rows])
     mine = (solved & within).nonzero().squeeze(1)
     if len(mine) and not problem.stochastic:
@@ -93,7 +98,7 @@ def _steps(problem: Problem, x_adv: Tensor, lengths: Tensor, steps: Tensor) -> t
     best, lowest = x_adv, torch.full((len(x_adv),), torch.inf, dtype=x_adv.dtype, device=x_adv.device)
     first = lowest
     for step in range(int(steps.max())):
-        going = ((steps > step) & (problem.open if problem.leaving else steps > 0)).nonzero().squeeze(1)
+        going = ((steps > step) & (problem.unsolved if problem.early_stop else steps > 0)).nonzero().squeeze(1)
         if not len(going):
             break
         some = problem[going]
@@ -113,13 +118,13 @@ def _halved(problem: Problem, best: Tensor, lowest: Tensor, first: Tensor, lengt
     Source: Pintor et al. 2022, "Indicators of attack failure", the indicator of an incomplete optimisation
         (https://arxiv.org/abs/2106.09947). There the slope of the loss at the end is looked at, here what going on would bring.
     """
-    left = problem.open.nonzero().squeeze(1)
+    left = problem.unsolved.nonzero().squeeze(1)
     if not len(left) or problem.stochastic:
         return
     some = problem[left]
     before, way = lowest[left], (first - lowest)[left]
     after = _steps(some, best[left], lengths[left], torch.full_like(left, _LITTLE))[2]
-    told.testify("plateau", (~some.open | (before - after > _CLOSER * way)).sum(), len(left))
+    told.record_check("plateau", (~some.unsolved | (before - after > _CLOSER * way)).sum(), len(left))
 
 
 def _believed(problem: Problem, x_adv: Tensor, solved: Tensor, told: Problem) -> None:
@@ -127,12 +132,12 @@ def _believed(problem: Problem, x_adv: Tensor, solved: Tensor, told: Problem) ->
 
     Source: Pintor et al. 2022, the indicator of a transfer failure.
     """
-    fools = problem.goal.success(problem.answer_and_pull(x_adv)[0], problem.ref)
-    told.testify("view-misleads", (fools & ~solved).sum(), int(fools.sum()))
+    fools = problem.goal.success(problem.predict_and_vjp(x_adv)[0], problem.ref)
+    told.record_check("view-misleads", (fools & ~solved).sum(), int(fools.sum()))
 
 
 def _compare(problem: Problem, name: str, less: Tensor, more: Tensor) -> None:
-    problem.testify(name, (less & ~more).sum(), int((less != more).sum()))
+    problem.record_check(name, (less & ~more).sum(), int((less != more).sum()))
 
 
 def unbounded(problem: Problem, rows: Tensor) -> None:
@@ -143,39 +148,39 @@ def unbounded(problem: Problem, rows: Tensor) -> None:
     if not len(rows) or problem.threat.bounds is None:
         return
     low, high = problem.threat.bounds
-    free = problem.aside(rows, threat=Linf(high - low, problem.threat.bounds))
-    kinds = 1 + len(problem.goal.parts(free.answer(free.x), free.ref))
-    withstood = ~free.settled(PGD(steps=_FREE, random_start=False).run(free))
-    problem.book(rows, free)
-    problem.testify("unbounded-leaves-robust", withstood.sum(), len(rows), 1 / max(2, kinds))
+    free = problem.subproblem(rows, threat=Linf(high - low, problem.threat.bounds))
+    kinds = 1 + len(problem.goal.parts(free.predict(free.x), free.ref))
+    withstood = ~free.reliably_reached(PGD(steps=_FREE, random_start=False).run(free))
+    problem.charge(rows, free)
+    problem.record_check("unbounded-leaves-robust", withstood.sum(), len(rows), 1 / max(2, kinds))
 
 
 def survivors(problem: Problem, share: float) -> None:
     """Break what is left without gradients: by rough points, scores, decisions for a share, and a copy; every break counts."""
-    rows = problem.open.nonzero().squeeze(1)
+    rows = problem.unsolved.nonzero().squeeze(1)
     if problem.stochastic or not len(rows):
         return
-    copy = taught(problem, _COPY)
+    copy = train_substitute(problem, _COPY)
     for attack, part in ((Square(queries=_SCORES), 1.0), (RayS(queries=_DECISIONS), share)):
         some = problem[chosen(problem, repr(attack), part)]
-        if attack.fits(problem.threat) and len(some):
+        if attack.supports(problem.threat) and len(some):
             some.success(attack.run(some))
-    problem.testify("gradient-free-breaks", (~problem.open[rows]).sum(), len(rows), 0.01)
-    left = problem.open.nonzero().squeeze(1)
+    problem.record_check("gradient-free-breaks", (~problem.unsolved[rows]).sum(), len(rows), 0.01)
+    left = problem.unsolved.nonzero().squeeze(1)
     if copy is not None and len(left):
-        for _ in strikes(problem, copy, _COPY):
+        for _ in transfer_attack(problem, copy, _COPY):
             pass
-        problem.testify("transfer-breaks", (~problem.open[left]).sum(), len(left), 0.01)
+        problem.record_check("transfer-breaks", (~problem.unsolved[left]).sum(), len(left), 0.01)
 
 
 @final
 @dataclass(frozen=True, repr=False)
-class Across(Goal):
+class BeyondHyperplane(Goal):
     """Features on the other side of a plane. `ref`: its normal and its offset, (N, D + 1)."""
 
     def loss(self, out: Any, ref: Tensor) -> Tensor:
         """How far the features are from the plane, (N,); negative on the other side."""
-        return -((flat(out) * ref[:, :-1].to(out)).sum(1) + ref[:, -1].to(out))
+        return -((flatten_rows(out) * ref[:, :-1].to(out)).sum(1) + ref[:, -1].to(out))
 
     def success(self, out: Any, ref: Tensor) -> Tensor:
         """Beyond the plane."""
@@ -196,22 +201,22 @@ def binarised(problem: Problem, rows: Tensor) -> None:
     if features is None or problem.stochastic or not len(rows):
         return
     some = problem[rows]
-    seen = problem.aside(rows, keep="last", fn=features, goal=Across(), ref=some.x.new_zeros(len(rows), 2))
-    first = seen.answer(some.x)
+    seen = problem.subproblem(rows, keep="last", fn=features, goal=BeyondHyperplane(), ref=some.x.new_zeros(len(rows), 2))
+    first = seen.predict(some.x)
     if not isinstance(first, Tensor):
         return
     ends = [some.x + _INSIDE * (some.start(4000 + draw) - some.x) for draw in range(_INNER)]
-    inner = torch.stack([flat(first), *(flat(seen.answer(end)) for end in ends)], 1).double()
-    outer = torch.stack([flat(seen.answer(scattered(some, 4000 + draw))) for draw in range(_OUTER)], 1).double()
-    problem.book(rows, seen)
+    inner = torch.stack([flatten_rows(first), *(flatten_rows(seen.predict(end)) for end in ends)], 1).double()
+    outer = torch.stack([flatten_rows(seen.predict(random_tiles(some, 4000 + draw))) for draw in range(_OUTER)], 1).double()
+    problem.charge(rows, seen)
     planes, apart = _planes(inner.detach(), outer.detach())
     listed = apart.nonzero().squeeze(1)
     if not len(listed):
         return
-    cases = problem.aside(rows[listed], fn=features, goal=Across(), ref=planes[listed])
+    cases = problem.subproblem(rows[listed], fn=features, goal=BeyondHyperplane(), ref=planes[listed])
     cases.success(descend(cases, cases.start(4000 + _INNER), _MUCH))
-    problem.book(rows[listed], cases)
-    problem.testify("binarisation-missed", cases.open.sum(), len(listed), _LISTED)
+    problem.charge(rows[listed], cases)
+    problem.record_check("binarisation-missed", cases.unsolved.sum(), len(listed), _LISTED)
 
 
 def _planes(inner: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:

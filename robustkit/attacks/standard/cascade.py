@@ -8,17 +8,17 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from robustkit._engine.tensors import dot, over
-from robustkit.attacks._boundary import Border
+from robustkit._engine.tensors import dot, expand_rows
+from robustkit.attacks._boundary import DecisionBoundary
 from robustkit.attacks._cosine import cosine
-from robustkit.attacks.fab import FAB, walk
+from robustkit.attacks.fab import FAB, boundary_walk
 from robustkit.attacks.standard.patch_search import search
 from robustkit.goals import Goal, Out
 from robustkit.losses import margin
 from robustkit.problem import Problem
 from robustkit.threats import L2, Threat
 
-__all__ = ["Pursuit", "Run", "descend"]
+__all__ = ["CascadeState", "Run", "descend"]
 
 _PARTS = 9  # of a goal, the likeliest ones, are looked at
 
@@ -44,7 +44,7 @@ def descend(problem: Problem, x_adv: Tensor, steps: int, reach: float | Tensor |
     for step in problem.steps(steps):
         loss, grad = problem.loss_and_grad(x_adv)
         lower = loss < lowest
-        best, lowest = torch.where(over(lower, x), x_adv, best), torch.where(lower, loss, lowest)
+        best, lowest = torch.where(expand_rows(lower, x), x_adv, best), torch.where(lower, loss, lowest)
         length = reach * cosine(step, steps) * threat.budget
         x_adv = threat.project(threat.clamp(threat.move(-grad, x_adv, x, length)), x)
     return best
@@ -74,7 +74,7 @@ class Run(NamedTuple):
 
 
 @final
-class Pursuit:
+class CascadeState:
     """The examples of a problem, the nearest point to the goal that was found for each, and how near it is.
 
     How near: the edge of the goal, as a share of that at x. It is the example's own, so that what is done for it depends on no
@@ -90,8 +90,8 @@ class Pursuit:
 
     def __init__(self, problem: Problem, budget: int | None) -> None:
         self.problem, self.budget = problem, budget
-        self.nearest, self.edge = problem.x, torch.full((len(problem),), torch.inf, device=problem.x.device)
-        self.clean, self._seen = self.edge.clone(), torch.zeros_like(problem.open)
+        self.nearest, self.boundary_margin = problem.x, torch.full((len(problem),), torch.inf, device=problem.x.device)
+        self.clean, self._seen = self.boundary_margin.clone(), torch.zeros_like(problem.unsolved)
         self.skipped: dict[str, int] = {}
         self._parts: list[tuple[Goal, Tensor]] = []
         self._order = torch.zeros(len(problem), 0, dtype=torch.int64, device=problem.x.device)
@@ -104,24 +104,24 @@ class Pursuit:
         The budget takes from an edge at most what the steepest point of the threat set gains. Parts without any gradient come
         last, in the order in which the goal names them.
         """
-        rows, found = self.rows("look", 1 + 2 * _PARTS), []
+        rows, found = self.rows("first-pass", 1 + 2 * _PARTS), []
         if not len(rows):
             return
         some = self.problem[rows]
-        goal = some.goal.by(margin)
+        goal = some.goal.with_surrogate(margin)
 
         def edges(out: Out, ref: Tensor) -> Iterator[Tensor]:
             self._parts = [(part, _spread(wanted, rows, self.problem.ref)) for part, wanted in goal.parts(out, ref)[:_PARTS]]
-            self.clean[rows] = goal.edge(out, ref).detach().to(self.clean)
-            return (part.edge(out, wanted[rows]) for part, wanted in self._parts)
+            self.clean[rows] = goal.boundary_margin(out, ref).detach().to(self.clean)
+            return (part.boundary_margin(out, wanted[rows]) for part, wanted in self._parts)
 
         for edge, grad in some.gradients(some.x, edges):
             gain = dot(-grad, some.threat.steepest(-grad, some.x) - some.x)
             found.append(torch.where(gain > 0, edge / gain, torch.inf))
         self._seen[rows] = True
-        closer = self._seen & (self.clean < self.edge)
-        self.nearest = torch.where(over(closer, self.nearest), self.problem.x, self.nearest)
-        self.edge = torch.where(closer, self.clean, self.edge)
+        closer = self._seen & (self.clean < self.boundary_margin)
+        self.nearest = torch.where(expand_rows(closer, self.nearest), self.problem.x, self.nearest)
+        self.boundary_margin = torch.where(closer, self.clean, self.boundary_margin)
         self._order = torch.zeros(len(self.problem), len(found), dtype=torch.int64, device=rows.device)
         self._order[rows] = torch.stack(found, 1).argsort(dim=1, stable=True)
 
@@ -130,12 +130,12 @@ class Pursuit:
 
         `within` a share of their first edge they must have come, where one is given; who has not been looked at has not.
         """
-        problem, wanted = self.problem, self.problem.open
+        problem, wanted = self.problem, self.problem.unsolved
         if within is not None:
-            hopeless = (self.edge > within * self.clean) & (self.clean > 0)
+            hopeless = (self.boundary_margin > within * self.clean) & (self.clean > 0)
             wanted = wanted & self._seen & ~hopeless
         if self.budget is not None:
-            affordable = problem.spent + cost <= self.budget
+            affordable = problem.cost + cost <= self.budget
             dear = int((wanted & ~affordable).sum())
             if dear:
                 self.skipped[name] = max(dear, self.skipped.get(name, 0))
@@ -151,7 +151,7 @@ class Pursuit:
             return
         x_adv, reach = self.start(rows, draw), share * _reach(self.problem.threat)
         if rank is None:
-            yield Run(rows, self.problem.goal.by(margin), self.problem.ref[rows], x_adv, reach)
+            yield Run(rows, self.problem.goal.with_surrogate(margin), self.problem.ref[rows], x_adv, reach)
             return
         chosen = self._order[rows, rank]
         groups: list[tuple[Goal, list[int]]] = []
@@ -188,10 +188,10 @@ class Pursuit:
 
     def walk(self, runs: Sequence[Run], steps: int) -> None:
         """Walks along the border, from x; where one has come beyond it, its nearest point is brought into the threat set."""
-        border = [run._replace(goal=Border(run.goal)) for run in runs]
+        border = [run._replace(goal=DecisionBoundary(run.goal)) for run in runs]
         for group in self._side_by_side(border):
             some, _ = self._joined(group)
-            points, _ = walk(some, steps, FAB())
+            points, _ = boundary_walk(some, steps, FAB())
             self.take(group, some.threat.project(points, some.x))
 
     def _side_by_side(self, runs: Sequence[Run]) -> list[list[Run]]:
@@ -207,13 +207,13 @@ class Pursuit:
 
     def _fits(self, group: Sequence[Run], run: Run) -> bool:
         """Whether as many images may go through the model at once."""
-        return sum(len(one.rows) for one in (*group, run)) <= self.problem.most
+        return sum(len(one.rows) for one in (*group, run)) <= self.problem.batch_size
 
     def _joined(self, group: Sequence[Run]) -> tuple[Problem, Tensor]:
         """The examples of a group as one problem that follows their goal, and where they begin."""
         some = self.problem[torch.cat([run.rows for run in group])]
         x_adv = torch.cat([run.x_adv for run in group])
-        return some.following(group[0].goal, torch.cat([run.ref for run in group])), x_adv
+        return some.with_surrogate(group[0].goal, torch.cat([run.ref for run in group])), x_adv
 
     def take(self, group: Sequence[Run], points: Tensor) -> None:
         """Ask at the points (M, *S) that runs have come to, all at once, and keep of each example the nearest."""
@@ -229,22 +229,22 @@ class Pursuit:
 
         Where gradients work, windows have nothing to add.
         """
-        near = self.nearest[rows], self.edge[rows]
+        near = self.nearest[rows], self.boundary_margin[rows]
         self._keep(rows, *search(self.problem, rows, near, queries, share, "windows", draw, patience=0.5))
 
     def _edges(self, rows: Tensor, x_adv: Tensor) -> Tensor:
         """The edges at points (M, *S) of the examples `rows` (M,), which are asked about all at once; infinite where solved."""
         edges = torch.full((len(rows),), torch.inf, dtype=self.problem.x.dtype, device=rows.device)
-        left = self.problem.open[rows].nonzero().squeeze(1)
+        left = self.problem.unsolved[rows].nonzero().squeeze(1)
         if len(left):
             some = self.problem[rows[left]]
-            edges[left] = some.goal.edge(some.answer(x_adv[left]), some.ref).to(edges)
+            edges[left] = some.goal.boundary_margin(some.predict(x_adv[left]), some.ref).to(edges)
         return edges
 
     def _keep(self, rows: Tensor, x_adv: Tensor, edge: Tensor) -> None:
-        nearer = edge < self.edge[rows]
-        self.nearest = self.nearest.index_copy(0, rows, torch.where(over(nearer, x_adv), x_adv, self.nearest[rows]))
-        self.edge[rows] = torch.where(nearer, edge.to(self.edge), self.edge[rows])
+        nearer = edge < self.boundary_margin[rows]
+        self.nearest = self.nearest.index_copy(0, rows, torch.where(expand_rows(nearer, x_adv), x_adv, self.nearest[rows]))
+        self.boundary_margin[rows] = torch.where(nearer, edge.to(self.boundary_margin), self.boundary_margin[rows])
 
 
 def _spread(wanted: Tensor, rows: Tensor, like: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor
 from robustkit._engine.field_checks import at_least
 from robustkit.attack import Attack
 from robustkit.attacks.standard.audit import Audit
-from robustkit.attacks.standard.cascade import Pursuit, Run
-from robustkit.attacks.standard.escalation import escalated, suspicions
+from robustkit.attacks.standard.cascade import CascadeState, Run
+from robustkit.attacks.standard.escalation import escalate, reasons_to_escalate
 from robustkit.errors import ArgumentError
 from robustkit.flags import lower_bound
 from robustkit.losses import margin
@@ -23,7 +23,7 @@ from robustkit.threats import L2, Linf, Threat
 
 __all__ = ["STAGES", "Standard"]
 
-STAGES: Final = ("parts", "border", "windows", "polish", "restarts")
+STAGES: Final = ("parts", "boundary", "patches", "refine", "restarts")
 _ALL: Final = 9  # parts
 _AUDIT: Final = 500  # forwards that an example is asked by the audit at most
 _DRAWS: Final = 100  # random starts of a round at most: they are numbered
@@ -31,7 +31,7 @@ _DRAWS: Final = 100  # random starts of a round at most: they are numbered
 
 @final
 @dataclass(frozen=True)
-class Round:
+class EffortLevel:
     """What is done for the examples that have come within a share of their first edge: the nearer, the more.
 
     Attributes:
@@ -54,10 +54,10 @@ class Round:
 
 
 _ROUNDS: Final = (
-    Round(0.5, 20, 3, queries=150, share=0.05),
-    Round(0.15, 30, 5, (0.5, 0.1), 2, 300),
-    Round(0.07, 40, _ALL, (0.5, 0.1), 6, 600),
-    Round(0.035, 50, _ALL, (0.5, 0.1), 12, 1500),
+    EffortLevel(0.5, 20, 3, queries=150, share=0.05),
+    EffortLevel(0.15, 30, 5, (0.5, 0.1), 2, 300),
+    EffortLevel(0.07, 40, _ALL, (0.5, 0.1), 6, 600),
+    EffortLevel(0.035, 50, _ALL, (0.5, 0.1), 12, 1500),
 )
 # Walks along the border, one set after another: towards how many parts, and steps.
 _WALKS: Final = ((1, 20), (2, 40), (_ALL, 80))
@@ -73,10 +73,10 @@ class Standard(Attack):
 
     1. "parts": descents along the margin of one part of the goal each (for misclassification: towards one other class), from
        random points, with steps that shrink like a cosine; the likeliest parts first, in the order of how much of the way a
-       linear model would leave ("look").
-    2. "border": a walk along the border from outside, as FAB does; longer ones, towards more parts, where that breaks more than
-       1 % of what descents have left.
-    3. Four rounds for those that have come near, the nearer the more: "windows", the random search of the Square attack, but
+       linear model would leave ("first-pass").
+    2. "boundary": a walk along the decision boundary from outside, as FAB does; longer ones, towards more parts, where that
+       breaks more than 1 % of what descents have left.
+    3. Four rounds for those that have come near, the nearer the more: "patches", the random search of the Square attack, but
        from the nearest point, for as long as it gains; "parts", those not tried yet; "restarts": short steps from the nearest
        point, and descents from random points, each in another way.
 
@@ -91,7 +91,7 @@ class Standard(Attack):
         budget: The most forwards that an example may cost, a gradient counted as two; None for no bound. Stages that would
             exceed it are skipped, and a note says for how many examples. A target that asks for several draws a gradient, or
             whose view is not its function, costs more than is reckoned with.
-        skip: A stage to leave out, to see what it buys; "" for none. "polish" are the restarts from the nearest point.
+        skip: A stage to leave out, to see what it buys; "" for none. "refine" are the restarts from the nearest point.
         audit: Whether it is asked if the number may be believed, and more is done where it may not.
 
     Sources: one class after another: Gowal et al. 2019 (https://arxiv.org/abs/1910.09338); effort where the margin is small:
@@ -117,68 +117,68 @@ class Standard(Attack):
 
     def run(self, problem: Problem) -> Tensor:
         """The stages in their order."""
-        pursuit, x_adv = Pursuit(problem, self.budget), None
-        with problem.stage("look"):
+        pursuit, x_adv = CascadeState(problem, self.budget), None
+        with problem.stage("first-pass"):
             pursuit.look()
         tried = 0
-        for number, one in enumerate((Round(math.inf, self.steps, self.parts), *_ROUNDS), start=1):
+        for number, one in enumerate((EffortLevel(math.inf, self.steps, self.parts), *_ROUNDS), start=1):
             ranks: list[int | None] = list(range(tried, min(one.parts, pursuit.parts)))
             tried += len(ranks)
             if number == 1 and pursuit.parts == 1 < self.parts:
                 ranks.append(None)  # of a goal that is its only part, a second descent from elsewhere
             self._round(pursuit, one, number, ranks)
             if number == 1:
-                with problem.stage("border"):
+                with problem.stage("boundary"):
                     self._walks(pursuit)
         if self.audit:
             with problem.stage("audit"):
                 asked = problem if self.budget is None else problem[pursuit.rows("audit", _AUDIT)]
                 Audit().run(asked)
             if self.budget is None:
-                x_adv = escalated(problem)
-            elif suspicions(problem):
-                pursuit.skipped["escalation"] = int(problem.open.sum())
+                x_adv = escalate(problem)
+            elif reasons_to_escalate(problem):
+                pursuit.skipped["escalation"] = int(problem.unsolved.sum())
         for name, dear in pursuit.skipped.items():
-            problem.tell("budget", f"{self.budget} was too little for {name} on {dear} examples")
+            problem.add_note("budget", f"{self.budget} was too little for {name} on {dear} examples")
         return pursuit.nearest if x_adv is None else x_adv
 
-    def _round(self, pursuit: Pursuit, one: Round, number: int, ranks: Sequence[int | None]) -> None:
-        with pursuit.problem.stage("windows"):
-            rows = pursuit.rows("windows", one.queries, one.within)
-            pursuit.search(rows[:0] if self.skip == "windows" else rows, one.queries, one.share, number)
+    def _round(self, pursuit: CascadeState, one: EffortLevel, number: int, ranks: Sequence[int | None]) -> None:
+        with pursuit.problem.stage("patches"):
+            rows = pursuit.rows("patches", one.queries, one.within)
+            pursuit.search(rows[:0] if self.skip == "patches" else rows, one.queries, one.share, number)
         name = "restarts" if one.restarts else "parts"
         with pursuit.problem.stage(name):
-            kinds = {"parts": len(ranks), "polish": len(one.polish), "restarts": one.restarts}
+            kinds = {"parts": len(ranks), "refine": len(one.polish), "restarts": one.restarts}
             kinds.pop(self.skip, None)
             rows = pursuit.rows(name, sum(kinds.values()) * _cost(one.steps), one.within)
             draws = count(_DRAWS * number)
             pursuit.run([run for kind in kinds for run in _runs(pursuit, one, rows, kind, ranks, draws)], one.steps)
 
-    def _walks(self, pursuit: Pursuit) -> None:
+    def _walks(self, pursuit: CascadeState) -> None:
         """Along the border towards the likeliest part of the goal; longer, and towards more of them, where that finds much.
 
         Descents see what is inside of the budget, walks come from outside. Where the model is flat around x they find many that
         descents have missed; where it is not, none.
         """
         problem, surprises = pursuit.problem, 0
-        for most, steps in _WALKS if self.skip != "border" else ():
+        for most, steps in _WALKS if self.skip != "boundary" else ():
             ranks = range(min(most, pursuit.parts))
-            rows = pursuit.rows("border", len(ranks) * _cost(steps), math.inf)
+            rows = pursuit.rows("boundary", len(ranks) * _cost(steps), math.inf)
             pursuit.walk([run for rank in ranks for run in pursuit.towards(rows, rank, 0)], steps)
-            if lower_bound(int((~problem.open[rows]).sum()), len(rows)) <= _MISSED:
+            if lower_bound(int((~problem.unsolved[rows]).sum()), len(rows)) <= _MISSED:
                 break
             surprises += 1
-        problem.testify("border-breaks", min(1, surprises), 1)
+        problem.record_check("boundary-breaks", min(1, surprises), 1)
 
 
 def _runs(
-    pursuit: Pursuit, one: Round, rows: Tensor, kind: str, ranks: Sequence[int | None], draws: Iterator[int]
+    pursuit: CascadeState, one: EffortLevel, rows: Tensor, kind: str, ranks: Sequence[int | None], draws: Iterator[int]
 ) -> Iterator[Run]:
-    whole, ref = pursuit.problem.goal.by(margin), pursuit.problem.ref[rows]
+    whole, ref = pursuit.problem.goal.with_surrogate(margin), pursuit.problem.ref[rows]
     if kind == "parts":
         for number in ranks:
             yield from pursuit.towards(rows, number, next(draws))
-    elif kind == "polish":
+    elif kind == "refine":
         yield from (Run(rows, whole, ref, pursuit.nearest[rows], reach) for reach in one.polish)
     else:
         for way, share in islice(cycle(_WAYS), one.restarts):

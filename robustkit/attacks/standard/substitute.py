@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from robustkit._engine.noise import Noise
-from robustkit._engine.state_guard import seeded
-from robustkit._engine.tensors import as_rows, flat
+from robustkit._engine.state_guard import fork_rng
+from robustkit._engine.tensors import as_rows, flatten_rows
 from robustkit.attacks._cosine import cosine
 from robustkit.attacks.standard.cascade import descend
 from robustkit.goals import Goal
@@ -24,7 +24,16 @@ from robustkit.losses import margin
 from robustkit.problem import Problem
 from robustkit.threats import L1, Pixels
 
-__all__ = ["Copy", "Teaching", "asked", "flattened", "rebuilt", "scattered", "strikes", "taught"]
+__all__ = [
+    "SubstituteConfig",
+    "SubstituteModel",
+    "asked",
+    "flatten_output",
+    "random_tiles",
+    "train_substitute",
+    "transfer_attack",
+    "unflatten_output",
+]
 
 _TILES = (1, 2, 4, 7)  # pixels along the side of a tile of one colour
 _NUMBERS = 2**26  # of all points together: a quarter of a gigabyte
@@ -39,7 +48,7 @@ _ENOUGH, _FEWEST = 64, 6  # examples: of fewer more is asked about each, as if t
 
 @final
 @dataclass(frozen=True)
-class Teaching:
+class SubstituteConfig:
     """How much effort goes into a copy.
 
     Attributes:
@@ -60,12 +69,12 @@ class Teaching:
     rate: float = 2e-3
     rounds: int = 1
     strikes: int = 2
-    company: int = 0
+    min_examples: int = 0
     deep: bool = False
     walk: bool = False
 
 
-def scattered(problem: Problem, draw: int) -> Tensor:
+def random_tiles(problem: Problem, draw: int) -> Tensor:
     """Rough points of the threat set that spend the whole budget, (N, *S): tiles of one to seven pixels, channels up or down.
 
     The last two axes of any data are height and width; where single places are what is paid for, places are drawn.
@@ -82,22 +91,22 @@ def scattered(problem: Problem, draw: int) -> Tensor:
     return threat.steepest(signs.to(x.device)[:, :, row][:, :, :, column].reshape(x.shape), x)
 
 
-def flattened(out: Any) -> Tensor:
+def flatten_output(out: Any) -> Tensor:
     """An output, one tensor (N, ...) or a tuple of such, as one matrix (N, K)."""
     parts = out if isinstance(out, tuple | list) else (out,)
-    return torch.cat([flat(part.detach()).float() for part in parts], 1)
+    return torch.cat([flatten_rows(part.detach()).float() for part in parts], 1)
 
 
-def rebuilt(rows: Tensor, like: Any) -> Any:
+def unflatten_output(rows: Tensor, like: Any) -> Any:
     """A matrix (N, K) in the shape of the output `like`, which it was made of by `flattened`."""
     if isinstance(like, Tensor):
         return rows.reshape(len(rows), *like.shape[1:])
     sizes = [math.prod(part.shape[1:]) for part in like]
-    return tuple(rebuilt(part, one) for part, one in zip(torch.split(rows, sizes, 1), like, strict=True))
+    return tuple(unflatten_output(part, one) for part, one in zip(torch.split(rows, sizes, 1), like, strict=True))
 
 
 @final
-class Copy:
+class SubstituteModel:
     """A small net that is taught the answers of a model: by least squares, in units in which they vary by one.
 
     Source: Papernot et al. 2017, "Practical black-box attacks against machine learning", section 4
@@ -108,9 +117,9 @@ class Copy:
     def __init__(self, x: Tensor, like: Any, noise: Noise, *, deep: bool) -> None:
         self._like, self._noise = like, noise
         self._lessons = 0
-        self._points, self._told = x[:0], torch.zeros(0, flattened(like).shape[1], device=x.device)
+        self._points, self._told = x[:0], torch.zeros(0, flatten_output(like).shape[1], device=x.device)
         self._middle = x.mean(0)
-        with seeded(noise.key):
+        with fork_rng(noise.key):
             net = _convolutions if deep and x.dim() == 4 and min(x.shape[2:]) >= 8 else _layers
             self._net = net(x, self._told.shape[1]).to(x)
         self._adam = Adam(list(self._net.parameters()))
@@ -121,7 +130,7 @@ class Copy:
         good = told.isfinite().all(1)
         self._points, self._told = torch.cat([self._points, points[good]]), torch.cat([self._told, told[good]])
 
-    def learn(self, teaching: Teaching) -> None:
+    def learn(self, teaching: SubstituteConfig) -> None:
         """As many steps of Adam as are taught, on random answers, always the same ones."""
         if not len(self._told):
             return
@@ -138,7 +147,7 @@ class Copy:
 
     def __call__(self, x: Tensor) -> Any:
         """What the model would say, in its own shape and units."""
-        return rebuilt(self._net(x - self._middle) * self._spread + self._mean, self._like)
+        return unflatten_output(self._net(x - self._middle) * self._spread + self._mean, self._like)
 
 
 @final
@@ -178,14 +187,14 @@ def _convolutions(x: Tensor, outputs: int) -> nn.Module:
 
 def asked(problem: Problem, rows: Tensor, points: Tensor) -> Any:
     """What the deployed function says at points (M, *S) of the examples `rows` (M,), in as many batches as it takes."""
-    parts = zip(torch.split(rows, problem.most), torch.split(points, problem.most), strict=True)
-    outs = [problem[some].answer(where) for some, where in parts]
+    parts = zip(torch.split(rows, problem.batch_size), torch.split(points, problem.batch_size), strict=True)
+    outs = [problem[some].predict(where) for some, where in parts]
     if isinstance(outs[0], Tensor):
         return torch.cat(outs)
     return tuple(torch.cat(parts) for parts in zip(*outs, strict=True))
 
 
-def taught(problem: Problem, teaching: Teaching, turn: int = 0) -> Copy | None:
+def train_substitute(problem: Problem, teaching: SubstituteConfig, turn: int = 0) -> SubstituteModel | None:
     """A copy of the model that knows its answers around the examples that are open; None of a model with no such answers.
 
     Where these are few it learns from solved ones too, the first ones. Each `turn` has points of its own. What succeeds among
@@ -194,28 +203,28 @@ def taught(problem: Problem, teaching: Teaching, turn: int = 0) -> Copy | None:
     rows = _left(problem)
     if not len(rows):
         return None
-    like = problem[rows].answer(problem.x[rows])
+    like = problem[rows].predict(problem.x[rows])
     try:
-        told = flattened(like)
+        told = flatten_output(like)
     except (AttributeError, TypeError, RuntimeError):  # no tensors with a row each
         return None
     if told.shape[1] > _WIDEST or len(told) != len(rows):
         return None
     noise = problem.common_noise("copy", int(problem.ids[rows[0]]), turn)
-    copy = Copy(problem.x[rows], like, noise, deep=teaching.deep)
+    copy = SubstituteModel(problem.x[rows], like, noise, deep=teaching.deep)
     copy.see(problem.x[rows], told)
-    asked_about = max(len(rows), min(teaching.company, len(problem)))
+    asked_about = max(len(rows), min(teaching.min_examples, len(problem)))
     many = max(teaching.points, min(_FEWEST * teaching.points, _ENOUGH * teaching.points // asked_about))
     for number in range(min(many, _room(problem))):
         left = _left(problem)
         if not len(left):
             break
-        rows = _beside(problem, left, teaching.company)
-        _tell(copy, problem, rows, _rough(problem[rows], _TURN * turn + number))
+        rows = _with_solved(problem, left, teaching.min_examples)
+        _query(copy, problem, rows, _rough(problem[rows], _TURN * turn + number))
     return copy
 
 
-def strikes(problem: Problem, copy: Copy, teaching: Teaching, turn: int = 0) -> Iterator[Tensor]:
+def transfer_attack(problem: Problem, copy: SubstituteModel, teaching: SubstituteConfig, turn: int = 0) -> Iterator[Tensor]:
     """The points (N, *S) that are found on a copy and asked of the model, one after the other; what succeeds is kept.
 
     The strikes of a round go side by side, before the copy is taught what came of them.
@@ -227,8 +236,8 @@ def strikes(problem: Problem, copy: Copy, teaching: Teaching, turn: int = 0) -> 
         if not len(rows):
             return
         numbers = range(lesson * teaching.strikes, (lesson + 1) * teaching.strikes)
-        found = _struck(problem, rows, copy, numbers, turn, walk=teaching.walk and problem.leaving)
-        _tell(copy, problem, rows.repeat(len(numbers)), torch.cat(found))
+        found = _descend_on_substitute(problem, rows, copy, numbers, turn, walk=teaching.walk and problem.early_stop)
+        _query(copy, problem, rows.repeat(len(numbers)), torch.cat(found))
         yield from (problem.x.index_copy(0, rows, points) for points in found)
         for number, points in zip(numbers, found, strict=True) if lesson + 1 < teaching.rounds else ():
             first = _draw(turn, number)
@@ -240,13 +249,13 @@ def _draw(turn: int, number: int) -> int:
     return _TURN * turn + 5000 + 100 * number
 
 
-def _look_around(copy: Copy, problem: Problem, rows: Tensor, found: Tensor, numbers: range) -> None:
+def _look_around(copy: SubstituteModel, problem: Problem, rows: Tensor, found: Tensor, numbers: range) -> None:
     """Tell the copy of points half a budget away from those that were found on it."""
     still = torch.isin(rows, _left(problem))
     rows, found = rows[still], found[still]
     for number in numbers if len(rows) else ():
         some = problem[rows]
-        _tell(copy, problem, rows, some.threat.project(found + 0.5 * (scattered(some, number) - some.x), some.x))
+        _query(copy, problem, rows, some.threat.project(found + 0.5 * (random_tiles(some, number) - some.x), some.x))
 
 
 def _room(problem: Problem) -> int:
@@ -254,29 +263,31 @@ def _room(problem: Problem) -> int:
     return max(4, _NUMBERS // max(1, problem.x.numel()))
 
 
-def _struck(problem: Problem, rows: Tensor, copy: Copy, numbers: range, turn: int, *, walk: bool) -> list[Tensor]:
+def _descend_on_substitute(
+    problem: Problem, rows: Tensor, copy: SubstituteModel, numbers: range, turn: int, *, walk: bool
+) -> list[Tensor]:
     """Where descents on the copy end, side by side, each from a rough point: in turn towards the likeliest parts of the goal.
 
     With `walk` the model is asked at every step: what has not gone far on the copy may have gone far enough on the model.
     """
     some, everyone = problem[rows], rows.repeat(len(numbers))
-    fake = problem.aside(everyone, keep="last", fn=copy)
-    x_adv = torch.cat([scattered(some, _draw(turn, number)) for number in numbers])
-    goal, refs = _ways(some.goal.by(margin), copy, some)
-    fake = fake.following(goal, torch.cat([refs[number % len(refs)] for number in numbers]))
+    fake = problem.subproblem(everyone, keep="last", fn=copy)
+    x_adv = torch.cat([random_tiles(some, _draw(turn, number)) for number in numbers])
+    goal, refs = _ways(some.goal.with_surrogate(margin), copy, some)
+    fake = fake.with_surrogate(goal, torch.cat([refs[number % len(refs)] for number in numbers]))
     if not walk:
         return list(torch.split(descend(fake, x_adv, _DESCENT), len(rows)))
     for step in range(_DESCENT):
         grad = fake.loss_and_grad(x_adv)[1]
         fraction = 2 * cosine(step, _DESCENT)
         x_adv = fake.threat.project(fake.threat.step(-grad, x_adv, fake.x, fraction), fake.x)
-        for part, where in zip(*(torch.split(each, problem.most) for each in (everyone, x_adv)), strict=True):
+        for part, where in zip(*(torch.split(each, problem.batch_size) for each in (everyone, x_adv)), strict=True):
             problem[part].success(where)
     return list(torch.split(x_adv, len(rows)))
 
 
 @torch.no_grad()
-def _ways(goal: Goal, copy: Copy, problem: Problem) -> tuple[Goal, list[Tensor]]:
+def _ways(goal: Goal, copy: SubstituteModel, problem: Problem) -> tuple[Goal, list[Tensor]]:
     """A goal that is one of the likeliest parts, by its reference, and these references; if there is none such, the whole."""
     parts = goal.parts(copy(problem.x), problem.ref)[:_PARTS]
     if not parts or any(part != parts[0][0] for part, _ in parts):
@@ -286,26 +297,26 @@ def _ways(goal: Goal, copy: Copy, problem: Problem) -> tuple[Goal, list[Tensor]]
 
 def _rough(problem: Problem, number: int) -> Tensor:
     """Rough points, every other one a random part of the way out."""
-    end = scattered(problem, number)
+    end = random_tiles(problem, number)
     if number % 2 == 0:
         return end
     part = problem.noise("part", number).uniform().to(problem.x)
     return problem.x + (end - problem.x) * as_rows(part, problem.x)
 
 
-def _tell(copy: Copy, problem: Problem, rows: Tensor, points: Tensor) -> None:
+def _query(copy: SubstituteModel, problem: Problem, rows: Tensor, points: Tensor) -> None:
     if len(rows):
-        copy.see(points, flattened(asked(problem, rows, points)))
+        copy.see(points, flatten_output(asked(problem, rows, points)))
 
 
-def _beside(problem: Problem, rows: Tensor, company: int) -> Tensor:
+def _with_solved(problem: Problem, rows: Tensor, min_examples: int) -> Tensor:
     """These examples, and so many solved ones that there are `company` in all."""
-    others = torch.ones_like(problem.open)
+    others = torch.ones_like(problem.unsolved)
     others[rows] = False
-    return torch.cat([rows, others.nonzero().squeeze(1)[: max(0, company - len(rows))]])
+    return torch.cat([rows, others.nonzero().squeeze(1)[: max(0, min_examples - len(rows))]])
 
 
 def _left(problem: Problem) -> Tensor:
     """The examples that are worth a question: on a random target all of them, since a success may be luck."""
-    everyone = torch.ones_like(problem.open)
-    return (problem.open if problem.leaving else everyone).nonzero().squeeze(1)
+    everyone = torch.ones_like(problem.unsolved)
+    return (problem.unsolved if problem.early_stop else everyone).nonzero().squeeze(1)

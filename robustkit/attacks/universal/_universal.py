@@ -39,19 +39,30 @@ class UniversalAttack(Attack):
         """
 
     @final
-    def learned(self, problem: Problem) -> Perturbation:
+    def fitted(self, problem: Problem) -> Perturbation:
         """The finished change: fitted against what the model itself says of the unchanged examples."""
-        ref = torch.cat([part.goal.own(part.answer(part.x), part.ref) for part in problem.batches(problem.most)])
+        ref = torch.cat(
+            [part.goal.predicted_ref(part.predict(part.x), part.ref) for part in problem.batches(problem.batch_size)]
+        )
         return Perturbation(self.fit(problem.compared_with(ref)).detach(), repr(self))
 
     @final
     def run(self, problem: Problem) -> Tensor:
         """Learned from these examples, and put on them."""
-        return self.learned(problem).run(problem)
+        return self.fitted(problem).run(problem)
 
     @final
-    def learn(self, target: Target | nn.Module | Fn, x: Tensor, ref: Tensor, *, goal: Goal = Misclassify(),
-              threat: Threat, seed: int = 0, ids: Tensor | None = None) -> Perturbation:  # fmt: skip
+    def learn(
+        self,
+        target: Target | nn.Module | Fn,
+        x: Tensor,
+        ref: Tensor,
+        *,
+        goal: Goal = Misclassify(),
+        threat: Threat,
+        seed: int = 0,
+        ids: Tensor | None = None,
+    ) -> Perturbation:
         """A change learned from some examples, to be put on these or any others: it is an attack of its own.
 
         For goals that compare with a truth, such as `Misclassify`, the model's own clean answers take the place of
@@ -87,6 +98,6 @@ def random_order(problem: Problem, *draw: str | int) -> Tensor:
 
 def rate(problem: Problem, delta: Tensor) -> float:
     """The share of the examples on which the goal is reached with the change `delta` (1, *S), cut to the box."""
-    parts = problem.batches(problem.most)
+    parts = problem.batches(problem.batch_size)
     reached = sum(int(part.success(part.threat.project(part.x + delta, part.x)).sum()) for part in parts)
     return reached / len(problem)

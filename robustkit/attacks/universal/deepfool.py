@@ -70,7 +70,7 @@ class UniversalDeepFool(UniversalAttack):
     def _needed(self, some: Problem, delta: Tensor) -> Tensor:
         """What the examples need besides `delta`, summed up, (1, *S): nothing where the goal is reached."""
         total = torch.zeros_like(delta)
-        for part in some.batches(some.most):
+        for part in some.batches(some.batch_size):
 
             def place(rows: Tensor, change: Tensor, part: Problem = part) -> Tensor:
                 return part.threat.clamp(part.x[rows] + delta + change)

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from robustkit._engine.ledger import Remark
-from robustkit.attack import FLAT, Attack
+from robustkit._engine.ledger import Message
+from robustkit.attack import FLAT_GRADIENTS, Attack
 from robustkit.errors import ArgumentError, ShapeError
 from robustkit.problem import Problem
 
@@ -55,12 +55,12 @@ class Perturbation(Attack):
         return f"Perturbation({'x'.join(map(str, self.delta.shape[1:]))} by {self.recipe})"
 
     @property
-    def alarms(self) -> tuple[Remark, ...]:
+    def own_flags(self) -> tuple[Message, ...]:
         """That most gradients carried no signal while it was learned, if so."""
         if self.flat <= self.backwards / 2:
             return ()
         why = f"{self.flat} of {self.backwards} gradients were zero, not finite or missing while the change was learned: "
-        return (Remark(FLAT, why + "it may be worth nothing, and what it leaves is no robustness"),)
+        return (Message(FLAT_GRADIENTS, why + "it may be worth nothing, and what it leaves is no robustness"),)
 
     def run(self, problem: Problem) -> Tensor:
         """Every input with the change added, inside its own threat set."""

@@ -69,7 +69,7 @@ class UniversalPGD(UniversalAttack):
         count = -(-len(problem) // self.batch)
         for number, some in enumerate(shuffled(problem, self.batch, start, epoch)):
             pull = torch.zeros_like(delta)
-            for part in some.batches(some.most):
+            for part in some.batches(some.batch_size):
                 loss, grad = part.loss_and_grad(part.threat.project(part.x + delta, part.x))
                 pull += (grad * as_rows((loss > -self.clamp).to(grad), grad)).sum(0, keepdim=True)
             left = 1 - (epoch + number / count) / self.epochs

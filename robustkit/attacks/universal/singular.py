@@ -56,7 +56,7 @@ class UniversalSingular(UniversalAttack):
         some = problem[random_order(problem, "images")[: self.images]]
         candidates = []
         for layer in self._layers(some):
-            jacobians = [part.jacobian(layer) for part in some.batches(some.most)]
+            jacobians = [part.jacobian(layer) for part in some.batches(some.batch_size)]
             start = problem.common_noise("start").normal(*some.x.shape[1:]).to(some.x)
             delta = power_method(jacobians, problem.threat.free, start, self.q, self.iterations)[0]
             candidates += [delta, -delta]
@@ -71,8 +71,9 @@ class UniversalSingular(UniversalAttack):
         return [names[round(i * (len(names) - 1) / (LAYERS - 1))] for i in range(LAYERS)]
 
 
-def power_method(jacobians: Sequence[Jacobian], ball: Threat, start: Tensor, q: float,
-                 iterations: int) -> tuple[Tensor, list[float]]:  # fmt: skip
+def power_method(
+    jacobians: Sequence[Jacobian], ball: Threat, start: Tensor, q: float, iterations: int
+) -> tuple[Tensor, list[float]]:
     """Make sum_i ||J_i v||_q^q large over the changes v of a ball, by the power method for two norms (Boyd 1974).
 
     Each step takes the change that is best for the objective linearised at the last one; since it is convex it never falls.

@@ -97,7 +97,7 @@ class Pair:
     stages: tuple[StagePair, ...] = ()
 
     @property
-    def together(self) -> bool:
+    def worst_case(self) -> bool:
         """Whether this is what survives all attacks of a threat."""
         return self.attack is None
 
@@ -248,13 +248,27 @@ def _pair(a: Run, b: Run, rows: Sequence[tuple[int, int]], *, together: bool) ->
     first, other = of_a[0], of_b[0]
     seeds = {record["seed"] for record in of_a}
     return Pair(
-        first["model"], other["model"], first["defence"], other["defence"], first["data"], first["threat"],
-        attack=None if together else first["attack"], goal=None if together else first["goal"],
+        first["model"],
+        other["model"],
+        first["defence"],
+        other["defence"],
+        first["data"],
+        first["threat"],
+        attack=None if together else first["attack"],
+        goal=None if together else first["goal"],
         seed=first["seed"] if len(seeds) == 1 else None,
         attacks=tuple(f"{record['attack']} ({record['goal']})" for record in of_a),
-        n=n, only_a=only_a, only_b=only_b, both=both, neither=n - both - only_a - only_b,
-        p=mcnemar(only_a, only_b), low=low, high=high, flags_a=_flags(of_a), flags_b=_flags(of_b),
-    )  # fmt: skip
+        n=n,
+        only_a=only_a,
+        only_b=only_b,
+        both=both,
+        neither=n - both - only_a - only_b,
+        p=mcnemar(only_a, only_b),
+        low=low,
+        high=high,
+        flags_a=_flags(of_a),
+        flags_b=_flags(of_b),
+    )
 
 
 def _stages(a: Run, b: Run, row: tuple[int, int], solved: tuple[Solvers, Solvers]) -> tuple[StagePair, ...]:

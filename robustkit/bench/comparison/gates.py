@@ -48,7 +48,7 @@ def fail_under(results: Mapping[str, Any], share: float) -> tuple[Verdict, ...]:
         ArgumentError: `share` is not in [0, 1], or no attack had the goal misclassify.
     """
     _check_share("share", share)
-    entries = [entry for entry in results["together"] if any(_is_untargeted(attack) for attack in entry["attacks"])]
+    entries = [entry for entry in results["worst_case"] if any(_is_untargeted(attack) for attack in entry["attacks"])]
     if not entries:
         goals = sorted({record["goal"] for record in results["records"]})
         raise ArgumentError(
@@ -83,7 +83,7 @@ def fail_if_worse(now: Run, baseline: Run, margin: float) -> tuple[Verdict, ...]
         comparison = compare(baseline, now)
     except ArgumentError as error:
         raise ArgumentError(f"the baseline is a, the run to be judged b: {error}") from error
-    pairs = [pair for pair in comparison.pairs if pair.together and any(map(_is_untargeted, pair.attacks))]
+    pairs = [pair for pair in comparison.pairs if pair.worst_case and any(map(_is_untargeted, pair.attacks))]
     if not pairs:
         raise ArgumentError(
             f"baseline={str(baseline.path)!r} and now={str(now.path)!r} have no model and threat in common that both attacked "

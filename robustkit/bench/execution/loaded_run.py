@@ -18,32 +18,32 @@ from torch import Tensor
 from robustkit import data as real_data
 from robustkit._engine.best_so_far import Keep
 from robustkit._engine.noise import Noise
-from robustkit._engine.state_guard import reseeded
+from robustkit._engine.state_guard import fork_generators
 from robustkit.attack import Attack
 from robustkit.attacks.universal import UniversalAttack
 from robustkit.bench.execution.environment import environment
-from robustkit.bench.execution.model_under_test import Subject, is_pinned, load_subjects
-from robustkit.bench.execution.universal import Learned, learn, seen
+from robustkit.bench.execution.model_under_test import Subject, hash_matches, load_subjects
+from robustkit.bench.execution.universal import LearnedPerturbation, learn, seen
 from robustkit.bench.execution.views import attacked, on_every_view
-from robustkit.bench.execution.warm_starts import Finds, read_finds
+from robustkit.bench.execution.warm_starts import WarmStarts, read_warm_starts
 from robustkit.bench.plan import plugins, specs
 from robustkit.bench.plan.defence_specs import described
 from robustkit.bench.plan.plan import Case, Plan
 from robustkit.bench.plan.plugins import Plugin
 from robustkit.bench.plan.request import command_of
-from robustkit.bench.plan.specs import Aim
+from robustkit.bench.plan.specs import GoalSpec
 from robustkit.bench.results.block import Block, Task
 from robustkit.bench.results.picture import Picture
 from robustkit.bench.results.record import Record
 from robustkit.bench.results.store import Store
-from robustkit.bench.results.universal_stats import Spread
+from robustkit.bench.results.universal_stats import UniversalStats
 from robustkit.data import Data
 from robustkit.errors import ArgumentError
 from robustkit.goals import Misclassify
 from robustkit.result import Result
 from robustkit.threats import Threat
 
-__all__ = ["Loaded", "Loader", "Trial", "load"]
+__all__ = ["LoadedRun", "ResolvedCase", "RunLoader", "load"]
 
 PICTURES = 4  # per case, from its first block
 LEARN_FROM = 1000  # images of a training part at most, unless more are scored
@@ -52,7 +52,7 @@ KEPT = 2**30  # bytes: where all images of a case take more, those that are solv
 
 @final
 @dataclass(frozen=True)
-class Trial:
+class ResolvedCase:
     """A case, and what its words mean.
 
     Attributes:
@@ -62,11 +62,11 @@ class Trial:
     case: Case
     attack: Attack
     threat: Threat
-    aim: Aim
+    aim: GoalSpec
     plugin: Plugin | None = None
 
 
-def load(plan: Plan) -> Loaded:
+def load(plan: Plan) -> LoadedRun:
     """Read what the plan names. Everything that can be seen to be wrong is refused here, before the first attack.
 
     Raises:
@@ -75,29 +75,31 @@ def load(plan: Plan) -> Loaded:
         MissingExtraError: An optional dependency is needed.
     """
     trials = [
-        Trial(case, specs.attack(case.attack), specs.threat(case.threat), specs.goal(case.goal), specs.plugin(case.attack))
+        ResolvedCase(
+            case, specs.attack(case.attack), specs.threat(case.threat), specs.goal(case.goal), specs.plugin(case.attack)
+        )
         for case in plan.cases
     ]
     with threads(plan.threads):
         whole = real_data.load(plan.data)
         data = whole.part(plan.offset, plan.limit)
-        finds = read_finds(plan.start_from, whole, range(plan.offset, plan.offset + len(data)))
-        return Loaded(plan, data, load_subjects(data, plan), trials, finds=finds)
+        finds = read_warm_starts(plan.start_from, whole, range(plan.offset, plan.offset + len(data)))
+        return LoadedRun(plan, data, load_subjects(data, plan), trials, finds=finds)
 
 
 @final
 @dataclass(frozen=True)
-class Loader:
+class RunLoader:
     """How work begins: with what is loaded here; in another process, where only the plan arrives, by loading it anew."""
 
     plan: Plan
-    loaded: Loaded | None = field(default=None, compare=False, repr=False)
+    loaded: LoadedRun | None = field(default=None, compare=False, repr=False)
     answers: tuple[tuple[str, str], ...] = ()  # what the models say where it was loaded first
     store: Store | None = None  # where blocks may be found
 
-    def __reduce__(self) -> tuple[type[Loader], tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[type[RunLoader], tuple[Any, ...]]:
         answers = self.answers if self.loaded is None else tuple(self.loaded.fingerprints.items())
-        return Loader, (self.plan, None, answers, self.store)
+        return RunLoader, (self.plan, None, answers, self.store)
 
     def __call__(self) -> Callable[[Sequence[Task]], list[Block]]:
         """What does the blocks of a chain."""
@@ -113,7 +115,7 @@ class Loader:
 
 
 @final
-class Loaded:
+class LoadedRun:
     """A plan that can be run.
 
     Attributes:
@@ -125,11 +127,18 @@ class Loaded:
         command: What asks for the same again.
     """
 
-    def __init__(self, plan: Plan, data: Data, subjects: Mapping[str, Subject], trials: Sequence[Trial],
-                 command: str | None = None, finds: Finds = Finds()) -> None:  # fmt: skip
+    def __init__(
+        self,
+        plan: Plan,
+        data: Data,
+        subjects: Mapping[str, Subject],
+        trials: Sequence[ResolvedCase],
+        command: str | None = None,
+        finds: WarmStarts = WarmStarts(),
+    ) -> None:
         hashes = {spec: subject.pin for spec, subject in subjects.items()} | {plan.data: data.hash} | dict(finds.hashes)
         for spec, wanted in plan.pins.items():
-            if spec in hashes and not is_pinned(hashes[spec], wanted):
+            if spec in hashes and not hash_matches(hashes[spec], wanted):
                 raise ArgumentError(
                     f"{spec!r} has the hash {hashes[spec]}, and the plan was made with {wanted}: it is not the same any "
                     "more, or not the same twice; bring the old one back, or take its line out of [hashes] and begin anew"
@@ -145,7 +154,7 @@ class Loaded:
         self.environment = environment(plan.device, plan.threads) | specs.packages(case.attack for case in plan.cases)
         self.command = command_of(plan) if command is None else command
         self._data, self._subjects, self._finds = data, subjects, finds
-        self._changes: dict[int, Learned] = {}
+        self._changes: dict[int, LearnedPerturbation] = {}
         self._at_hand: dict[Task, Block] = {}  # blocks on which others may stand
         for trial in self.trials:
             if isinstance(trial.attack, UniversalAttack):  # tried on two images: a layer that is not there is told now
@@ -249,13 +258,20 @@ class Loaded:
     def _task(self, case: int, first: int, last: int) -> Task:
         trial, plan = self.trials[case], self.plan
         asked = {
-            "case": asdict(trial.case), "recipe": [repr(trial.attack), repr(trial.threat)], "data": plan.pins[plan.data],
+            "case": asdict(trial.case),
+            "recipe": [repr(trial.attack), repr(trial.threat)],
+            "data": plan.pins[plan.data],
             "model": self.fingerprints[trial.case.subject],
-            "rows": [plan.offset + first, plan.offset + last], "seed": plan.seed, "block": plan.block,
-            "batch_size": plan.batch_size, "device": plan.device, "normalize": plan.normalize,
-            "save_adversarial": plan.save_adversarial, "environment": self.environment,
-        }  # fmt: skip
-        if trial.attack.smallest:
+            "rows": [plan.offset + first, plan.offset + last],
+            "seed": plan.seed,
+            "block": plan.block,
+            "batch_size": plan.batch_size,
+            "device": plan.device,
+            "normalize": plan.normalize,
+            "save_adversarial": plan.save_adversarial,
+            "environment": self.environment,
+        }
+        if trial.attack.minimum_norm:
             asked |= {"keep": _kept(trial.attack)}
         if isinstance(trial.attack, UniversalAttack):
             asked |= {"learned on": self._learns_from.hash, "models": self.fingerprints}
@@ -278,10 +294,20 @@ class Loaded:
         ref = trial.aim.ref(subject.target.fn, x.clone(), y, subject.target.batch_size)  # a model may write to its input
         # A generator of the model's own would go on from where the last block left it, and in another worker elsewhere.
         key = Noise(plan.seed, ids).at("model", int(ids[0])).key
-        with reseeded(subject.target.generators, key), plugins.blamed(trial.plugin, trial.case.attack):
+        with fork_generators(subject.target.generators, key), plugins.blamed(trial.plugin, trial.case.attack):
             attack = attack if learned is None else learned.perturbation
-            result = on_every_view(attack, subject.target, x, ref, goal=trial.aim.goal, threat=trial.threat, seed=plan.seed,
-                                   ids=ids, keep=_kept(attack), starts=starts)  # fmt: skip
+            result = on_every_view(
+                attack,
+                subject.target,
+                x,
+                ref,
+                goal=trial.aim.goal,
+                threat=trial.threat,
+                seed=plan.seed,
+                ids=ids,
+                keep=_kept(attack),
+                starts=starts,
+            )
         if trial.aim.goal == Misclassify():
             after = ~result.success.cpu()
         else:
@@ -329,30 +355,38 @@ class Loaded:
             )
         return self._pool or self._data.part(0, len(self) // 2)
 
-    def _learned(self, case: int) -> Learned:
+    def _learned(self, case: int) -> LearnedPerturbation:
         """The finished change of a universal attack; each process learns it once."""
         if case not in self._changes:
             self._changes[case] = self._learn(self.trials[case], self._learns_from)
         return self._changes[case]
 
-    def _learn(self, trial: Trial, pool: Data) -> Learned:
+    def _learn(self, trial: ResolvedCase, pool: Data) -> LearnedPerturbation:
         assert isinstance(trial.attack, UniversalAttack)
         with threads(self.plan.threads), plugins.blamed(trial.plugin, trial.case.attack):
             subject = self._subjects[trial.case.subject]
             return learn(trial.attack, subject, trial.aim, trial.threat, pool, self.plan)
 
-    def _spread(self, task: Task, learned: Learned, x: Tensor, x_adv: Tensor, labels: Tensor) -> Spread:
+    def _spread(self, task: Task, learned: LearnedPerturbation, x: Tensor, x_adv: Tensor, labels: Tensor) -> UniversalStats:
         """What the change does to the predictions; what it is, with the first block of its case."""
         trial, plan = self.trials[task.case], self.plan
         others = [subject for spec, subject in self._subjects.items() if spec != trial.case.subject]
-        spread = seen(self._subjects[trial.case.subject], others, x, x_adv, labels, first=task.first,
-                      threat=trial.threat, seed=plan.seed)  # fmt: skip
+        spread = seen(
+            self._subjects[trial.case.subject], others, x, x_adv, labels, first=task.first, threat=trial.threat, seed=plan.seed
+        )
         if task.first != self.images(task.case).start:
             return spread
         return replace(spread, delta=learned.perturbation.delta[0].cpu(), learned=learned.facts)
 
-    def _pictures(self, trial: Trial, subject: Subject, result: Result, rows: slice, clean: np.ndarray,
-                  spread: Spread | None) -> tuple[Picture, ...]:  # fmt: skip
+    def _pictures(
+        self,
+        trial: ResolvedCase,
+        subject: Subject,
+        result: Result,
+        rows: slice,
+        clean: np.ndarray,
+        spread: UniversalStats | None,
+    ) -> tuple[Picture, ...]:
         """The first images of the block that the model gets right without an attack; those first that a universal one flips."""
         order, case = np.flatnonzero(clean), trial.case
         if spread is not None:
@@ -368,18 +402,29 @@ class Loaded:
         change = None if spread is None or spread.delta is None else spread.delta.numpy()
         return tuple(
             Picture(
-                case.subject, case.attack, case.goal, case.threat, self.plan.offset + rows.start + int(i), before[k].numpy(),
-                after[k].numpy(), names[int(labels[k])], _name(names, int(said[0].indices[k])), float(said[0].values[k]),
-                _name(names, int(said[1].indices[k])), float(said[1].values[k]), float(result.size[i]),
-                bool(result.success[i]), change,
+                case.subject,
+                case.attack,
+                case.goal,
+                case.threat,
+                self.plan.offset + rows.start + int(i),
+                before[k].numpy(),
+                after[k].numpy(),
+                names[int(labels[k])],
+                _name(names, int(said[0].indices[k])),
+                float(said[0].values[k]),
+                _name(names, int(said[1].indices[k])),
+                float(said[1].values[k]),
+                float(result.size[i]),
+                bool(result.success[i]),
+                change,
             )
             for k, i in enumerate(chosen)
-        )  # fmt: skip
+        )
 
 
 def _kept(attack: Attack) -> Keep:
     """Which point of each image is wanted: of an attack that looks for small changes the smallest, which is a whole curve."""
-    return "smallest" if attack.smallest else "first"
+    return "smallest" if attack.minimum_norm else "first"
 
 
 def _name(names: Sequence[str], index: int) -> str:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from robustkit._engine.noise import Noise
-from robustkit._engine.output_checks import asked_alone
-from robustkit._engine.state_guard import is_out_of_memory, reseeded, seeded
+from robustkit._engine.output_checks import predict_one
+from robustkit._engine.state_guard import fork_generators, fork_rng, is_out_of_memory
 from robustkit.bench.plan.defence_specs import guarded
 from robustkit.bench.plan.model_specs import load_model, model_hash
 from robustkit.bench.plan.plan import Case, Plan
@@ -24,7 +24,7 @@ from robustkit.goals import Misclassify
 from robustkit.target import Fn, Target
 from robustkit.threats import Pixels
 
-__all__ = ["Subject", "is_pinned", "load_subject", "load_subjects"]
+__all__ = ["Subject", "hash_matches", "load_subject", "load_subjects"]
 
 
 @final
@@ -132,7 +132,7 @@ class Subject:
         noise, size = Noise(self._plan.seed, torch.arange(0)).at(purpose, self._plan.offset + first), self.target.batch_size
         fn, device = self.target.fn, self._plan.device
         try:
-            with self.target.held(), seeded(noise.key), reseeded(self.target.generators, noise.key):
+            with self.target.frozen(), fork_rng(noise.key), fork_generators(self.target.generators, noise.key):
                 batches = [slice(start, start + size) for start in range(0, len(x), size)]
                 # A copy goes in: a model may write to its input.
                 return torch.cat([self._checked(_asked(fn, x[part].to(device, copy=True)), y[part]) for part in batches])
@@ -174,7 +174,7 @@ class Subject:
         """A model without any gradient can be attacked, in vain; one whose gradient raises cannot."""
         # Two images need little memory, and suffice for layers that cannot do with one.
         x = self.data.images(slice(0, min(self.target.batch_size, 2))).to(self._plan.device).requires_grad_()
-        with self.target.held(), seeded(self._plan.seed):
+        with self.target.frozen(), fork_rng(self._plan.seed):
             for name, view in self.target.views.items():
                 out = _asked(view, x.clone()).sum()
                 try:
@@ -188,10 +188,10 @@ class Subject:
 
 def _asked(fn: Fn, x: Tensor) -> Any:
     """What is said of some images, of one also where the model cannot do with one; attacks tell of that."""
-    return asked_alone(fn, x)[0] if len(x) == 1 else fn(x)
+    return predict_one(fn, x)[0] if len(x) == 1 else fn(x)
 
 
-def is_pinned(found: str, wanted: str) -> bool:
+def hash_matches(found: str, wanted: str) -> bool:
     """Whether what is found is what was pinned: the same hash, and answers that differ by rounding at most.
 
     A pin is a hash, or a hash and numbers with spaces between them; a pin without numbers asks for none.

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import final
 
-from robustkit.bench.execution.loaded_run import Loaded
+from robustkit.bench.execution.loaded_run import LoadedRun
 from robustkit.bench.plan.plan import Case
 from robustkit.bench.results.block import Task
 from robustkit.bench.results.record import wilson
@@ -61,12 +61,12 @@ class Preview:
         return None if self.finds is None else images_for(self.finds / 2)
 
 
-def preview(loaded: Loaded) -> list[Preview]:
+def preview(loaded: LoadedRun) -> list[Preview]:
     """Attack as many images of each case as its model reads in a tenth of a second, at least 4, and extrapolate."""
     return [_tried(loaded, index) for index in range(len(loaded.trials))]
 
 
-def _tried(loaded: Loaded, index: int) -> Preview:
+def _tried(loaded: LoadedRun, index: int) -> Preview:
     images, case = loaded.images(index), loaded.trials[index].case
     n = len(images)
     count = min(n, loaded.plan.block, max(LEAST, math.floor(GLANCE / loaded.glance(case.subject))))
@@ -75,8 +75,11 @@ def _tried(loaded: Loaded, index: int) -> Preview:
     low, high = wilson(n // 2, n)  # a share of one half has the widest interval
     share = n / count
     return Preview(
-        case, n, count,
+        case,
+        n,
+        count,
         round(int(block.result.forwards.sum()) * share) + (once["forwards"] if once else 0),
         round(int(block.result.backwards.sum()) * share) + (once["backwards"] if once else 0),
-        block.seconds * share + (once["seconds"] if once else 0.0), high - low,
-    )  # fmt: skip
+        block.seconds * share + (once["seconds"] if once else 0.0),
+        high - low,
+    )

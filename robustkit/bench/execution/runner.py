@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 
 from robustkit.bench.execution.executors import Executor, Serial
-from robustkit.bench.execution.loaded_run import Loaded, Loader
+from robustkit.bench.execution.loaded_run import LoadedRun, RunLoader
 from robustkit.bench.results.block import Block, Task
 from robustkit.bench.results.picture import Picture
 from robustkit.bench.results.record import Record, make_record
 from robustkit.bench.results.store import Memory, Store
-from robustkit.bench.results.universal_stats import Spread, spread_facts
+from robustkit.bench.results.universal_stats import UniversalStats, universal_facts
 from robustkit.errors import RobustkitError
 from robustkit.result import Result
 
@@ -43,8 +43,12 @@ class Outcome:
     robust: NDArray[np.bool_]
 
 
-def outcomes(loaded: Loaded, store: Store | None = None, executor: Executor | None = None,
-             progress: Progress = lambda block, found: None) -> Iterator[Outcome]:  # fmt: skip
+def outcomes(
+    loaded: LoadedRun,
+    store: Store | None = None,
+    executor: Executor | None = None,
+    progress: Progress = lambda block, found: None,
+) -> Iterator[Outcome]:
     """Measure the cases of a plan; each comes out when its last block is there, in whatever order.
 
     Args:
@@ -67,7 +71,7 @@ def outcomes(loaded: Loaded, store: Store | None = None, executor: Executor | No
             wanted[task.case].discard(task)
             progress(block, True)
     yield from (_outcome(loaded, store, mine[case], case) for case, left in wanted.items() if not left)
-    for done in executor.run(Loader(loaded.plan, loaded, store=store.shared), loaded.chains(missing)):
+    for done in executor.run(RunLoader(loaded.plan, loaded, store=store.shared), loaded.chains(missing)):
         for block in done:
             case = block.task.case
             store.put(block)
@@ -77,30 +81,38 @@ def outcomes(loaded: Loaded, store: Store | None = None, executor: Executor | No
                 yield _outcome(loaded, store, mine[case], case)
 
 
-def _outcome(loaded: Loaded, store: Store, tasks: Sequence[Task], case: int) -> Outcome:
+def _outcome(loaded: LoadedRun, store: Store, tasks: Sequence[Task], case: int) -> Outcome:
     """What the blocks of a case, all its `tasks`, add up to, in the order of their images, whoever did them when."""
     images, trial, seconds = loaded.images(case), loaded.trials[case], 0.0
     n = len(images)
     # Room made before: thousands of small parts kept until the end would leave the memory in pieces.
-    room, clean, robust = Result.room(torch.empty(n, 0)), np.empty(n, np.bool_), np.empty(n, np.bool_)
-    told = Result.room(torch.empty(0, 0))
+    room, clean, robust = Result.allocate(torch.empty(n, 0)), np.empty(n, np.bool_), np.empty(n, np.bool_)
+    told = Result.allocate(torch.empty(0, 0))
     pictures: list[Picture] = []
-    spreads: list[Spread] = []
+    spreads: list[UniversalStats] = []
     for task in tasks:
         block = _there(store, task)
         facts = replace(block.result, x_adv=torch.empty(len(block.result), 0))
         rows = slice(task.first - images.start, task.last - images.start)
-        told = Result.cat([told, room.fill(rows, facts)])
+        told = Result.cat([told, room.write(rows, facts)])
         clean[rows], robust[rows] = block.clean, block.robust
         pictures += block.pictures
         spreads += [block.spread] if block.spread is not None else []
         seconds += block.seconds
-    result = room.told(told)
-    record = make_record(trial.case, loaded.plan, attack=trial.attack, result=result, clean=clean, robust=robust,
-                         seconds=seconds, model_hash=loaded.weights[trial.case.subject])  # fmt: skip
+    result = room.with_messages(told)
+    record = make_record(
+        trial.case,
+        loaded.plan,
+        attack=trial.attack,
+        result=result,
+        clean=clean,
+        robust=robust,
+        seconds=seconds,
+        model_hash=loaded.weights[trial.case.subject],
+    )
     record |= loaded.ways(case)
     if spreads:
-        record |= spread_facts(record, spreads, loaded.labels(case), loaded.classes)
+        record |= universal_facts(record, spreads, loaded.labels(case), loaded.classes)
     return Outcome(case, record, tuple(pictures), robust)
 
 

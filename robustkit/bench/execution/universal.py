@@ -12,23 +12,23 @@ import torch
 from torch import Tensor
 
 from robustkit._engine.noise import Noise
-from robustkit._engine.state_guard import reseeded
+from robustkit._engine.state_guard import fork_generators
 from robustkit.attacks.universal import Perturbation, UniversalAttack
 from robustkit.bench.execution.model_under_test import Subject
 from robustkit.bench.plan.plan import Plan
-from robustkit.bench.plan.specs import Aim
-from robustkit.bench.results.universal_stats import Spread
+from robustkit.bench.plan.specs import GoalSpec
+from robustkit.bench.results.universal_stats import UniversalStats
 from robustkit.data import Data
 from robustkit.threats import Threat
 
-__all__ = ["Learned", "learn", "random_signs", "seen"]
+__all__ = ["LearnedPerturbation", "learn", "random_signs", "seen"]
 
 DRAWS = 3  # of random signs, the yardstick
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Learned:
+class LearnedPerturbation:
     """A universal perturbation that is there.
 
     Attributes:
@@ -52,14 +52,20 @@ class Learned:
         """All but the change itself."""
         made = self.perturbation
         return {
-            "fooling_train": self.fooling, "images": self.images, "source": self.source, "seconds": self.seconds,
-            "forwards": made.forwards, "backwards": made.backwards, "classes": self.classes,
-            "alarms": [asdict(alarm) for alarm in made.alarms],
-        }  # fmt: skip
+            "fooling_train": self.fooling,
+            "images": self.images,
+            "source": self.source,
+            "seconds": self.seconds,
+            "forwards": made.forwards,
+            "backwards": made.backwards,
+            "classes": self.classes,
+            "flags": [asdict(flag) for flag in made.own_flags],
+        }
 
 
-def seen(subject: Subject, others: Sequence[Subject], x: Tensor, x_adv: Tensor, y: Tensor, *, first: int,
-         threat: Threat, seed: int) -> Spread:  # fmt: skip
+def seen(
+    subject: Subject, others: Sequence[Subject], x: Tensor, x_adv: Tensor, y: Tensor, *, first: int, threat: Threat, seed: int
+) -> UniversalStats:
     """Ask the model under attack, and the others, about the images x (n, *S) and x_adv (n, *S).
 
     Args:
@@ -80,7 +86,7 @@ def seen(subject: Subject, others: Sequence[Subject], x: Tensor, x_adv: Tensor, 
     drawn = [random_signs(threat, x[:1], seed, draw) for draw in range(DRAWS)]
     random = torch.stack([classes(subject, threat.project(x + delta, x), "random") != before for delta in drawn])
     elsewhere = {one.spec: classes(one, x_adv, "transfer") != classes(one, x, "clean") for one in others}
-    return Spread(before, classes(subject, x_adv, "after"), random.double().mean(0), elsewhere)
+    return UniversalStats(before, classes(subject, x_adv, "after"), random.double().mean(0), elsewhere)
 
 
 def random_signs(threat: Threat, like: Tensor, seed: int, draw: int) -> Tensor:
@@ -89,16 +95,19 @@ def random_signs(threat: Threat, like: Tensor, seed: int, draw: int) -> Tensor:
     return threat.free.steepest((bits & 1).to(like) * 2 - 1, torch.zeros_like(like))
 
 
-def learn(attack: UniversalAttack, subject: Subject, aim: Aim, threat: Threat, pool: Data, plan: Plan) -> Learned:
+def learn(
+    attack: UniversalAttack, subject: Subject, aim: GoalSpec, threat: Threat, pool: Data, plan: Plan
+) -> LearnedPerturbation:
     """Let an attack learn on all images of `pool`, and see how many of them it fools."""
     started = time.perf_counter()
     x, y = pool.x.to(plan.device), pool.y.to(plan.device)
     ref = aim.ref(subject.target.fn, x.clone(), y, subject.target.batch_size)  # a model may write to its input
     key = Noise(plan.seed, torch.arange(0)).at("model", "learning").key
-    with reseeded(subject.target.generators, key):
+    with fork_generators(subject.target.generators, key):
         made = attack.learn(subject.target, x, ref, goal=aim.goal, threat=threat, seed=plan.seed)
     x_adv = threat.project(x + made.delta.to(x), x)
     before, after = (subject.logits(images, pool.y, 0, "learned").argmax(1) for images in (x, x_adv))
     seconds = time.perf_counter() - started
-    return Learned(made, float((before != after).double().mean()), len(pool), pool.spec, seconds,
-                   tuple(np.unique(pool.y.numpy()).tolist()))  # fmt: skip
+    return LearnedPerturbation(
+        made, float((before != after).double().mean()), len(pool), pool.spec, seconds, tuple(np.unique(pool.y.numpy()).tolist())
+    )

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from robustkit._engine.best_so_far import Keep
-from robustkit._engine.ledger import Remark
-from robustkit._engine.tensors import over
+from robustkit._engine.ledger import Message
+from robustkit._engine.tensors import expand_rows
 from robustkit.attack import Attack
 from robustkit.attacks import Standard
 from robustkit.result import Result
@@ -25,8 +25,9 @@ def attacked(attack: Attack, target: Target) -> tuple[str, ...]:
     return views[:1] if attack.universal else views
 
 
-def on_every_view(attack: Attack, target: Target, x: Tensor, ref: Tensor, *, ids: Tensor, keep: Keep, starts: Tensor | None,
-                  **asked: Any) -> Result:  # fmt: skip  # Any: goal, threat and seed, as the attack takes them
+def on_every_view(
+    attack: Attack, target: Target, x: Tensor, ref: Tensor, *, ids: Tensor, keep: Keep, starts: Tensor | None, **asked: Any
+) -> Result:  # Any: goal, threat and seed, as the attack takes them
     """The attack along the first view, then along each further one on what is left; judged on the deployed function throughout.
 
     What is left are the examples that are not solved; where the smallest change is wanted, all that need one. Stages of a
@@ -62,20 +63,24 @@ def _joined(whole: Result, rows: Tensor, part: Result, view: str) -> Result:
     """A result with that of some of its examples along another view."""
     better = part.success & (~whole.success[rows] | (part.size < whole.size[rows]))
     kept = {
-        name: getattr(whole, name).index_copy(0, rows, torch.where(
-            over(better, getattr(part, name)), getattr(part, name), getattr(whole, name)[rows]))
+        name: getattr(whole, name).index_copy(
+            0, rows, torch.where(expand_rows(better, getattr(part, name)), getattr(part, name), getattr(whole, name)[rows])
+        )
         for name in ("x_adv", "success", "rate", "size")
-    }  # fmt: skip
+    }
     spent = {name: getattr(whole, name).index_add(0, rows, getattr(part, name)) for name in ("forwards", "backwards")}
     solver = torch.where(better, part.solver + len(whole.stages), whole.solver[rows])
     told = [flag for flag in part.flags if flag not in whole.flags]
-    notes = [Remark("other-view", f"view {view!r} by itself would raise {flag.name}: {flag.why}") for flag in told]
+    notes = [Message("other-view", f"view {view!r} by itself would raise {flag.name}: {flag.why}") for flag in told]
     return replace(
-        whole, **kept, **spent, flat=whole.flat.index_copy(0, rows, _flat(whole, rows, part)),
+        whole,
+        **kept,
+        **spent,
+        flat=whole.flat.index_copy(0, rows, _flat(whole, rows, part)),
         notes=tuple(dict.fromkeys((*whole.notes, *notes, *part.notes))),
         stages=(*whole.stages, *(replace(stage, name=f"{stage.name} along {view}") for stage in part.stages)),
         solver=whole.solver.index_copy(0, rows, solver),
-    )  # fmt: skip
+    )
 
 
 def _flat(whole: Result, rows: Tensor, part: Result) -> Tensor:

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from robustkit.bench.execution.adversarial_file import SUFFIXES, Foreign, read_foreign
-from robustkit.bench.execution.model_under_test import is_pinned
+from robustkit.bench.execution.model_under_test import hash_matches
 from robustkit.bench.plan import specs
 from robustkit.bench.plan.plan import Plan
 from robustkit.bench.plan.plan_file import read_plan
-from robustkit.bench.results.block import Block, Glance
+from robustkit.bench.results.block import Block, BlockHeader
 from robustkit.bench.results.store import files_of
 from robustkit.data import Data
 from robustkit.errors import ArgumentError
 from robustkit.threats import Threat
 
-__all__ = ["Finds", "read_finds"]
+__all__ = ["WarmStarts", "read_warm_starts"]
 
 
 @final
@@ -34,12 +34,12 @@ class _Find:
     goal: str
     threat: Threat
     pin: str  # of the model
-    glance: Glance
+    glance: BlockHeader
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Finds:
+class WarmStarts:
     """What earlier runs have found; the images stay in their files until they are asked for.
 
     Attributes:
@@ -89,7 +89,7 @@ class Finds:
                 continue
             if not find.glance.ids or find.glance.ids[0] > last or find.glance.ids[-1] < first:
                 continue  # of other images: of a large run, nearly all are
-            other = 0 if is_pinned(pin, find.pin) else 1
+            other = 0 if hash_matches(pin, find.pin) else 1
             for row, (index, size) in enumerate(zip(find.glance.ids, find.glance.sizes, strict=True)):
                 if index in place:
                     _enter(best, place[index], (other, size, number, row))
@@ -108,8 +108,9 @@ def _taken(best: Mapping[int, _Rank], number: int) -> tuple[list[int], list[int]
     return [row for row, _ in taken], [at for _, at in taken]
 
 
-def _given(file: Foreign, place: Mapping[int, int], threat: Threat, like: Tensor, number: int,
-           best: dict[int, _Rank]) -> Tensor:  # fmt: skip
+def _given(
+    file: Foreign, place: Mapping[int, int], threat: Threat, like: Tensor, number: int, best: dict[int, _Rank]
+) -> Tensor:
     """The images of a file for these examples, (m, *S), once they are entered; rows without any change are none."""
     rows = [row for row, index in enumerate(file.ids) if index in place and (file.success is None or file.success[row])]
     if not rows:
@@ -122,7 +123,7 @@ def _given(file: Foreign, place: Mapping[int, int], threat: Threat, like: Tensor
     return images
 
 
-def read_finds(runs: Sequence[str], data: Data, taken: range | None = None) -> Finds:
+def read_warm_starts(runs: Sequence[str], data: Data, taken: range | None = None) -> WarmStarts:
     """What the runs in these folders have found, and what these files hold.
 
     Args:
@@ -156,7 +157,7 @@ def read_finds(runs: Sequence[str], data: Data, taken: range | None = None) -> F
         digests = "".join(sorted(find.glance.digest for find in found))
         hashes[f"start-from:{run}"] = hashlib.sha256(digests.encode()).hexdigest()[:16]
         finds += found
-    return Finds(hashes, finds, files)
+    return WarmStarts(hashes, finds, files)
 
 
 def _plan(run: str) -> Plan:
@@ -181,6 +182,6 @@ def _kept(run: str, plan: Plan) -> Iterator[_Find]:
     for number, case in enumerate(plan.cases):
         threat = specs.threat(case.threat)
         for file in files_of(Path(run), number):
-            glance = Glance.of(file)
+            glance = BlockHeader.of(file)
             if glance is not None:
                 yield _Find(case.goal, threat, plan.pins.get(case.subject, "none"), glance)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from robustkit._engine.factory import load_factory
 from robustkit._engine.noise import Noise
-from robustkit._engine.state_guard import is_out_of_memory, seeded
+from robustkit._engine.state_guard import fork_rng, is_out_of_memory
 from robustkit.bench.plan import specs
 from robustkit.bench.plan.plan import NONE
 from robustkit.defence import Defence, guards_of
@@ -93,7 +93,7 @@ def _named(spec: str, name: str, given: str) -> tuple[Defence, int | None]:
 
 def _of_factory(spec: str) -> Defence:
     try:
-        with seeded(0):
+        with fork_rng(0):
             made = load_factory(spec)()
     except ArgumentError as error:
         raise ArgumentError(f"defence {error}") from error
@@ -121,8 +121,10 @@ class _Told(Defence):
     def views(self) -> dict[str, Fn]:
         """Those of the defence."""
         views = self.inner.checked_views()
-        return {name: self.forward if view in (self.inner, self.inner.forward) else _View(self, view)
-                for name, view in views.items()}  # fmt: skip
+        return {
+            name: self.forward if view in (self.inner, self.inner.forward) else _View(self, view)
+            for name, view in views.items()
+        }
 
     def __repr__(self) -> str:
         return repr(self.inner)

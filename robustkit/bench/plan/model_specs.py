@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from robustkit import zoo
 from robustkit._engine.factory import load_factory
-from robustkit._engine.state_guard import seeded
+from robustkit._engine.state_guard import fork_rng
 from robustkit.bench.plan.specs import number
 from robustkit.errors import ArgumentError, MissingExtraError
 from robustkit.normalize import Normalize
@@ -44,7 +44,7 @@ def load_model(spec: str, device: str = "cpu", normalize: str | None = None) -> 
     _check_device(device)
     name, at, weights = spec.partition("@weights=")
     first = normalizer(normalize, name) if normalize is not None else None
-    with seeded(0):
+    with fork_rng(0):
         model = _made(name)
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model {name!r} returned {type(model).__name__}; a factory must return a torch nn.Module")

@@ -94,8 +94,9 @@ class Plan:
         return tuple(dict.fromkeys(case.model for case in self.cases))
 
 
-def product(models: Iterable[str], threats: Iterable[str], attacks: Iterable[tuple[str, str]],
-            defences: Iterable[str] = (NONE,)) -> tuple[Case, ...]:  # fmt: skip
+def product(
+    models: Iterable[str], threats: Iterable[str], attacks: Iterable[tuple[str, str]], defences: Iterable[str] = (NONE,)
+) -> tuple[Case, ...]:
     """Every model behind every defence under every threat with every (attack, goal), each once."""
     threats, attacks, defences = tuple(threats), tuple(attacks), tuple(defences)
     cases = (

@@ -57,8 +57,18 @@ class Request:
 
 
 _LISTS = ("model", "defence", "threat", "attack", "goal")
-_SETTINGS = ("offset", "limit", "seed", "block", "batch_size", "device", "threads", "normalize", "save_adversarial",
-             "start_from")  # fmt: skip
+_SETTINGS = (
+    "offset",
+    "limit",
+    "seed",
+    "block",
+    "batch_size",
+    "device",
+    "threads",
+    "normalize",
+    "save_adversarial",
+    "start_from",
+)
 
 
 def plan_of(request: Request) -> Plan:

@@ -40,9 +40,25 @@ from robustkit.target import Fn
 from robustkit.threats import L1, L2, Linf, Pixels, Threat
 
 __all__ = [
-    "GOALS", "THREATS", "Aim", "attack", "attack_names", "check_served", "goal", "number", "packages", "plugin",
-    "plugins", "read_value", "served", "serves", "settable", "threat", "threat_words", "written",
-]  # fmt: skip
+    "GOALS",
+    "THREATS",
+    "GoalSpec",
+    "attack",
+    "attack_names",
+    "check_served",
+    "goal",
+    "number",
+    "packages",
+    "plugin",
+    "plugins",
+    "read_value",
+    "served",
+    "serves",
+    "settable",
+    "threat",
+    "threat_words",
+    "written",
+]
 
 THREATS: tuple[tuple[str, type[Threat], str], ...] = (
     ("linf", Linf, "linf:8/255"),
@@ -273,7 +289,7 @@ def _named(what: str) -> Iterator[None]:
 
 @final
 @dataclass(frozen=True)
-class Aim:
+class GoalSpec:
     """A goal, and how its reference follows from the model, the images and their labels.
 
     Attributes:
@@ -288,14 +304,14 @@ class Aim:
     wanted: int | None = None
 
 
-def goal(spec: str) -> Aim:
+def goal(spec: str) -> GoalSpec:
     """The aim that `spec` names: misclassify, least-likely or classify-as:K."""
     if spec == "misclassify":
-        return Aim(Misclassify(), lambda model, x, y, batch_size: y)
+        return GoalSpec(Misclassify(), lambda model, x, y, batch_size: y)
     if spec == "least-likely":
-        return Aim(ClassifyAs(), lambda model, x, y, batch_size: least_likely(model, x, batch_size=batch_size))
+        return GoalSpec(ClassifyAs(), lambda model, x, y, batch_size: least_likely(model, x, batch_size=batch_size))
     kind, _, text = spec.partition(":")
     if kind == "classify-as" and text.isdecimal() and len(text) < 10:
         wanted = int(text)
-        return Aim(ClassifyAs(), lambda model, x, y, batch_size: torch.full_like(y, wanted), wanted)
+        return GoalSpec(ClassifyAs(), lambda model, x, y, batch_size: torch.full_like(y, wanted), wanted)
     raise ArgumentError(f"goal {spec!r} does not exist; write one of {', '.join(GOALS)} with a class K")

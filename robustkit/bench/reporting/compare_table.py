@@ -51,8 +51,8 @@ def comparison_table(comparison: Comparison) -> Group:
     for pair, p in zip(comparison.pairs, comparison.adjusted, strict=True):
         group = (pair.model_a, pair.defence_a, pair.model_b, pair.defence_b, pair.threat)
         # All attacks together say nothing new where there is one.
-        groups.setdefault(group, []).extend([] if pair.together and len(pair.attacks) == 1 else [(pair, p)])
-    several = len({pair.seed for pair in comparison.pairs if not pair.together}) > 1
+        groups.setdefault(group, []).extend([] if pair.worst_case and len(pair.attacks) == 1 else [(pair, p)])
+    several = len({pair.seed for pair in comparison.pairs if not pair.worst_case}) > 1
     parts: list[RenderableType] = [Text(f"A: {comparison.a}\nB: {comparison.b}\n")]
     for rows in groups.values():
         parts += _of_group(rows, several)
@@ -88,7 +88,7 @@ def _of_group(rows: Sequence[tuple[Pair, float]], several_seeds: bool) -> list[R
         view.add_row(*_row(name, pair, adjusted))
         told += _stages(name, pair)
         for run, flags in (("A", pair.flags_a), ("B", pair.flags_b)):
-            if flags and not pair.together:
+            if flags and not pair.worst_case:
                 told.append(Text.assemble((f"! {', '.join(flags)}", "bold red"), f" in {run} ({name}, {pair.threat})"))
     before, after = _whom(first.model_a, first.defence_a), _whom(first.model_b, first.defence_b)
     whom = before if before == after else f"{before} → {after}"
@@ -116,7 +116,7 @@ def _name(pair: Pair, several_seeds: bool) -> str:
 
 
 def _row(name: str, pair: Pair, adjusted: float) -> tuple[Text, ...]:
-    style = "bold" if pair.together else ""
+    style = "bold" if pair.worst_case else ""
     flagged = (" !", "bold red") if pair.flags_a or pair.flags_b else ""
     return (
         Text.assemble((name, style), flagged),

@@ -52,7 +52,7 @@ def families(results: Mapping[str, Any]) -> list[Family]:
     Args:
         results: The content of results.json.
     """
-    together: dict[tuple[Any, ...], Record] = {_key(row): row for row in results.get("together", ())}
+    together: dict[tuple[Any, ...], Record] = {_key(row): row for row in results.get("worst_case", ())}
     names = _names(results["records"])
     found = []
     for (data, norm), subjects in _places(results["records"]).items():
@@ -150,8 +150,9 @@ def _names(records: Iterable[Record]) -> dict[tuple[str, int], str]:
     return {(attack, seed): f"{attack}, seed {seed}" if several else attack for attack, seed in found}
 
 
-def _alone(spots: _Spots, main: tuple[Point, ...], style: int,
-           names: Mapping[tuple[str, int], str]) -> tuple[tuple[Line, ...], tuple[str, ...]]:  # fmt: skip
+def _alone(
+    spots: _Spots, main: tuple[Point, ...], style: int, names: Mapping[tuple[str, int], str]
+) -> tuple[tuple[Line, ...], tuple[str, ...]]:
     """The lines of one model: all attacks together, then those that were run at two eps or more; and what the others are."""
     lines: dict[tuple[str, int], dict[float, Record]] = defaultdict(dict)
     for eps, rows in spots.items():

@@ -11,7 +11,7 @@ from rich.table import Column
 from rich.text import Text
 
 from robustkit.bench.execution.forecast import Forecast
-from robustkit.bench.execution.loaded_run import Loaded
+from robustkit.bench.execution.loaded_run import LoadedRun
 from robustkit.bench.results.block import Block
 
 __all__ = ["Live", "duration"]
@@ -46,7 +46,7 @@ def duration(seconds: float) -> str:
 class Live:
     """A bar over all images of all cases, with images per second and time left; silent where there is no terminal."""
 
-    def __init__(self, screen: Console, loaded: Loaded, workers: int) -> None:
+    def __init__(self, screen: Console, loaded: LoadedRun, workers: int) -> None:
         # The name gives way where the terminal is narrow; the figures do not.
         words = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
         columns = (

@@ -50,7 +50,7 @@ def report(results: Mapping[str, Any], pictures: Sequence[Picture], *, command: 
     context = {
         "version": results["robustkit"],
         "records": results["records"],
-        "together": _together(results),
+        "worst_case": _together(results),
         "curves": families(results),
         "eps_charts": eps_charts(results["records"]),
         "cost_charts": cost_charts(results["records"]),
@@ -159,7 +159,7 @@ def _verdicts(records: Iterable[Record], together: Mapping[_Group, Record]) -> l
 
 def _together(results: Mapping[str, Any]) -> dict[_Group, Record]:
     """What survives all attacks together, by what was attacked."""
-    rows = results.get("together", ())
+    rows = results.get("worst_case", ())
     return {_Group(row["model"], row["data"], row["defence"], row["threat"]): row for row in rows}
 
 

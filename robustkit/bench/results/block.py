@@ -18,11 +18,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from robustkit.bench.results.picture import Picture
-from robustkit.bench.results.universal_stats import Spread
+from robustkit.bench.results.universal_stats import UniversalStats
 from robustkit.errors import ArgumentError
 from robustkit.result import Result
 
-__all__ = ["Block", "Glance", "Task"]
+__all__ = ["Block", "BlockHeader", "Task"]
 
 _WORDS = tuple(field.name for field in fields(Picture) if field.name not in ("clean", "adversarial", "perturbation"))
 _FACTS = ("success", "rate", "size", "forwards", "backwards", "flat", "solver")
@@ -78,7 +78,7 @@ class Block:
     robust: NDArray[np.bool_]
     seconds: float
     pictures: tuple[Picture, ...] = ()
-    spread: Spread | None = None
+    spread: UniversalStats | None = None
     found: Tensor | None = None
 
     @property
@@ -108,7 +108,7 @@ class Block:
             tensors["found"] = self.found
         for name in ("clean", "adversarial") if self.pictures else ():
             tensors[f"picture_{name}"] = torch.from_numpy(np.stack([getattr(picture, name) for picture in self.pictures]))
-        told: dict[str, Any] = self.result.words()
+        told: dict[str, Any] = self.result.to_json()
         words = [{name: getattr(picture, name) for name in _WORDS} for picture in self.pictures]
         told["learned"] = None if self.spread is None else self.spread.learned
         held = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -133,17 +133,26 @@ class Block:
     def _of(cls, held: dict[str, Tensor], told: dict[str, Any]) -> Block:
         x_adv = held.get("x_adv", torch.empty(len(held["success"]), 0))
         facts: dict[str, Any] = {name: held[name] for name in _FACTS}
-        result = Result(x_adv, **facts, **Result.in_words(told))
+        result = Result(x_adv, **facts, **Result.from_json(told))
         pictures = _pictures(held, told["pictures"])
         masks = held["clean"].numpy(), held["robust"].numpy()
-        spread = Spread.of(held, told.get("learned"))
-        return cls(Task(**told["task"]), result, held["index"], held["label"], *masks, told["seconds"], pictures, spread,
-                   held.get("found"))  # fmt: skip
+        spread = UniversalStats.of(held, told.get("learned"))
+        return cls(
+            Task(**told["task"]),
+            result,
+            held["index"],
+            held["label"],
+            *masks,
+            told["seconds"],
+            pictures,
+            spread,
+            held.get("found"),
+        )
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Glance:
+class BlockHeader:
     """Which adversarial images a file keeps, known without reading them.
 
     Attributes:
@@ -159,7 +168,7 @@ class Glance:
     digest: str
 
     @classmethod
-    def of(cls, path: Path) -> Glance | None:
+    def of(cls, path: Path) -> BlockHeader | None:
         """A look at a file; None where it keeps no images at all.
 
         Raises:

@@ -10,6 +10,7 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
+from robustkit._engine.schema import upgrade_results
 from robustkit.bench.plan.plan import Case
 from robustkit.bench.plan.plan_file import read_plan
 from robustkit.bench.results.block import Block
@@ -44,7 +45,7 @@ def read(path: Path) -> Run:
         ArgumentError: There is no run, or a file of it is missing or damaged.
     """
     try:
-        results = json.loads((path / "results.json").read_text(encoding="utf-8"))
+        results = upgrade_results(json.loads((path / "results.json").read_text(encoding="utf-8")))
         records = [(Case.of(r), int(r["n"])) for r in results["records"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArgumentError(

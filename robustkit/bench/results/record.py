@@ -10,16 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from robustkit._engine.ledger import Remark
-from robustkit.attack import FLAT, Attack, flat_flag
+from robustkit._engine.ledger import Message
+from robustkit.attack import FLAT_GRADIENTS, Attack, flat_flag
 from robustkit.bench.plan.plan import Case, Plan
 from robustkit.bench.plan.specs import number
 from robustkit.bench.results.curves import Curve, against_cost, against_eps
 from robustkit.errors import ArgumentError
-from robustkit.flags import FLAGS, NOTES, judged
+from robustkit.flags import FLAGS, NOTES, flags_and_notes
 from robustkit.result import Result
 
-__all__ = ["Record", "make_record", "surviving", "together", "wilson"]
+__all__ = ["Record", "make_record", "surviving", "wilson", "worst_case"]
 
 Record = dict[str, Any]  # Any: strings, numbers, and lists of these, ready for JSON
 
@@ -35,8 +35,17 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def make_record(case: Case, plan: Plan, *, attack: Attack, result: Result, clean: NDArray[np.bool_], robust: NDArray[np.bool_],
-                seconds: float, model_hash: str) -> Record:  # fmt: skip
+def make_record(
+    case: Case,
+    plan: Plan,
+    *,
+    attack: Attack,
+    result: Result,
+    clean: NDArray[np.bool_],
+    robust: NDArray[np.bool_],
+    seconds: float,
+    model_hash: str,
+) -> Record:
     """The record of a case. Rates are over all images; `median_size` is over those on which the attack succeeded.
 
     An image on which the model was wrong anyway counts as a success of size 0 where the goal is to be wrong. Without any
@@ -56,26 +65,43 @@ def make_record(case: Case, plan: Plan, *, attack: Attack, result: Result, clean
     low, high = wilson(int(robust.sum()), n)
     sizes = result.size[result.success]
     # Told of the whole case: the blocks have said it of a hundred images each.
-    flat, (alarms, facts) = flat_flag(result), judged(result.evidence)
-    again = {FLAT, *(sign.name for sign in (*FLAGS, *NOTES))}
+    flat, (alarms, facts) = flat_flag(result), flags_and_notes(result.checks)
+    again = {FLAT_GRADIENTS, *(sign.name for sign in (*FLAGS, *NOTES))}
     flags = _once((*(flag for flag in result.flags if flag.name not in again), *flat, *alarms))
     notes = _once((*(note for note in result.notes if note.name not in again), *([] if flat else _flat_note(result)), *facts))
     return {
-        "model": case.model, "data": plan.data, "defence": case.defended, "goal": case.goal, "threat": case.threat,
-        "attack": case.attack, "recipe": repr(attack), "seed": plan.seed, "n": n,
-        "clean_accuracy": float(clean.mean()), "robust_accuracy": float(robust.mean()),
-        "success_rate": float(result.success.double().mean()), "low": low, "high": high,
+        "model": case.model,
+        "data": plan.data,
+        "defence": case.defended,
+        "goal": case.goal,
+        "threat": case.threat,
+        "attack": case.attack,
+        "recipe": repr(attack),
+        "seed": plan.seed,
+        "n": n,
+        "clean_accuracy": float(clean.mean()),
+        "robust_accuracy": float(robust.mean()),
+        "success_rate": float(result.success.double().mean()),
+        "low": low,
+        "high": high,
         "median_size": float(sizes.quantile(0.5)) if len(sizes) else None,
-        "forwards": int(result.forwards.sum()), "backwards": int(result.backwards.sum()), "seconds": seconds,
-        "access": attack.access, "flags": flags, "notes": notes,
-        "model_hash": model_hash, "data_hash": plan.pins.get(plan.data),
+        "forwards": int(result.forwards.sum()),
+        "backwards": int(result.backwards.sum()),
+        "seconds": seconds,
+        "access": attack.access,
+        "flags": flags,
+        "notes": notes,
+        "model_hash": model_hash,
+        "data_hash": plan.pins.get(plan.data),
         **_curves(case, attack, result, clean, robust),
-        "stages": [asdict(stage) for stage in result.stages], "evidence": [asdict(one) for one in result.evidence],
-    }  # fmt: skip
+        "stages": [asdict(stage) for stage in result.stages],
+        "checks": [asdict(one) for one in result.checks],
+    }
 
 
-def _curves(case: Case, attack: Attack, result: Result, clean: NDArray[np.bool_],
-            robust: NDArray[np.bool_]) -> dict[str, Curve | None]:  # fmt: skip
+def _curves(
+    case: Case, attack: Attack, result: Result, clean: NDArray[np.bool_], robust: NDArray[np.bool_]
+) -> dict[str, Curve | None]:
     """The curve against eps of an attack that looks for the smallest change, that against the cost of any other.
 
     Neither where the goal is another than to be wrong, or where one change serves all images.
@@ -83,7 +109,7 @@ def _curves(case: Case, attack: Attack, result: Result, clean: NDArray[np.bool_]
     curves: dict[str, Curve | None] = {"against_cost": None, "against_eps": None}
     if case.goal != _UNTARGETED or attack.universal:
         return curves
-    if not attack.smallest:  # one that does goes on after its first success: its costs tell nothing
+    if not attack.minimum_norm:  # one that does goes on after its first success: its costs tell nothing
         return curves | {"against_cost": against_cost(result, clean, robust)}
     norm, _, text = case.threat.partition(":")
     try:
@@ -105,7 +131,7 @@ def surviving(masks: Sequence[NDArray[np.bool_]]) -> NDArray[np.bool_]:
     return survived
 
 
-def together(survivors: Sequence[tuple[Record, NDArray[np.bool_]]]) -> list[Record]:
+def worst_case(survivors: Sequence[tuple[Record, NDArray[np.bool_]]]) -> list[Record]:
     """For each model and threat, the images that survive every attack that was run: never more than under the best one.
 
     Args:
@@ -125,25 +151,33 @@ def together(survivors: Sequence[tuple[Record, NDArray[np.bool_]]]) -> list[Reco
         most = max(members, key=lambda member: len(member[1]))[0]
         low, high = wilson(int(robust.sum()), len(robust))
         attacks = [f"{record['attack']} ({record['goal']})" for record, _ in members]
-        found.append({**dict(zip(keys, group, strict=True)), "n": len(robust), "attacks": attacks,
-                      "clean_accuracy": most["clean_accuracy"], "robust_accuracy": float(robust.mean()),
-                      "low": low, "high": high})  # fmt: skip
+        found.append(
+            {
+                **dict(zip(keys, group, strict=True)),
+                "n": len(robust),
+                "attacks": attacks,
+                "clean_accuracy": most["clean_accuracy"],
+                "robust_accuracy": float(robust.mean()),
+                "low": low,
+                "high": high,
+            }
+        )
     return found
 
 
-def _once(remarks: Sequence[Remark]) -> list[dict[str, str]]:
+def _once(messages: Sequence[Message]) -> list[dict[str, str]]:
     """Each name once with its first evidence, and how often it was found with other evidence."""
-    found: dict[str, list[Remark]] = {}
-    for remark in remarks:
-        found.setdefault(remark.name, []).append(remark)
+    found: dict[str, list[Message]] = {}
+    for message in messages:
+        found.setdefault(message.name, []).append(message)
     more = {name: f" (and {len(all_) - 1} more like it)" if len(all_) > 1 else "" for name, all_ in found.items()}
-    return [asdict(Remark(name, all_[0].why + more[name])) for name, all_ in found.items()]
+    return [asdict(Message(name, all_[0].why + more[name])) for name, all_ in found.items()]
 
 
-def _flat_note(result: Result) -> list[Remark]:
+def _flat_note(result: Result) -> list[Message]:
     """Gradients without signal, where more than one in a hundred queries gave one."""
     asked, flat = int(result.backwards.sum()), int(result.flat.sum())
     if flat <= asked / 100:
         return []
     images = int((result.flat > 0).sum())
-    return [Remark(FLAT, f"{flat / asked:.1%} of the gradient queries were zero or not finite, on {images} images")]
+    return [Message(FLAT_GRADIENTS, f"{flat / asked:.1%} of the gradient queries were zero or not finite, on {images} images")]

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from robustkit.bench.results.record import Record
 
-__all__ = ["Spread", "spread_facts"]
+__all__ = ["UniversalStats", "universal_facts"]
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Spread:
+class UniversalStats:
     """What a universal perturbation does to the predictions for the images of a block.
 
     Attributes:
@@ -43,7 +43,7 @@ class Spread:
         return held | {f"elsewhere/{model}": fooled for model, fooled in self.elsewhere.items()}
 
     @classmethod
-    def of(cls, held: Mapping[str, Tensor], learned: Mapping[str, Any] | None) -> Spread | None:
+    def of(cls, held: Mapping[str, Tensor], learned: Mapping[str, Any] | None) -> UniversalStats | None:
         """What `tensors` gave, or None where there is nothing of it."""
         if "spread/before" not in held:
             return None
@@ -52,7 +52,9 @@ class Spread:
         return cls(before, after, random, elsewhere, held.get("spread/delta"), learned)
 
 
-def spread_facts(record: Record, spreads: Sequence[Spread], labels: Tensor, classes: Sequence[str]) -> dict[str, Any]:
+def universal_facts(
+    record: Record, spreads: Sequence[UniversalStats], labels: Tensor, classes: Sequence[str]
+) -> dict[str, Any]:
     """What a record tells of a universal attack besides: rates over all images of its blocks, in [0, 1], and the learning.
 
     `fooling_train` and `fooling_held_out` are the shares of predictions that change, right or wrong before, on the images
@@ -74,12 +76,14 @@ def spread_facts(record: Record, spreads: Sequence[Spread], labels: Tensor, clas
         "seconds": record["seconds"] + learned["seconds"],
         "forwards": record["forwards"] + learned["forwards"],
         "backwards": record["backwards"] + learned["backwards"],
-        "flags": [*record["flags"], *learned["alarms"], *_other_classes(learned["classes"], labels)],
+        "flags": [*record["flags"], *learned["flags"], *_other_classes(learned["classes"], labels)],
         "notes": [*record["notes"], {"name": "universal", "why": why}],
         "fooling_train": learned["fooling_train"],
         "fooling_held_out": held_out,
         "fooling_random": yardstick,
-        "collapse": None if most is None else {
+        "collapse": None
+        if most is None
+        else {
             "class": classes[most] if most < len(classes) else str(most),
             "share": float(into[most] / into.sum()),
         },
@@ -87,7 +91,7 @@ def spread_facts(record: Record, spreads: Sequence[Spread], labels: Tensor, clas
             model: float(torch.cat([spread.elsewhere[model] for spread in spreads]).double().mean())
             for model in spreads[0].elsewhere
         },
-    }  # fmt: skip
+    }
 
 
 def _other_classes(learned: Sequence[int], labels: Tensor) -> list[dict[str, str]]:

@@ -15,7 +15,7 @@ from rich.text import Text
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
-from robustkit._engine.state_guard import seeded
+from robustkit._engine.state_guard import fork_rng
 from robustkit.attack import Attack
 from robustkit.attacks import Standard
 from robustkit.errors import ArgumentError, MissingExtraError
@@ -105,7 +105,7 @@ def autoattack(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, seed: int
         raise ArgumentError(f"threat={threat!r}: {why}")
     norm = next(theirs for kind, theirs, _ in _NORMS if isinstance(threat, kind))
     library = load_autoattack()
-    with _untraced(), seeded(seed):
+    with _untraced(), fork_rng(seed):
         attack = library.AutoAttack(model, norm=norm, eps=float(threat.eps), seed=seed, device=x.device, version="standard")
         for part in (attack.apgd_targeted, attack.fab):
             part.n_target_classes = min(part.n_target_classes, classes - 1)
@@ -131,17 +131,25 @@ def duel(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, ours: Attack
     if not len(x):
         raise ArgumentError("x is empty; there is nothing to compare: give at least one image")
     target = Target(model, batch_size=len(x))
-    with target.held(), gradients_kept(model):
+    with target.frozen(), gradients_kept(model):
         theirs, claimed = autoattack(model, x, y, threat, seed)
     mine = (Standard() if ours is None else ours)(target, x, y, threat=threat, seed=seed)
-    with target.held():
+    with target.frozen():
         won, lost = _solved(model, mine.x_adv, x, y, threat), _solved(model, theirs, x, y, threat)
     alone = [tuple(side.nonzero().squeeze(1).tolist()) for side in (won & ~lost, lost & ~won, claimed & ~lost)]
     split = len(alone[0]), len(alone[1])
     p_value = float(binomtest(split[0], sum(split)).pvalue) if sum(split) else 1.0
     name = next(ours_name for kind, _, ours_name in _NORMS if isinstance(threat, kind))
-    return Duel(f"{name}:{threat.eps:.3g}", len(x), int((won & lost).sum()), alone[0], alone[1], int((~won & ~lost).sum()),
-                alone[2], p_value)  # fmt: skip
+    return Duel(
+        f"{name}:{threat.eps:.3g}",
+        len(x),
+        int((won & lost).sum()),
+        alone[0],
+        alone[1],
+        int((~won & ~lost).sum()),
+        alone[2],
+        p_value,
+    )
 
 
 @torch.no_grad()
@@ -167,8 +175,11 @@ def duel_lines(duels: Sequence[Duel]) -> Group:
     for one in duels:
         counts = f"both solve {one.both}, only Standard {len(one.only_ours)}, only AutoAttack {len(one.only_theirs)}, nobody "
         told.append(Text(f"{one.threat}, first {one.n:,} images: {counts}{one.neither}; p = {one.p_value:.2g}"))
-        for who, images in (("only Standard solves", one.only_ours), ("only AutoAttack solves", one.only_theirs),
-                            ("AutoAttack calls solved, and we do not:", one.rejected)):  # fmt: skip
+        for who, images in (
+            ("only Standard solves", one.only_ours),
+            ("only AutoAttack solves", one.only_theirs),
+            ("AutoAttack calls solved, and we do not:", one.rejected),
+        ):
             if images:
                 told.append(Text(f"  {who} {_numbers(images)}"))
     title = Text("AutoAttack (standard) beside Standard, both judged here; p: exact McNemar test of who solves more", "bold")

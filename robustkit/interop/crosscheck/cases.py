@@ -112,8 +112,13 @@ def _art(case: Case, model: nn.Module, x: Tensor, ref: Tensor) -> Tensor | None:
         )
     else:
         attack = evasion.ProjectedGradientDescentPyTorch(
-            classifier, eps_step=case.fraction * case.eps, max_iter=case.steps, num_random_init=int(case.random_start),
-            verbose=False, **common)  # fmt: skip
+            classifier,
+            eps_step=case.fraction * case.eps,
+            max_iter=case.steps,
+            num_random_init=int(case.random_start),
+            verbose=False,
+            **common,
+        )
     return torch.from_numpy(attack.generate(x.cpu().numpy(), ref.cpu().numpy())).to(x)
 
 
@@ -137,9 +142,11 @@ def _torchattacks(case: Case, model: nn.Module, x: Tensor, ref: Tensor) -> Tenso
 
 # How each library runs a case, None where it has no such attack; and the distribution whose version is told.
 PEERS: Mapping[str, tuple[Callable[[Case, nn.Module, Tensor, Tensor], Tensor | None], Callable[[], Any], str]] = (
-    MappingProxyType({
-        "foolbox": (_foolbox, load_foolbox, "foolbox"),
-        "art": (_art, load_art, "adversarial-robustness-toolbox"),
-        "torchattacks": (_torchattacks, load_torchattacks, "torchattacks"),
-    })
-)  # fmt: skip
+    MappingProxyType(
+        {
+            "foolbox": (_foolbox, load_foolbox, "foolbox"),
+            "art": (_art, load_art, "adversarial-robustness-toolbox"),
+            "torchattacks": (_torchattacks, load_torchattacks, "torchattacks"),
+        }
+    )
+)

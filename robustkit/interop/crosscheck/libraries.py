@@ -15,8 +15,8 @@ from rich.text import Text
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
-from robustkit._engine.state_guard import seeded
-from robustkit._engine.tensors import amax
+from robustkit._engine.state_guard import fork_rng
+from robustkit._engine.tensors import abs_max
 from robustkit.errors import ArgumentError, MissingExtraError
 from robustkit.goals import ClassifyAs, Misclassify, least_likely
 from robustkit.interop.crosscheck.cases import MARGIN, PEERS, Case, cases
@@ -139,9 +139,16 @@ def peers() -> dict[str, str | None]:
     return found
 
 
-def crosscheck(model: nn.Module, x: Tensor, y: Tensor, *, eps: Sequence[float] = (1 / 255, 8 / 255, 0.1, 0.3),
-               eps_l2: Sequence[float] = (0.1, 0.25, 1.0), libraries: Sequence[str] | None = None,
-               seed: int = 0) -> list[Row]:  # fmt: skip
+def crosscheck(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: Sequence[float] = (1 / 255, 8 / 255, 0.1, 0.3),
+    eps_l2: Sequence[float] = (0.1, 0.25, 1.0),
+    libraries: Sequence[str] | None = None,
+    seed: int = 0,
+) -> list[Row]:
     """The agreement with every installed library, one row for each library, attack and budget.
 
     All examples go through the model at once, in both libraries, so that the same kernels run and equal means equal bit
@@ -170,7 +177,7 @@ def crosscheck(model: nn.Module, x: Tensor, y: Tensor, *, eps: Sequence[float] =
         at = inner if case.interior else x
         ours = case.ours(target, at, ref, goal=goal, threat=case.threat, seed=seed, keep="last").x_adv
         for library in chosen:
-            with target.held(), gradients_kept(model), seeded(seed):
+            with target.frozen(), gradients_kept(model), fork_rng(seed):
                 theirs = PEERS[library][0](case, model, at.clone(), ref)
                 if theirs is not None:
                     rows.append(_row(library, case, ours, theirs.detach(), _won(model, goal, (ours, theirs), ref)))
@@ -196,7 +203,7 @@ def _row(library: str, case: Case, ours: Tensor, theirs: Tensor, won: Sequence[T
     threat = "linf" if case.linf else "l2"
     known = next((d for d in DIFFERENCES if (d.library, d.attack, d.threat) == (library, case.name, threat)), None)
     exact = case.linf and case.name != "MIFGSM" and not (known and known.rounding)
-    apart = amax(ours.double() - theirs.double())
+    apart = abs_max(ours.double() - theirs.double())
     differing = (apart > (0 if exact else TOLERANCE)).nonzero().squeeze(1).tolist()
     if case.random_start:
         verdict: Verdict = "same rate" if p_value >= LEVEL else "differs"
@@ -212,9 +219,20 @@ def _row(library: str, case: Case, ours: Tensor, theirs: Tensor, won: Sequence[T
     if verdict == "differs" and known and not known.rounding:
         verdict = "by design"
     return Row(
-        library, case.name, f"{threat}:{case.eps:.3g}", len(ours), float(won[0].double().mean()), float(won[1].double().mean()),
-        only_ours, only_theirs, p_value, float(apart.max()), () if case.random_start else tuple(differing), verdict,
-        known.why if known and verdict in ("close", "by design") else "")  # fmt: skip
+        library,
+        case.name,
+        f"{threat}:{case.eps:.3g}",
+        len(ours),
+        float(won[0].double().mean()),
+        float(won[1].double().mean()),
+        only_ours,
+        only_theirs,
+        p_value,
+        float(apart.max()),
+        () if case.random_start else tuple(differing),
+        verdict,
+        known.why if known and verdict in ("close", "by design") else "",
+    )
 
 
 def table(rows: Sequence[Row]) -> Group:

@@ -164,11 +164,23 @@ def test_scipy_comes_as_far_in_as_many_generations(function, strategy, name, mut
     ours = evolved(function, strategy, runs, p, d, 15).values.amin(1).log10().numpy()
     theirs = [
         differential_evolution(
-            lambda u: function(torch.tensor(u.T)).numpy(), [(0, 1)] * d, strategy=name, mutation=mutation, recombination=1,
-            popsize=-(-p // d), maxiter=15, init=np.random.default_rng(seed).permuted(
+            lambda u: function(torch.tensor(u.T)).numpy(),
+            [(0, 1)] * d,
+            strategy=name,
+            mutation=mutation,
+            recombination=1,
+            popsize=-(-p // d),
+            maxiter=15,
+            init=np.random.default_rng(seed).permuted(
                 (np.arange(p)[:, None] + np.random.default_rng(1000 + seed).random((p, d))) / p, axis=0
-            ), tol=0, atol=-1, polish=False, updating="deferred", vectorized=True, rng=seed,
+            ),
+            tol=0,
+            atol=-1,
+            polish=False,
+            updating="deferred",
+            vectorized=True,
+            rng=seed,
         ).fun
         for seed in range(runs)
-    ]  # fmt: skip
+    ]
     assert ks_2samp(ours, np.log10(theirs)).pvalue > 0.001

@@ -171,10 +171,10 @@ class Bowl(nn.Module):
 
     def __init__(self, far):
         super().__init__()
-        self.far, self.most = far, 0
+        self.far, self.batch_size = far, 0
 
     def forward(self, x):
-        self.most = max(self.most, len(x))
+        self.batch_size = max(self.batch_size, len(x))
         gain = x.flatten(1).sum(1)
         return torch.stack([torch.full_like(gain, self.far), gain], 1)
 
@@ -187,7 +187,7 @@ def test_an_image_that_does_not_fall_costs_the_whole_evolution_and_no_batch_is_t
     result = OnePixel(population=30, generations=4)(Target(counter, batch_size=batch), x, y, threat=Pixels(1))
     assert not result.success.any()
     assert result.forwards.tolist() == [1 + 30 * 5 + 1] * 5  # looked at first, evolved, judged
-    assert net.most == largest
+    assert net.batch_size == largest
     assert counter.seen == 5 * 152
 
 
@@ -288,11 +288,22 @@ def test_scipy_comes_as_far_on_the_same_images():
             lambda u, i=i: loss(
                 torch.stack([painted(x[i], point, 0, 1, 1) for point in torch.tensor(u.T)]), y[i : i + 1].expand(u.shape[1])
             ).numpy(),
-            [(0, 1)] * 5, strategy="best1bin", mutation=(0.5, 1), recombination=1, popsize=p // 5, maxiter=generations,
-            init="latinhypercube", tol=0, atol=-1, polish=False, updating="deferred", vectorized=True, rng=i,
+            [(0, 1)] * 5,
+            strategy="best1bin",
+            mutation=(0.5, 1),
+            recombination=1,
+            popsize=p // 5,
+            maxiter=generations,
+            init="latinhypercube",
+            tol=0,
+            atol=-1,
+            polish=False,
+            updating="deferred",
+            vectorized=True,
+            rng=i,
         ).fun
         for i in range(n)
-    ]  # fmt: skip
+    ]
     assert wilcoxon(ours.numpy(), np.array(theirs)).pvalue > 0.01
     at_random = loss(Pixels(1).sample(x, noise.at("random")), y)
     assert wilcoxon(at_random.numpy(), np.array(theirs)).pvalue < 1e-6  # so that the comparison can fail

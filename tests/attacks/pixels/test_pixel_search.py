@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from robustkit import L2, ClassifyAs, Pixels, PixelSearch, Target
-from robustkit.attacks.pixels._locations import Field, extremes
+from robustkit.attacks.pixels._locations import EffectMap, extremes
 from robustkit.errors import ArgumentError, ShapeError
 from robustkit.goals import Misclassify
 from robustkit.losses import margin
@@ -91,8 +91,8 @@ def test_an_image_that_is_never_solved_costs_the_queries(pixels, channels):
     net.net[1].bias.data[0] = 5
     x = torch.rand(3, channels, 20, 20)
     result = PixelSearch(queries=90)(net, x, torch.zeros(3, dtype=torch.int64), threat=Pixels(pixels))
-    judging = 2  # x before the search, and what comes back
-    assert result.forwards.tolist() == [90 * pixels + judging] * 3
+    tracks_best = 2  # x before the search, and what comes back
+    assert result.forwards.tolist() == [90 * pixels + tracks_best] * 3
     assert int(result.forwards.sum()) == net.seen
 
 
@@ -203,8 +203,9 @@ def test_each_image_keeps_to_its_own_budget():
     fewer = PixelSearch(pixels=2, queries=60)(net, x, y, threat=Pixels(budgets), keep="best")
     assert (fewer.size <= budgets.clamp(max=2)).all()
     for i in range(6):
-        alone = PixelSearch(queries=60)(net, x[i : i + 1], y[i : i + 1], threat=Pixels(int(budgets[i])), keep="best",
-                                        ids=torch.tensor([i]))  # fmt: skip
+        alone = PixelSearch(queries=60)(
+            net, x[i : i + 1], y[i : i + 1], threat=Pixels(int(budgets[i])), keep="best", ids=torch.tensor([i])
+        )
         assert torch.equal(alone.x_adv, result.x_adv[i : i + 1])
 
 
@@ -228,11 +229,11 @@ def test_extreme_colours_are_different_and_at_the_ends(channels, count):
 def test_the_promise_is_the_weighted_regression_it_is_said_to_be():
     torch.manual_seed(0)
     x = torch.rand(2, 3, 6, 7)
-    field = Field(x, Pixels(1))
+    field = EffectMap(x, Pixels(1))
     candidates = torch.stack([torch.randperm(84)[:9] for _ in range(2)])
     effects = torch.randn(2, 9, dtype=torch.float64)
     field.learn(candidates, effects)
-    promise = field.promise()
+    acquisition = field.acquisition()
     for i in range(2):
         typical = math.sqrt(sum(float(e) ** 2 for e in effects[i]) / 9)
         for colour, row, column in itertools.product(range(2), range(6), range(7)):
@@ -245,13 +246,13 @@ def test_the_promise_is_the_weighted_regression_it_is_said_to_be():
                     change = max(0.02, sum(abs(there - float(x[i, k, r, c])) for k in range(3)) / 3)
                     pull, weight = pull + near * change * effect, weight + near * change**2
             expected = own * (pull / weight + 0.5 * typical / math.sqrt(weight))
-            assert float(promise[i, colour * 42 + row * 7 + column]) == pytest.approx(expected, rel=1e-9)
+            assert float(acquisition[i, colour * 42 + row * 7 + column]) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (32, 32), (28, 28), (1, 40), (3, 17), (100, 60)])
 def test_the_first_grid_covers_the_image(shape):
     x = torch.rand(3, 1, *shape)
-    field = Field(x, Pixels(1))
+    field = EffectMap(x, Pixels(1))
     places = shape[0] * shape[1]
     both, far = field.grid(both=True), field.grid(both=False)
     assert both.shape[1] == 2 * far.shape[1] <= 128

@@ -52,12 +52,12 @@ def by_hand(i, count, queries, low, high):
         draw = noise.at("query", query)
         swaps = max(1, int(share_by_the_paper(query, queries) * count))
         first = draw.at("slot").uniform(count)[0].tolist()
-        leaving = sorted(range(count), key=lambda slot: first[slot])[:swaps]
+        early_stop = sorted(range(count), key=lambda slot: first[slot])[:swaps]
         rank = draw.at("place").uniform(30)[0].tolist()
         used = {row * 6 + column for (row, column), _ in pixels}
         unused = sorted((place for place in range(30) if place not in used), key=lambda place: rank[place])
         changed = list(pixels)
-        for slot, place, colour in zip(leaving, unused, colours(draw, swaps), strict=False):
+        for slot, place, colour in zip(early_stop, unused, colours(draw, swaps), strict=False):
             changed[slot] = (divmod(place, 6), colour)
         value = loss_of(paint(changed), int(Y[i]))
         if value < lowest:

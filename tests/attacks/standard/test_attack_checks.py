@@ -72,10 +72,10 @@ def test_what_a_probe_breaks_counts():
 def test_without_a_budget_every_point_is_in_reach():
     zero, one = torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4)
     for threat in (Linf(0.1), L2(0.1), L1(0.1), Pixels(1)):
-        all_of_it = trials.everything(threat, zero)
+        all_of_it = trials.max_threat(threat, zero)
         assert all_of_it.contains(one, zero).all()
         torch.testing.assert_close(all_of_it.size(one, zero), torch.full((2,), float(all_of_it.eps), dtype=torch.float64))
-    wide = trials.everything(Linf(0.1, bounds=(-1.0, 3.0)), zero)
+    wide = trials.max_threat(Linf(0.1, bounds=(-1.0, 3.0)), zero)
     assert wide.eps == 4.0
     assert wide.bounds == (-1.0, 3.0)
 
@@ -184,7 +184,7 @@ def test_a_copy_breaks_what_a_flipped_gradient_hides(monkeypatch):
     """Searches that start from nothing are left out: what breaks is the copy's, and said to be."""
     monkeypatch.setattr(trials, "Square", Never)
     monkeypatch.setattr(trials, "RayS", Never)
-    monkeypatch.setattr(trials, "_COPY", trials.Teaching(points=6, steps=100))
+    monkeypatch.setattr(trials, "_COPY", trials.SubstituteConfig(points=6, steps=100))
     result = ask(lambda p: trials.survivors(p, 1.0), FLIPPED, threat=Linf(0.3))
     hits, of = seen(result)["transfer-breaks"]
     broken = seen(result)["gradient-free-breaks"][0]

@@ -6,7 +6,7 @@ from cabinet import ENTRIES, FEW, FIGURES, LEFT, NAIVE, STANDARD, right, standar
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from robustkit import Misclassify
-from robustkit._engine.state_guard import seeded
+from robustkit._engine.state_guard import fork_rng
 from robustkit.losses import margin
 
 BY_NAME = {entry.name: entry for entry in ENTRIES}
@@ -19,7 +19,7 @@ SPARE = 4  # images: another processor rounds differently
 def slope(fn, x, y):
     """The derivative of the cross-entropy; zeros where there is no way to it."""
     x = x.clone().requires_grad_()
-    with seeded(0):
+    with fork_rng(0):
         loss = cross_entropy(fn(x), y, reduction="sum")
     found = torch.autograd.grad(loss, x, allow_unused=True)[0] if loss.requires_grad else None
     return torch.zeros_like(x) if found is None else found
@@ -138,7 +138,7 @@ def test_in_a_batch_norm_a_row_depends_on_its_batch():
 def test_random_ones_differ_from_call_to_call_and_vote_as_before(name):
     entry = BY_NAME[name]
     x, _ = entry.images()
-    with entry.target.held():
+    with entry.target.frozen():
         assert not torch.equal(entry.target.fn(x), entry.target.fn(x))
     assert abs(right(entry, x, 0) - right(entry, x, 5)) <= SPARE
 
@@ -146,9 +146,9 @@ def test_random_ones_differ_from_call_to_call_and_vote_as_before(name):
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 def test_it_is_the_same_each_time_and_near_what_is_behind(entry):
     x, _ = entry.images()
-    with seeded(0):
+    with fork_rng(0):
         out = entry.target.fn(x)
-    with seeded(0):
+    with fork_rng(0):
         assert torch.equal(out.nan_to_num(), entry.target.fn(x).nan_to_num())
     assert not entry.target.in_training
     mean = torch.stack([entry.target.fn(x) for _ in range(entry.draws)]).mean(0)

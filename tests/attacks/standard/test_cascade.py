@@ -9,7 +9,7 @@ from torch import nn
 
 from robustkit import L2, Attack, Linf, Misclassify, Target
 from robustkit.attacks import Standard
-from robustkit.attacks.standard.cascade import Pursuit, Run, descend
+from robustkit.attacks.standard.cascade import CascadeState, Run, descend
 from robustkit.goals import ClassifyAs
 from robustkit.losses import margin
 
@@ -50,7 +50,7 @@ def ask(question, model, x, ref, threat, goal=Misclassify(margin), keep="last", 
 
 
 def pursuit_of(problem, budget=None):
-    pursuit = Pursuit(problem, budget)
+    pursuit = CascadeState(problem, budget)
     pursuit.look()
     return pursuit
 
@@ -187,8 +187,8 @@ def test_the_first_look_costs_one_pass_and_a_gradient_for_each_part():
     assert (result.backwards == 4).all()
     assert (result.forwards == 2).all()  # the second is the verdict
     top = SCORES.topk(2, 1).values
-    torch.testing.assert_close(pursuit.edge.double(), top[:, 0] - top[:, 1], rtol=1e-6, atol=1e-6)
-    assert torch.equal(pursuit.clean, pursuit.edge)
+    torch.testing.assert_close(pursuit.boundary_margin.double(), top[:, 0] - top[:, 1], rtol=1e-6, atol=1e-6)
+    assert torch.equal(pursuit.clean, pursuit.boundary_margin)
 
 
 # Parts of different goals.
@@ -226,7 +226,7 @@ def test_runs_of_two_goals_at_once_keep_what_comes_nearest():
     def question(problem):
         pursuit, rows = pursuit_of(problem), torch.tensor([3, 1])
         pursuit.run([run for rank in range(3) for run in pursuit.towards(rows, rank, rank)], 5)
-        return pursuit.edge, pursuit.nearest
+        return pursuit.boundary_margin, pursuit.nearest
 
     (edge, nearest), _ = ask(question, lambda x: x * slope - 1, x, ref, Linf(0.1), goal=AnyOf())
     # At x the second column is nearest with 1.5 - 0.5; a tenth more of x takes 0.3 from it.
@@ -241,10 +241,10 @@ def test_runs_of_two_goals_at_once_keep_what_comes_nearest():
 def test_rows_are_the_open_ones_that_have_come_near():
     def question(problem):
         pursuit = pursuit_of(problem)
-        pursuit.edge = pursuit.clean * torch.linspace(0.05, 1.5, 30)
+        pursuit.boundary_margin = pursuit.clean * torch.linspace(0.05, 1.5, 30)
         at_the_goal = torch.arange(30) == 29
         pursuit.clean = torch.where(at_the_goal, -1.0, pursuit.clean)
-        problem._kept.open[0] = False  # as if solved
+        problem._kept.unsolved[0] = False  # as if solved
         return [pursuit.rows("some", 0, within).tolist() for within in (0.02, 0.5, 1.0, math.inf)]
 
     (none, half, whole, every), _ = ask(question, linear, POINTS, CLASS, Linf(0.01, bounds=None))
@@ -258,7 +258,7 @@ def test_rows_are_the_open_ones_that_have_come_near():
 def test_rows_are_those_that_can_pay_and_the_most_that_could_not_are_remembered():
     def question(problem):
         pursuit = pursuit_of(problem, 20)  # of which the look has taken 1 + 2 * 4
-        problem[torch.tensor([4, 4, 7])].answer(problem.x[[4, 4, 7]])
+        problem[torch.tensor([4, 4, 7])].predict(problem.x[[4, 4, 7]])
         found = [pursuit.rows("stage", cost).tolist() for cost in (9, 10, 11, 10, 3)]
         return found, dict(pursuit.skipped)
 
@@ -277,9 +277,9 @@ def test_search_never_loses_ground_and_stays_inside(threat):
     def question(problem):
         pursuit, path = pursuit_of(problem), []
         for number in range(4):
-            path.append((pursuit.edge.clone(), pursuit.nearest.clone()))
+            path.append((pursuit.boundary_margin.clone(), pursuit.nearest.clone()))
             pursuit.search(torch.arange(1, 9), 50, 0.05, number)
-        return [*path, (pursuit.edge, pursuit.nearest)]
+        return [*path, (pursuit.boundary_margin, pursuit.nearest)]
 
     path, result = ask(question, NET, X, Y, threat)
     for (before, _), (after, _) in itertools.pairwise(path):
@@ -306,9 +306,9 @@ def test_who_gains_nothing_by_half_of_the_queries_is_let_go(queries, asked):
 
     def question(problem):
         pursuit = pursuit_of(problem)
-        before = problem.spent.clone()
+        before = problem.cost.clone()
         pursuit.search(torch.arange(2), queries, 0.05, 0)
-        return problem.spent - before
+        return problem.cost - before
 
     spent, _ = ask(question, model, x, torch.zeros(2, dtype=torch.int64), Linf(0.1))
     assert spent[0] == asked
@@ -356,9 +356,9 @@ def test_who_is_solved_is_not_asked_again():
     def question(problem):
         pursuit = pursuit_of(problem)
         problem.success(problem.x.flip(0))
-        gone, before = ~problem.open, problem.spent
+        gone, before = ~problem.unsolved, problem.cost
         pursuit.take([Run(torch.arange(9), problem.goal, problem.ref, problem.x)], problem.x)
-        return gone, problem.spent - before
+        return gone, problem.cost - before
 
     (gone, paid), _ = ask(question, NET, X, Y, Linf(10.0, bounds=None), keep="first")
     assert 0 < gone.sum() < 9

@@ -8,8 +8,8 @@ from torch import nn
 from robustkit import ClassifyAs, Linf, Misclassify, Target
 from robustkit.attacks import Standard
 from robustkit.attacks.standard import escalation as _escalation
-from robustkit.attacks.standard.escalation import Hinged, _averaged, _jointly
-from robustkit.attacks.standard.substitute import Teaching
+from robustkit.attacks.standard.escalation import SoftHinge, _averaged, _joint_descent
+from robustkit.attacks.standard.substitute import SubstituteConfig
 from robustkit.losses import margin
 
 
@@ -17,12 +17,12 @@ from robustkit.losses import margin
 def test_the_hinge_counts_an_example_less_the_further_it_is_beyond_the_border(goal):
     out = torch.tensor([[8.0, 0.0], [0.0, 0.0], [0.0, 8.0]], requires_grad=True)
     ref = torch.zeros(3, dtype=torch.int64) + int(isinstance(goal, ClassifyAs))
-    loss = Hinged(goal).loss(out, ref)
+    loss = SoftHinge(goal).loss(out, ref)
     edges = torch.tensor([8.0, 0.0, -8.0])
     torch.testing.assert_close(loss, torch.log1p((edges + 0.5).exp()))
     slopes = torch.autograd.grad(loss.sum(), out)[0][:, 0]
     torch.testing.assert_close(slopes, torch.sigmoid(edges + 0.5))
-    assert Hinged(goal).success(out, ref).tolist() == goal.success(out, ref).tolist()
+    assert SoftHinge(goal).success(out, ref).tolist() == goal.success(out, ref).tolist()
 
 
 def crowded(x):
@@ -39,9 +39,9 @@ def test_the_batch_that_comes_back_was_one_batch():
         return crowded(x)
 
     def joint(problem):
-        batch = problem.aside(everyone(problem), keep="best")
+        batch = problem.subproblem(everyone(problem), keep="best")
         seen.clear()
-        found.append(_jointly(batch.following(Misclassify(margin), batch.ref), batch.x, 1.0))
+        found.append(_joint_descent(batch.with_surrogate(Misclassify(margin), batch.ref), batch.x, 1.0))
 
     y = torch.zeros(N, dtype=torch.int64)
     ask(joint, model, y=y, threat=Linf(0.1))
@@ -61,7 +61,7 @@ def test_what_depends_on_company_is_judged_in_the_company_in_which_it_stands():
     assert torch.equal(result.success, fn(result.x_adv).argmax(1) != y)
     assert Linf(EPS).contains(result.x_adv, X).all()
     assert result.success.sum() >= N / 2
-    assert "unsteady-target" not in {remark.name for remark in (*result.flags, *result.notes)}
+    assert "unsteady-target" not in {message.name for message in (*result.flags, *result.notes)}
 
 
 class Rough(nn.Module):
@@ -81,11 +81,11 @@ def test_gradients_are_averaged_over_steps_too(monkeypatch):
     model, ends = Rough(), []
 
     def climb(problem):
-        goal = problem.goal.by(margin)
-        for drawn in (problem, problem.drawn(2)):
-            ends.append(_averaged(drawn.following(goal, problem.ref), problem.x, 2.0))
+        goal = problem.goal.with_surrogate(margin)
+        for drawn in (problem, problem.with_eot_draws(2)):
+            ends.append(_averaged(drawn.with_surrogate(goal, problem.ref), problem.x, 2.0))
         monkeypatch.setattr(_escalation, "_FADING", 0.0)
-        ends.append(_averaged(problem.following(goal, problem.ref), problem.x, 2.0))
+        ends.append(_averaged(problem.with_surrogate(goal, problem.ref), problem.x, 2.0))
 
     ask(climb, Target(model, stochastic=True), y=torch.zeros(N, dtype=torch.int64), threat=Linf(EPS))
     agree = [((end - X).flatten(1).sign() == model.weight).double().mean() for end in ends]
@@ -102,7 +102,7 @@ class Lucky(nn.Module):
 
 
 def test_luck_is_no_success(monkeypatch):
-    monkeypatch.setattr(_escalation, "_COPY", Teaching(points=4, steps=10))
+    monkeypatch.setattr(_escalation, "_COPY", SubstituteConfig(points=4, steps=10))
     result = Standard()(Target(Lucky(), stochastic=True), X, torch.zeros(N, dtype=torch.int64), threat=Linf(EPS))
     assert "escalated" in {note.name for note in result.notes}
     assert not result.success.any()
@@ -132,7 +132,7 @@ def test_what_is_left_is_tried_harder_only_where_the_first_turn_helps(hard, turn
     """Of what nothing breaks no more is asked, nor where nothing is left."""
     monkeypatch.setattr(_escalation, "_TURNS", ((25, 25), (50, 40)))
     monkeypatch.setattr(_escalation, "_WINDOWS", 25)
-    monkeypatch.setattr(_escalation, "_COPY", Teaching(points=4, steps=10))
+    monkeypatch.setattr(_escalation, "_COPY", SubstituteConfig(points=4, steps=10))
     bright, x, y = hard_and_easy(hard)
     done = []
     result = ask(lambda problem: done.extend(_escalation._further(problem)), bright, x=x, y=y, threat=Linf(0.2))

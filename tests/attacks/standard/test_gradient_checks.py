@@ -211,7 +211,7 @@ def test_what_is_chosen_depends_on_no_other_example():
 
     def choose(problem):
         solved = problem.ids % 5 == 0
-        problem._kept.open[solved] = False  # as if solved
+        problem._kept.unsolved[solved] = False  # as if solved
         for purpose in ("one", "two"):
             rows = probes.chosen(problem, purpose, 0.25)
             found[len(problem), purpose] = set(problem.ids[rows].tolist())

@@ -94,7 +94,7 @@ def decoy(x):
 def test_a_class_that_only_targeting_reaches():
     x, y = torch.full((6, 1, 8, 8), 0.5), torch.zeros(6, dtype=torch.int64)
     without = Standard(skip="parts", audit=False)(decoy, x, y, threat=Linf(0.1))
-    assert [without.stages[number].name for number in without.solver.tolist()] == ["border"] * 6  # which has an aim too
+    assert [without.stages[number].name for number in without.solver.tolist()] == ["boundary"] * 6  # which has an aim too
     result = BARE(decoy, x, y, threat=Linf(0.1))
     assert result.success.all()
     assert [result.stages[number].name for number in result.solver.tolist()] == ["parts"] * 6
@@ -107,23 +107,23 @@ def test_a_class_that_only_targeting_reaches():
 def test_where_descents_miss_much_longer_walks_are_made():
     """A net with thresholds in L2; by pyautoattack 0.2.0 (standard, seed 0) 3 of these 40 are robust."""
     part, net = data.load("mnist-5k").part(limit=40), zoo.load("mnist-cnn-robust")
-    blind = Standard(skip="border", audit=False)(net, part.x, part.y, threat=L2(2.0))
+    blind = Standard(skip="boundary", audit=False)(net, part.x, part.y, threat=L2(2.0))
     seeing = Standard(audit=False)(net, part.x, part.y, threat=L2(2.0))
     assert (~blind.success).sum() >= 15
     assert (~seeing.success).sum() <= 3
-    assert [note.name for note in seeing.notes] == ["border-breaks"]
-    assert not [note for note in blind.notes if note.name == "border-breaks"]
+    assert [note.name for note in seeing.notes] == ["boundary-breaks"]
+    assert not [note for note in blind.notes if note.name == "boundary-breaks"]
     stages = {stage.name: stage for stage in seeing.stages}
-    assert stages["border"].solved > stages["parts"].solved
+    assert stages["boundary"].solved > stages["parts"].solved
 
 
 def test_where_descents_miss_nothing_one_short_walk_is_all():
     model, weight, x = linear(8)
     threat = Linf(0.9 * float(distance(weight, x, 1).min()))
     result = BARE(model, x, model(x).argmax(1), threat=threat)
-    (border,) = [stage for stage in result.stages if stage.name == "border"]
+    (border,) = [stage for stage in result.stages if stage.name == "boundary"]
     assert border.backwards == 20 * 40
-    assert not [note for note in result.notes if note.name == "border-breaks"]
+    assert not [note for note in result.notes if note.name == "boundary-breaks"]
 
 
 # What it costs, and who pays.
@@ -205,10 +205,10 @@ def test_a_note_says_what_was_skipped_and_for_how_many():
         return {note.why for note in result.notes if note.name == "budget"}
 
     told = "{} was too little for {} on 40 examples".format
-    assert skipped(1 + 18) == {told(19, "look")}  # who was not looked at has no parts, and does not walk
-    assert skipped(1 + 19 + 60) == {told(80, "parts"), told(80, "border")}
+    assert skipped(1 + 18) == {told(19, "first-pass")}  # who was not looked at has no parts, and does not walk
+    assert skipped(1 + 19 + 60) == {told(80, "parts"), told(80, "boundary")}
     assert skipped(1 + 19 + 121) == {told(141, "parts")}
-    assert skipped(1 + 19 + 122 + 60) == {told(202, "border")}
+    assert skipped(1 + 19 + 122 + 60) == {told(202, "boundary")}
     assert skipped(1 + 19 + 122 + 61) == set()
 
 
@@ -225,8 +225,8 @@ def test_what_is_skipped_costs_nothing_and_all_else_is_done(stage, stubborn, ful
         return sums
 
     whole, part = spent(full), spent(result)
-    del whole["polish"], part["polish"]
-    if stage in ("polish", "restarts"):
+    del whole["refine"], part["refine"]
+    if stage in ("refine", "restarts"):
         assert part["restarts"] < whole["restarts"]
     else:
         assert part.pop(stage) == 0
@@ -237,7 +237,7 @@ def test_what_is_skipped_costs_nothing_and_all_else_is_done(stage, stubborn, ful
 def test_stages_add_up_to_what_was_paid_and_found(audit):
     result = Standard(audit=audit)(NET, X, Y, threat=Linf(EPS))
     assert 0 < result.success.sum() < 12
-    names = ["clean", "look", "windows", "parts", "border", "restarts", *(["audit"] if audit else []), "attack"]
+    names = ["clean", "first-pass", "patches", "parts", "boundary", "restarts", *(["audit"] if audit else []), "attack"]
     assert list(dict.fromkeys(stage.name for stage in result.stages)) == names
     assert all(stage.forwards >= 0 for stage in result.stages)
     assert sum(stage.forwards for stage in result.stages) == result.forwards.sum()
@@ -252,7 +252,7 @@ def test_steps_and_parts_are_those_of_the_fields(stubborn):
     left = len(x)
     result = Standard(steps=7, parts=3, audit=False)(NET, x, y, threat=Linf(EPS))
     stages = [(stage.name, stage.backwards) for stage in result.stages[:4]]
-    assert stages[1:] == [("look", 4 * left), ("windows", 0), ("parts", 3 * 7 * left)]
+    assert stages[1:] == [("first-pass", 4 * left), ("patches", 0), ("parts", 3 * 7 * left)]
 
 
 # Other goals and models.

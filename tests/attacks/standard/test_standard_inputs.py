@@ -106,7 +106,7 @@ def test_logits_that_are_no_numbers_are_named_counted_and_never_robust(value, ri
     net = Then(after=spoiled(value, right))
     result = attack(net, X, labels(net), threat=Linf(0.01))
     assert result.success.all()
-    (seen,) = [one for one in result.evidence if one.name == "undefined-outputs"]
+    (seen,) = [one for one in result.checks if one.name == "undefined-outputs"]
     assert (seen.hits, seen.of, seen.limit) == (6, 6, 0.0)
     (flag,) = [flag for flag in result.flags if flag.name == "undefined-outputs"]
     assert "6 of 6" in flag.why
@@ -142,7 +142,7 @@ def test_classes_that_are_level_are_decided_by_argmax_and_told(attack):
     y = torch.tensor([0, 0, 0, 0, 1, 2])
     result = attack(net, X, y, threat=Linf(0.1))
     assert torch.equal(result.success, y != 0)
-    (seen,) = [one for one in result.evidence if one.name == "tied-outputs"]
+    (seen,) = [one for one in result.checks if one.name == "tied-outputs"]
     assert (seen.hits, seen.of, seen.limit) == (4, 4, 0.01)
     assert "tied-outputs" in {flag.name for flag in result.flags}
     assert "flat-gradients" in {flag.name for flag in result.flags}
@@ -151,12 +151,12 @@ def test_classes_that_are_level_are_decided_by_argmax_and_told(attack):
 def test_of_random_answers_a_single_tie_decides_nothing():
     net = Then(after=lambda out: nn.functional.dropout(out, 0.9))
     result = PGD(steps=2)(net, X, labels(net), threat=Linf(0.01))
-    assert "tied-outputs" not in {one.name for one in result.evidence}
+    assert "tied-outputs" not in {one.name for one in result.checks}
 
 
 def test_sound_models_give_no_evidence_of_any_of_this():
     net = Then()
-    assert PGD(steps=2)(net, X, labels(net), threat=Linf(0.01)).evidence == ()
+    assert PGD(steps=2)(net, X, labels(net), threat=Linf(0.01)).checks == ()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,16 @@ from torch import nn
 from robustkit import L1, L2, ClassifyAs, Linf, Misclassify, Pixels
 from robustkit._engine.noise import Noise
 from robustkit.attacks.standard import substitute as _distil
-from robustkit.attacks.standard.substitute import Adam, Copy, Teaching, flattened, rebuilt, scattered, strikes, taught
+from robustkit.attacks.standard.substitute import (
+    Adam,
+    SubstituteConfig,
+    SubstituteModel,
+    flatten_output,
+    random_tiles,
+    train_substitute,
+    transfer_attack,
+    unflatten_output,
+)
 from robustkit.goals import Goal
 from robustkit.losses import margin
 
@@ -28,9 +37,9 @@ def firm(x):
 @given(SHAPES)
 def test_answers_of_any_shape_come_back_as_they_were(shapes):
     out = tuple(torch.randn(4, *shape) for shape in shapes)
-    back = rebuilt(flattened(out), out)
+    back = unflatten_output(flatten_output(out), out)
     assert all(torch.equal(one, other) for one, other in zip(back, out, strict=True))
-    assert torch.equal(rebuilt(flattened(out[0]), out[0]), out[0])
+    assert torch.equal(unflatten_output(flatten_output(out[0]), out[0]), out[0])
 
 
 @pytest.mark.parametrize("threat", [Linf(0.1), L2(0.5), L1(1.0), Pixels(2)])
@@ -42,7 +51,7 @@ def test_rough_points_lie_in_the_threat_set_and_spend_its_budget(threat, shape):
     found = []
 
     def look(problem):
-        found.extend(scattered(problem, draw) for draw in range(4))
+        found.extend(random_tiles(problem, draw) for draw in range(4))
 
     ask(look, firm, threat=threat, x=x, y=torch.zeros(5, dtype=torch.int64))
     for points in found:
@@ -57,8 +66,13 @@ def test_rough_points_lie_in_the_threat_set_and_spend_its_budget(threat, shape):
 def test_tiles_are_as_large_as_they_are_said_to_be():
     x = torch.full((3, 2, 14, 14), 0.5)
     found = []
-    ask(lambda p: found.extend(scattered(p, draw) for draw in range(4)), firm, threat=Linf(0.1), x=x,
-        y=torch.zeros(3, dtype=torch.int64))  # fmt: skip
+    ask(
+        lambda p: found.extend(random_tiles(p, draw) for draw in range(4)),
+        firm,
+        threat=Linf(0.1),
+        x=x,
+        y=torch.zeros(3, dtype=torch.int64),
+    )
     for points, side in zip(found, (1, 2, 4, 7), strict=True):
         inside = torch.arange(1, 14) % side > 0  # neighbours in one tile
         for steps in (points.diff(dim=2).transpose(2, 3), points.diff(dim=3)):
@@ -70,9 +84,9 @@ def test_a_linear_model_is_learned():
     weight = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
     points = torch.rand(400, 1, 4, 4, generator=torch.Generator().manual_seed(2))
     told = 100 + 50 * points.flatten(1) @ weight  # in whatever units
-    copy = Copy(points, told, NOISE, deep=False)
+    copy = SubstituteModel(points, told, NOISE, deep=False)
     copy.see(points[:300], told[:300])
-    copy.learn(Teaching(1, steps=500))
+    copy.learn(SubstituteConfig(1, steps=500))
     error = (copy(points[300:]) - told[300:]).square().mean()
     assert error < 0.05 * told.var()
 
@@ -83,15 +97,15 @@ def test_what_is_no_number_teaches_nothing_and_the_same_seed_teaches_the_same():
     holes[::3] = torch.nan
     copies = []
     for answers in (holes, holes):
-        copy = Copy(points, told, NOISE, deep=True)
+        copy = SubstituteModel(points, told, NOISE, deep=True)
         copy.see(points, answers)
-        copy.learn(Teaching(1, steps=20))
+        copy.learn(SubstituteConfig(1, steps=20))
         copies.append(copy(points))
     assert torch.equal(*copies)
     assert copies[0].isfinite().all()
-    other = Copy(points, told, NOISE.at("other"), deep=True)
+    other = SubstituteModel(points, told, NOISE.at("other"), deep=True)
     other.see(points, holes)
-    other.learn(Teaching(1, steps=20))
+    other.learn(SubstituteConfig(1, steps=20))
     assert not torch.equal(other(points), copies[0])
 
 
@@ -124,11 +138,14 @@ def test_a_goal_that_reads_a_tuple_is_reached_by_the_copy_and_every_question_cou
         return blind(z)
 
     def transfer(problem):
-        teaching = Teaching(points=4, steps=200)
-        copy = taught(problem, teaching)
-        before = problem.open.sum()
+        teaching = SubstituteConfig(points=4, steps=200)
+        copy = train_substitute(problem, teaching)
+        before = problem.unsolved.sum()
         struck.append(
-            (int(before), [problem.threat.contains(point, problem.x).all() for point in strikes(problem, copy, teaching)])
+            (
+                int(before),
+                [problem.threat.contains(point, problem.x).all() for point in transfer_attack(problem, copy, teaching)],
+            )
         )
 
     eps = 0.15
@@ -144,7 +161,7 @@ def test_with_few_examples_more_is_asked_about_each():
     for count in (1, N):
 
         def teach(problem):
-            taught(problem, Teaching(points=10, steps=1))
+            train_substitute(problem, SubstituteConfig(points=10, steps=1))
 
         result = ask(teach, net(), x=X[:count], y=net()(X[:count]).argmax(1), threat=Linf(1e-6))
         asked[count] = int(result.forwards[0])
@@ -158,9 +175,9 @@ def test_a_model_without_tensors_has_no_copy():
         def loss(self, out, ref):
             return ref.sum(1)
 
-    ask(lambda p: found.append(taught(p, Teaching(4, 4))), lambda x: "a word", y=torch.ones(N, 2), goal=Any())
+    ask(lambda p: found.append(train_substitute(p, SubstituteConfig(4, 4))), lambda x: "a word", y=torch.ones(N, 2), goal=Any())
     assert found == [None]
-    assert isinstance(Copy(X, Y[:, None].float(), NOISE, deep=True)._net, nn.Module)
+    assert isinstance(SubstituteModel(X, Y[:, None].float(), NOISE, deep=True)._net, nn.Module)
     assert EPS > 0
 
 
@@ -180,22 +197,22 @@ def test_the_optimiser_is_adam():
 
 
 @pytest.mark.parametrize("company", [0, 2, 5, 16, 1000])
-def test_solved_examples_keep_a_few_others_company(company):
+def test_solved_examples_keep_a_few_others_company(min_examples):
     """Two are left; up to the number that is wished for, solved ones are asked about at each point too."""
     bright, x, y = hard_and_easy(2)
     counts = []
 
     def teach(problem):
         problem.success(problem.x + 0.2)
-        before, kept = problem.spent, problem.best.clone()
-        taught(problem, Teaching(points=10, steps=1, company=company))
-        counts.append(problem.spent - before)
+        before, kept = problem.cost, problem.best.clone()
+        train_substitute(problem, SubstituteConfig(points=10, steps=1, min_examples=min_examples))
+        counts.append(problem.cost - before)
         assert torch.equal(problem.best, kept)  # the first success stays
 
     x[-1] = 0.7  # bright without any change
     result = ask(teach, bright, x=x, y=y, threat=Linf(0.2))
     assert result.size[-1] == 0
-    asked = min(max(2, company), N)
+    asked = min(max(2, min_examples), N)
     many = min(10 * _distil._FEWEST, 10 * _distil._ENOUGH // asked)
     assert counts[0].tolist() == [many + 1] * 2 + [many] * (asked - 2) + [0] * (N - asked)
 
@@ -217,7 +234,7 @@ def test_strikes_go_for_the_likeliest_parts_or_for_the_whole():
     ask(ways, model, y=Y, threat=Linf(1e-6))
     goal, refs = found[0]
     others = out.scatter(1, Y[:, None], -torch.inf).argsort(1, descending=True)
-    assert goal == ClassifyAs().by(margin)
+    assert goal == ClassifyAs().with_surrogate(margin)
     assert torch.equal(torch.stack(refs, 1), others[:, : len(refs)])
     assert len(refs) == min(_distil._PARTS, out.shape[1] - 1)
     whole = Near()
@@ -236,8 +253,8 @@ def test_each_turn_asks_at_points_of_its_own():
             return net()(z)
 
         def both(problem, turn=turn):
-            teaching = Teaching(points=4, steps=1)
-            list(strikes(problem, taught(problem, teaching, turn), teaching, turn))
+            teaching = SubstituteConfig(points=4, steps=1)
+            list(transfer_attack(problem, train_substitute(problem, teaching, turn), teaching, turn))
 
         ask(both, model, y=net()(X).argmax(1), threat=Linf(1e-6))
         seen[turn] = [point for point in points if not torch.equal(point, X) and len(point) >= N]
@@ -245,12 +262,14 @@ def test_each_turn_asks_at_points_of_its_own():
     assert not any(torch.equal(one, other) for one, other in zip(*seen.values(), strict=True))
 
 
-@pytest.mark.parametrize("other", [Teaching(1, steps=4, batch=5), Teaching(1, steps=4, rate=1e-3), Teaching(1, steps=5)])
+@pytest.mark.parametrize(
+    "other", [SubstituteConfig(1, steps=4, batch=5), SubstituteConfig(1, steps=4, rate=1e-3), SubstituteConfig(1, steps=5)]
+)
 def test_batch_rate_and_steps_are_those_of_the_teaching(other):
     told = X.flatten(1)[:, :3].clone()
     answers = []
-    for teaching in (Teaching(1, steps=4), Teaching(1, steps=4), other):
-        copy = Copy(X, told, NOISE, deep=False)
+    for teaching in (SubstituteConfig(1, steps=4), SubstituteConfig(1, steps=4), other):
+        copy = SubstituteModel(X, told, NOISE, deep=False)
         copy.see(X, told)
         copy.learn(teaching)
         answers.append(copy(X))

@@ -20,16 +20,27 @@ from robustkit.bench.comparison.compare import compare, holm, label, mcnemar, ta
 from robustkit.bench.reporting.compare_table import as_json, comparison_table
 from robustkit.bench.results import read_run as past
 from robustkit.bench.results.read_run import Run
-from robustkit.bench.results.record import together
+from robustkit.bench.results.record import worst_case
 from robustkit.bench.results.solved_by import solvers
 from robustkit.commands.compare import compare_command
 from robustkit.errors import ArgumentError
 
 N = 40
 RECORD = {
-    "model": "m", "data": "digits", "defence": None, "goal": "misclassify", "threat": "linf:0.1", "attack": "pgd",
-    "recipe": "PGD()", "seed": 0, "n": N, "clean_accuracy": 1.0, "flags": [], "notes": [], "data_hash": "d0",
-}  # fmt: skip
+    "model": "m",
+    "data": "digits",
+    "defence": None,
+    "goal": "misclassify",
+    "threat": "linf:0.1",
+    "attack": "pgd",
+    "recipe": "PGD()",
+    "seed": 0,
+    "n": N,
+    "clean_accuracy": 1.0,
+    "flags": [],
+    "notes": [],
+    "data_hash": "d0",
+}
 FLAG = {"name": "flat-gradients", "why": "no signal"}
 HOSTILE = ["net[0].py:[bold]x[/bold]", "a:smile:b", "[/]", "back\\slash\\", "[link=file:x]y", "\udcff", "x\ny"]
 
@@ -168,9 +179,9 @@ def test_counts_are_those_of_single_images(masks):
         assert (pair.n, pair.robust_a, pair.robust_b) == (len(x), sum(x) / len(x), sum(y) / len(y))
         assert pair.difference == pytest.approx(pair.robust_b - pair.robust_a)
         assert (pair.p, (pair.low, pair.high)) == (mcnemar(*counts[:2]), tango(*counts[:2], len(x)))
-    assert [pair.together for pair in pairs] == [False, False, True]
+    assert [pair.worst_case for pair in pairs] == [False, False, True]
     for side, it in (("robust_a", a), ("robust_b", b)):  # what the run itself says of all attacks together
-        (entry,) = together(list(zip(it.results["records"], it.robust, strict=True)))
+        (entry,) = worst_case(list(zip(it.results["records"], it.robust, strict=True)))
         assert getattr(pairs[2], side) == entry["robust_accuracy"]
         assert list(pairs[2].attacks) == entry["attacks"]
 
@@ -193,9 +204,13 @@ def test_a_pair_tells_what_was_compared_in_the_order_of_a():
     rows = [({"threat": t, "attack": x}, mask(i)) for i, (t, x) in enumerate(itertools.product(["l2:1", "linf:1"], "ab"))]
     found = compare(run(*rows), run(*reversed(rows)))
     assert [(pair.threat, pair.attack, pair.goal, pair.seed) for pair in found.pairs] == [
-        ("l2:1", "a", "misclassify", 0), ("l2:1", "b", "misclassify", 0), ("linf:1", "a", "misclassify", 0),
-        ("linf:1", "b", "misclassify", 0), ("l2:1", None, None, 0), ("linf:1", None, None, 0),
-    ]  # fmt: skip
+        ("l2:1", "a", "misclassify", 0),
+        ("l2:1", "b", "misclassify", 0),
+        ("linf:1", "a", "misclassify", 0),
+        ("linf:1", "b", "misclassify", 0),
+        ("l2:1", None, None, 0),
+        ("linf:1", None, None, 0),
+    ]
     assert found.only_in_a == found.only_in_b == ()
     assert all((pair.model_a, pair.model_b, pair.data) == ("m", "m", "digits") for pair in found.pairs)
     assert [pair.robust_a for pair in found.pairs[:4]] == [m.mean() for _, m in rows]
@@ -213,7 +228,7 @@ def test_only_the_same_question_is_compared_and_the_rest_is_told(other):
     assert found.only_in_b == ()
     # All attacks together are compared only where they are the same on both sides.
     assert len(found.pairs) == (2 if "threat" in other else 1)
-    assert [pair.together for pair in found.pairs][1:] == ([True] if "threat" in other else [])
+    assert [pair.worst_case for pair in found.pairs][1:] == ([True] if "threat" in other else [])
     back = compare(run(({}, mask(2))), run((other, mask(1)), ({}, mask(0))))
     assert (back.only_in_a, back.only_in_b) == ((), found.only_in_a)
     assert len(back.pairs) == len(found.pairs)
@@ -343,9 +358,13 @@ def test_the_table_fits_80_columns_with_every_figure_whole():
     lines = [line for line in text.splitlines() if " to " in line and "%" in line]
     for pair, adjusted, line in zip(found.pairs, found.adjusted, lines, strict=True):
         for figure in (
-            f"{pair.robust_a:.1%}", f"{pair.robust_b:.1%}", f"{100 * pair.low:+.1f} to {100 * pair.high:+.1f}",
-            f"{pair.only_a:,}", f"{pair.only_b:,}", "<0.0001",
-        ):  # fmt: skip
+            f"{pair.robust_a:.1%}",
+            f"{pair.robust_b:.1%}",
+            f"{100 * pair.low:+.1f} to {100 * pair.high:+.1f}",
+            f"{pair.only_a:,}",
+            f"{pair.only_b:,}",
+            "<0.0001",
+        ):
             assert f" {figure} " in f" {line} "
         assert adjusted < 1e-4
     wide = [line for line in shown(found, 120).splitlines() if " to " in line and "%" in line]

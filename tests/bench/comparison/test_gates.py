@@ -9,13 +9,23 @@ from hypothesis import strategies as st
 
 from robustkit.bench.comparison.gates import Verdict, fail_if_worse, fail_under
 from robustkit.bench.results.read_run import Run
-from robustkit.bench.results.record import together
+from robustkit.bench.results.record import worst_case
 from robustkit.errors import ArgumentError
 
 RECORD = {
-    "model": "m", "data": "digits", "defence": None, "goal": "misclassify", "threat": "linf:0.1", "attack": "pgd",
-    "recipe": "PGD()", "seed": 0, "clean_accuracy": 1.0, "flags": [], "notes": [], "data_hash": "d0",
-}  # fmt: skip
+    "model": "m",
+    "data": "digits",
+    "defence": None,
+    "goal": "misclassify",
+    "threat": "linf:0.1",
+    "attack": "pgd",
+    "recipe": "PGD()",
+    "seed": 0,
+    "clean_accuracy": 1.0,
+    "flags": [],
+    "notes": [],
+    "data_hash": "d0",
+}
 FLAG = {"name": "flat-gradients", "why": "no signal"}
 
 
@@ -25,8 +35,8 @@ def run(*rows, path="/runs/x"):
     records = [
         RECORD | row | {"n": len(m), "robust_accuracy": float(m.mean())} for (row, _), m in zip(rows, masks, strict=True)
     ]
-    entries = together(list(zip(records, masks, strict=True)))
-    return Run(Path(path), {"schema": 1, "records": records, "together": entries}, tuple(masks))
+    entries = worst_case(list(zip(records, masks, strict=True)))
+    return Run(Path(path), {"schema": 1, "records": records, "worst_case": entries}, tuple(masks))
 
 
 def right(k, n):
@@ -120,12 +130,20 @@ def test_a_share_that_is_none_is_refused(value, words):
 @pytest.mark.parametrize(
     ("lost", "won", "n", "margin", "expected"),
     [
-        (3, 0, 30, 0.1, True), (4, 0, 30, 0.1, False), (29, 0, 100, 0.29, True), (30, 0, 100, 0.29, False),
+        (3, 0, 30, 0.1, True),
+        (4, 0, 30, 0.1, False),
+        (29, 0, 100, 0.29, True),
+        (30, 0, 100, 0.29, False),
         (7, 0, 100, 0.07, True),
-        (5, 5, 40, 0, True), (5, 4, 40, 0, False), (4, 9, 40, 0, True), (10, 0, 10, 1, True), (1, 0, 100_000, 1e-5, True),
-        (57, 0, 100, 0.57, True), (58, 0, 100, 0.58, True),
+        (5, 5, 40, 0, True),
+        (5, 4, 40, 0, False),
+        (4, 9, 40, 0, True),
+        (10, 0, 10, 1, True),
+        (1, 0, 100_000, 1e-5, True),
+        (57, 0, 100, 0.57, True),
+        (58, 0, 100, 0.58, True),
     ],
-)  # fmt: skip
+)
 def test_a_fall_of_exactly_the_margin_passes(lost, won, n, margin, expected):
     before, after = np.zeros(n, bool), np.zeros(n, bool)
     before[:lost], after[lost : lost + won] = True, True

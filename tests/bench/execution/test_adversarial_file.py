@@ -9,7 +9,7 @@ from robustkit import L2, PGD, Linf, Target, zoo
 from robustkit.bench import Case, Plan, read_plan, run
 from robustkit.bench.execution.adversarial_file import read_foreign
 from robustkit.bench.execution.loaded_run import load
-from robustkit.bench.execution.warm_starts import read_finds
+from robustkit.bench.execution.warm_starts import read_warm_starts
 from robustkit.cli import main
 from robustkit.data import load as load_data
 from robustkit.errors import ArgumentError
@@ -144,7 +144,7 @@ def test_of_two_files_the_smaller_change_and_of_any_the_one_that_is_known_to_wor
     ids = torch.arange(N)
 
     def best(*names):
-        finds = read_finds([str(tmp_path / f"{name}.safetensors") for name in names], DIGITS, range(N))
+        finds = read_warm_starts([str(tmp_path / f"{name}.safetensors") for name in names], DIGITS, range(N))
         return finds.images("misclassify", Linf(0.1), "any", ids, X)
 
     changed = ((small.size > 0) & (large.size > 0)).nonzero().squeeze(1)

@@ -39,8 +39,9 @@ def test_blocks_that_overlap_owe_nothing():
     assert forecast.left() == pytest.approx(2.0)
 
 
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 20), st.floats(0.001, 100)), min_size=1, max_size=5),
-       st.integers(1, 8))  # fmt: skip
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 20), st.floats(0.001, 100)), min_size=1, max_size=5), st.integers(1, 8)
+)
 def test_where_blocks_of_a_case_cost_the_same_it_is_exact_from_the_first_of_each_on(cases, workers):
     """Cases of (blocks, images a block, seconds a block), the first block of each before the others."""
     forecast = Forecast([blocks * images for blocks, images, _ in cases], workers)

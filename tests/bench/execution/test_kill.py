@@ -13,9 +13,28 @@ import time
 import pytest
 
 KILLS = int(os.environ.get("KILLS", "5"))
-WORDS = ["--model", "zoo:digits-mlp", "--data", "digits", "--limit", "120", "--block", "6", "--threat", "linf:0.1", "--threat",
-         "l2:1", "--threat", "linf:0.05", "--attack", "pgd:steps=40", "--goal", "misclassify", "--goal",
-         "least-likely"]  # fmt: skip
+WORDS = [
+    "--model",
+    "zoo:digits-mlp",
+    "--data",
+    "digits",
+    "--limit",
+    "120",
+    "--block",
+    "6",
+    "--threat",
+    "linf:0.1",
+    "--threat",
+    "l2:1",
+    "--threat",
+    "linf:0.05",
+    "--attack",
+    "pgd:steps=40",
+    "--goal",
+    "misclassify",
+    "--goal",
+    "least-likely",
+]
 BLOCKS = 6 * 20  # those of linf:0.1 stand on those of linf:0.05
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
 

@@ -20,10 +20,22 @@ def peak(tmp_path, n):
     digits = load_digits()
     images = (digits.images * (255 / 16)).astype(np.uint8)
     np.savez(tmp_path / f"{n}.npz", x=np.resize(images, (n, 8, 8)), y=np.resize(digits.target, n))
-    words = ["bench", "--model", "zoo:digits-mlp", "--data", f"npz:{tmp_path}/{n}.npz", "--threat", "linf:0.1", "--attack",
-             "fgsm", "--out", str(tmp_path / f"run-{n}")]  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", CODE, *words], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    words = [
+        "bench",
+        "--model",
+        "zoo:digits-mlp",
+        "--data",
+        f"npz:{tmp_path}/{n}.npz",
+        "--threat",
+        "linf:0.1",
+        "--attack",
+        "fgsm",
+        "--out",
+        str(tmp_path / f"run-{n}"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, *words], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr
     return int(done.stdout.splitlines()[-1]) / 1024
 

@@ -25,10 +25,10 @@ class Counting(nn.Module):
 
     def __init__(self, net=NET):
         super().__init__()
-        self.net, self.images, self.most, self.fail = net, 0, 0, None
+        self.net, self.images, self.batch_size, self.fail = net, 0, 0, None
 
     def forward(self, x):
-        self.images, self.most = self.images + len(x), max(self.most, len(x))
+        self.images, self.batch_size = self.images + len(x), max(self.batch_size, len(x))
         if self.fail and self.images > self.fail[0]:
             raise self.fail[1]
         return self.net(x)
@@ -92,9 +92,16 @@ def slowly(attack, threat, wanted, *, seed=0, offset=0, limit=None, batch_size=1
     n = len(clean)
     low, high = interval(sum(robust), n)
     return {
-        "n": n, "clean_accuracy": sum(clean) / n, "robust_accuracy": sum(robust) / n, "success_rate": sum(success) / n,
-        "low": low, "high": high, "median_size": statistics.median(sizes), "forwards": net.images, "backwards": backwards,
-    }  # fmt: skip
+        "n": n,
+        "clean_accuracy": sum(clean) / n,
+        "robust_accuracy": sum(robust) / n,
+        "success_rate": sum(success) / n,
+        "low": low,
+        "high": high,
+        "median_size": statistics.median(sizes),
+        "forwards": net.images,
+        "backwards": backwards,
+    }
 
 
 @pytest.mark.parametrize(
@@ -107,7 +114,7 @@ def slowly(attack, threat, wanted, *, seed=0, offset=0, limit=None, batch_size=1
         (("linf:0.2", "fgsm", "classify-as:3"), FGSM(), Linf(0.2), 3, {"offset": 300, "limit": 1000}),
         (("l2:2", "ifgsm:steps=3", "classify-as:0"), PGD(3, 2.0, random_start=False), L2(2.0), 0, {"seed": -5, "limit": 100}),
     ],
-)  # fmt: skip
+)
 def test_a_record_is_what_a_slow_recomputation_says(case, attack, threat, wanted, options):
     (outcome,) = measured(case, **options)
     expected = slowly(attack, threat, wanted, **options)
@@ -161,7 +168,7 @@ def test_batches_are_no_larger_than_asked_and_change_nothing(use, goal, batch_si
     (usual,) = measured(("linf:0.1", "pgd:steps=3", goal), limit=120)
     net = use(Counting())
     (other,) = measured(("linf:0.1", "pgd:steps=3", goal), limit=120, batch_size=batch_size)
-    assert net.most == min(batch_size, 100)
+    assert net.batch_size == min(batch_size, 100)
     assert figures(other).tolist() == figures(usual).tolist()
     assert other.record["median_size"] == pytest.approx(usual.record["median_size"], rel=1e-5)
 
@@ -271,10 +278,10 @@ class Hungry(nn.Module):
 
     def __init__(self, most, most_with_gradient):
         super().__init__()
-        self.most = {False: most, True: most_with_gradient}
+        self.batch_size = {False: most, True: most_with_gradient}
 
     def forward(self, x):
-        if len(x) > self.most[x.requires_grad]:
+        if len(x) > self.batch_size[x.requires_grad]:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return NET(x)
 

@@ -16,7 +16,7 @@ from robustkit.bench.execution import loaded_run as loaded_module
 from robustkit.bench.execution.executors import Processes
 from robustkit.bench.execution.loaded_run import load
 from robustkit.bench.execution.runner import outcomes
-from robustkit.bench.execution.warm_starts import read_finds
+from robustkit.bench.execution.warm_starts import read_warm_starts
 from robustkit.bench.folder import open_folder
 from robustkit.bench.results.block import Block
 from robustkit.bench.results.store import Files, Memory
@@ -207,8 +207,12 @@ def test_a_block_is_named_by_what_it_stands_on_and_by_nothing_else():
 def test_cases_of_another_attack_goal_model_or_kind_of_threat_do_not_stand_on_each_other():
     case = Case(MODEL, "linf:0.3", "fgsm")
     lone = names(Plan((case,), "digits", limit=60, block=25), "linf:0.3")
-    others = [Case(MODEL, "linf:0.1", "pgd"), Case(MODEL, "linf:0.1", "fgsm", "least-likely"), Case(MODEL, "l2:0.1", "fgsm"),
-              Case("torch.nn:Flatten", "linf:0.1", "fgsm")]  # fmt: skip
+    others = [
+        Case(MODEL, "linf:0.1", "pgd"),
+        Case(MODEL, "linf:0.1", "fgsm", "least-likely"),
+        Case(MODEL, "l2:0.1", "fgsm"),
+        Case("torch.nn:Flatten", "linf:0.1", "fgsm"),
+    ]
     for other in others:
         assert names(Plan((case, other), "digits", limit=60, block=25), "linf:0.3") == lone
     assert names(Plan((case, replace(case, threat="linf:0.1")), "digits", limit=60, block=25), "linf:0.3") != lone
@@ -273,7 +277,7 @@ def test_images_that_were_made_for_the_very_model_go_before_those_for_others(tmp
     before = run(tmp_path / "own", own)["linf:0.3"]
     run(tmp_path / "other", plan_of("linf:0.1", attack="pgd:steps=20", model=other))
     data = load_data("digits")
-    finds = read_finds((str(tmp_path / "other"), str(tmp_path / "own")), data)
+    finds = read_warm_starts((str(tmp_path / "other"), str(tmp_path / "own")), data)
     (goal, threat), pin = ("misclassify", load(own).trials[0].threat), load(own).plan.pins[MODEL]
     ids = torch.arange(60)
     starts = finds.images(goal, threat, pin, ids, data.images(slice(0, 60)))
@@ -308,12 +312,31 @@ def test_a_block_is_named_by_what_the_earlier_run_holds_and_not_by_where_it_is(s
 def test_the_plan_of_a_run_tells_where_it_started_and_holds_it_to_that(strong, tmp_path, workers, capsys):
     out, start = tmp_path / "out", tmp_path / "start"
     shutil.copytree(strong[0], start)
-    words = ["bench", "--model", MODEL, "--data", "digits", "--limit", "40", "--block", "15", "--threat", "linf:0.1",
-             "--attack", "fgsm", "--start-from", str(start), "--out", str(out)]  # fmt: skip
+    words = [
+        "bench",
+        "--model",
+        MODEL,
+        "--data",
+        "digits",
+        "--limit",
+        "40",
+        "--block",
+        "15",
+        "--threat",
+        "linf:0.1",
+        "--attack",
+        "fgsm",
+        "--start-from",
+        str(start),
+        "--out",
+        str(out),
+    ]
     assert cli.main([*words, "--workers", workers]) == 0
     plan = read_plan(out / "plan.toml")
     assert plan.start_from == (str(start),)
-    assert plan.pins[f"start-from:{start}"] == read_finds(plan.start_from, load_data("digits")).hashes[f"start-from:{start}"]
+    assert (
+        plan.pins[f"start-from:{start}"] == read_warm_starts(plan.start_from, load_data("digits")).hashes[f"start-from:{start}"]
+    )
     results = json.loads((out / "results.json").read_text())
     assert f"--start-from {start}" in results["command"]
     expected = masks(plan_of("linf:0.1", limit=40, block=15, start_from=(str(start),)))["linf:0.1"]

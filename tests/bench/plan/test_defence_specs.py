@@ -7,7 +7,7 @@ import torch
 
 from robustkit import PGD, Linf, Target, data, evaluate, zoo
 from robustkit._engine.noise import Noise
-from robustkit._engine.state_guard import seeded
+from robustkit._engine.state_guard import fork_rng
 from robustkit.attacks import Square
 from robustkit.bench import Case, Plan, plan_text, read_plan, run
 from robustkit.bench.comparison.compare import compare
@@ -126,8 +126,23 @@ WRONG = {
 
 @pytest.mark.parametrize("spec", WRONG)
 def test_what_is_wrong_with_a_defence_comes_in_one_line(spec, file, tmp_path, capsys):
-    words = ["bench", "--model", "zoo:mnist-cnn", "--data", "mnist-5k", "--limit", "4", "--threat", "linf:0.1",
-             "--attack", "fgsm", "--defence", spec.format(file), "--out", str(tmp_path / "out")]  # fmt: skip
+    words = [
+        "bench",
+        "--model",
+        "zoo:mnist-cnn",
+        "--data",
+        "mnist-5k",
+        "--limit",
+        "4",
+        "--threat",
+        "linf:0.1",
+        "--attack",
+        "fgsm",
+        "--defence",
+        spec.format(file),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert main(words) == 2
     said = capsys.readouterr()
     assert said.out == ""
@@ -184,7 +199,7 @@ def test_a_random_defence_is_scored_on_fresh_draws():
         )
     ).records
     target = GaussianNoise(0.2).guard(Target(NET, batch_size=100), draws=2)
-    with seeded(Noise(0, torch.arange(60)).at("model", 0).key):
+    with fork_rng(Noise(0, torch.arange(60)).at("model", 0).key):
         result = PGD(steps=5)(target, X, Y, threat=Linf(0.2))
     assert record["success_rate"] == float(result.success.double().mean())
     assert record["backwards"] == int(result.backwards.sum()) == 2 * 5 * 60
@@ -192,8 +207,11 @@ def test_a_random_defence_is_scored_on_fresh_draws():
 
 
 def test_a_defence_of_a_file_has_its_views_and_its_weights(file):
-    plan = Plan((Case("zoo:mnist-cnn", "linf:0.2", "fgsm", defence=f"{file}:dim"), Case("zoo:mnist-cnn", "linf:0.2", "fgsm")),
-                "mnist-5k", limit=60)  # fmt: skip
+    plan = Plan(
+        (Case("zoo:mnist-cnn", "linf:0.2", "fgsm", defence=f"{file}:dim"), Case("zoo:mnist-cnn", "linf:0.2", "fgsm")),
+        "mnist-5k",
+        limit=60,
+    )
     behind, plain = run(plan).records
     assert behind["views"] == ["exact", "brighter"]
     assert plain["views"] == ["exact"]
@@ -229,7 +247,7 @@ def test_every_combination_is_a_case_and_the_plan_reads_back(made):
     assert read_plan_of(plan_text(plan), made) == plan
     results = json.loads((made / "results.json").read_text())
     assert [record["defence"] for record in results["records"]] == [None, "quantise:levels=3", "median"]
-    assert [row["defence"] for row in results["together"]] == [None, "quantise:levels=3", "median"]
+    assert [row["defence"] for row in results["worst_case"]] == [None, "quantise:levels=3", "median"]
 
 
 def read_plan_of(text, folder):
@@ -282,7 +300,7 @@ def test_the_folder_tells_of_each_defence_by_itself(made, capsys):
 
 def test_runs_are_compared_defence_by_defence(made):
     found = compare(past.read(made), past.read(made))
-    assert [pair.defence_a for pair in found.pairs if not pair.together] == [None, "quantise:levels=3", "median"]
+    assert [pair.defence_a for pair in found.pairs if not pair.worst_case] == [None, "quantise:levels=3", "median"]
     assert all(pair.only_a == pair.only_b == 0 for pair in found.pairs)
 
 
@@ -320,7 +338,7 @@ def test_in_python_the_defence_is_that_of_the_target():
     assert behind["views"] == ["bpda", "exact"]
     success = along_every_view(PGD(steps=5), targets["guarded"])
     assert behind["robust_accuracy"] == pytest.approx(1 - float(success.double().mean()), abs=1e-12)
-    assert [row["defence"] for row in report.together] == [row["defence"] for row in report.records]
+    assert [row["defence"] for row in report.worst_case] == [row["defence"] for row in report.records]
 
 
 def test_one_attack_behind_a_defence_writes_images_that_break_it(tmp_path):

@@ -128,13 +128,17 @@ def test_weights_that_do_not_fit_are_refused(nets, tmp_path, weights):
 @pytest.mark.parametrize(
     ("spec", "told"),
     [
-        ("nope", "model 'nope' does not exist; write zoo:NAME"), ("", "model '' does not exist"),
-        ("zoo:nope", "model 'zoo:nope': .* there are mnist-cnn"), ("zoo:", "model 'zoo:'"),
-        ("{folder}/none.py:net", "there is no file"), ("{nets}.py:net@weights=", "there is no file"),
+        ("nope", "model 'nope' does not exist; write zoo:NAME"),
+        ("", "model '' does not exist"),
+        ("zoo:nope", "model 'zoo:nope': .* there are mnist-cnn"),
+        ("zoo:", "model 'zoo:'"),
+        ("{folder}/none.py:net", "there is no file"),
+        ("{nets}.py:net@weights=", "there is no file"),
         ("{file}:tensor", "returned Tensor; a factory must return a torch nn.Module"),
-        ("{file}:net@weights=", "there is no weights file"), ("{file}:net@weights={folder}", "there is no weights file"),
+        ("{file}:net@weights=", "there is no weights file"),
+        ("{file}:net@weights={folder}", "there is no weights file"),
     ],
-)  # fmt: skip
+)
 def test_specs_that_name_no_model(nets, tmp_path, spec, told):
     with pytest.raises(ArgumentError, match=told):
         load_model(spec.format(folder=tmp_path, nets=nets, file=f"{tmp_path}/some nets.py"))

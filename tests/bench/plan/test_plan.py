@@ -37,8 +37,19 @@ def test_the_default_plan_holds_the_five_seed_attacks_and_a_curve():
         (Request(model=["m", "m"], data="d", threat=["t", "t"], attack=["a", "a"]), Plan((Case("m", "t", "a"),), "d")),
         (
             Request(None, ["m", "n"], "d", 9, 8, ["t", "u"], ["a", "b"], ["g", "h"], 7, 5, 6, "cuda", 2, "0,1", True),
-            Plan(tuple(Case(m, t, a, g) for m in "mn" for t in "tu" for a in "ab" for g in "gh"), "d", 8, 9, 7, 5, 6, "cuda",
-                 2, "0,1", True),
+            Plan(
+                tuple(Case(m, t, a, g) for m in "mn" for t in "tu" for a in "ab" for g in "gh"),
+                "d",
+                8,
+                9,
+                7,
+                5,
+                6,
+                "cuda",
+                2,
+                "0,1",
+                True,
+            ),
         ),
         (
             Request(attack=["a"], data="d", threat=["t"]),
@@ -62,8 +73,13 @@ def test_the_default_plan_holds_the_five_seed_attacks_and_a_curve():
                 tuple(
                     Case(m, "l1:5", a, g)
                     for m in MODELS
-                    for a, g in (("fgsm", "misclassify"), ("fgsm", "least-likely"), ("ifgsm", "misclassify"),
-                                 ("mifgsm", "misclassify"), ("pgd", "misclassify"))
+                    for a, g in (
+                        ("fgsm", "misclassify"),
+                        ("fgsm", "least-likely"),
+                        ("ifgsm", "misclassify"),
+                        ("mifgsm", "misclassify"),
+                        ("pgd", "misclassify"),
+                    )
                 ),
                 "mnist-5k",
             ),
@@ -75,7 +91,7 @@ def test_the_default_plan_holds_the_five_seed_attacks_and_a_curve():
         (Request(goal=["g"], model=["m"], data="d", threat=["t"]), Plan((Case("m", "t", "pgd", "g"),), "d")),
         (Request(data="d", start_from=["r", "q", "r"]), Plan(default_plan().cases, "d", start_from=("r", "q"))),
     ],
-)  # fmt: skip
+)
 def test_a_request_means_every_combination_of_what_it_names(request_, expected):
     assert plan_of(request_) == expected
 
@@ -102,11 +118,17 @@ def test_a_plan_without_cases_or_with_one_twice_is_refused():
 
 WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 SETTINGS = {
-    "offset": st.integers(0, 9), "limit": st.none() | st.integers(1, 9), "seed": st.integers(-(2**40), 2**40),
-    "block": st.integers(1, 9), "batch_size": st.integers(1, 9), "device": WORDS, "threads": st.integers(1, 9),
-    "normalize": st.none() | WORDS, "save_adversarial": st.booleans(),
+    "offset": st.integers(0, 9),
+    "limit": st.none() | st.integers(1, 9),
+    "seed": st.integers(-(2**40), 2**40),
+    "block": st.integers(1, 9),
+    "batch_size": st.integers(1, 9),
+    "device": WORDS,
+    "threads": st.integers(1, 9),
+    "normalize": st.none() | WORDS,
+    "save_adversarial": st.booleans(),
     "start_from": st.lists(WORDS, max_size=2).map(tuple),
-}  # fmt: skip
+}
 CASES = st.lists(st.builds(Case, WORDS, WORDS, WORDS, WORDS), min_size=1, max_size=4, unique=True)
 PLANS = st.builds(Plan, CASES.map(tuple), WORDS, pins=st.dictionaries(WORDS, WORDS, max_size=3), **SETTINGS)
 
@@ -169,10 +191,12 @@ ONE = '[[cases]]\nmodel = "m"\nthreat = "t"\nattack = "a"\n'
     [
         (LISTS, Plan((Case("m", "t", "pgd"),), "d")),
         ('data = "d"\nlimit = 3\n' + ONE, Plan((Case("m", "t", "a"),), "d", limit=3)),
-        (LISTS + 'attacks = ["a", "b"]\n' + ONE + 'goal = "g"\n',
-         Plan((Case("m", "t", "a"), Case("m", "t", "b"), Case("m", "t", "a", "g")), "d")),
+        (
+            LISTS + 'attacks = ["a", "b"]\n' + ONE + 'goal = "g"\n',
+            Plan((Case("m", "t", "a"), Case("m", "t", "b"), Case("m", "t", "a", "g")), "d"),
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_plan_may_be_written_by_hand(tmp_path, text, expected):
     (tmp_path / "plan.toml").write_text(text)
     assert read_plan(tmp_path / "plan.toml") == expected

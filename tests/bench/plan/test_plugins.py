@@ -54,8 +54,21 @@ def install(site, package, entries, code="", version="1.0"):
 
 def pip_install(source, site):
     """What `pip install` makes of a folder, without network."""
-    pip = [sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-cache-dir", "--no-index",
-           "--no-deps", "--no-build-isolation", "--target", site, source]  # fmt: skip
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-qq",
+        "--disable-pip-version-check",
+        "--no-cache-dir",
+        "--no-index",
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+        site,
+        source,
+    ]
     subprocess.run(pip, check=True, capture_output=True)
 
 

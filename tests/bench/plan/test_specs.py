@@ -51,10 +51,16 @@ def test_a_number_of_many_digits_costs_nothing():
 @pytest.mark.parametrize(
     ("spec", "threat"),
     [
-        ("linf:8/255", Linf(8 / 255)), ("linf:0.3", Linf(0.3)), ("linf: 1/10", Linf(0.1)), ("l2:0.5", L2(0.5)),
-        ("l2:1e1", L2(10.0)), ("l1:12", L1(12.0)), ("pixels:1", Pixels(1)), ("pixels:10/2", Pixels(5)),
+        ("linf:8/255", Linf(8 / 255)),
+        ("linf:0.3", Linf(0.3)),
+        ("linf: 1/10", Linf(0.1)),
+        ("l2:0.5", L2(0.5)),
+        ("l2:1e1", L2(10.0)),
+        ("l1:12", L1(12.0)),
+        ("pixels:1", Pixels(1)),
+        ("pixels:10/2", Pixels(5)),
     ],
-)  # fmt: skip
+)
 def test_threats(spec, threat):
     found = specs.threat(spec)
     assert found == threat
@@ -65,12 +71,19 @@ def test_threats(spec, threat):
 @pytest.mark.parametrize(
     ("spec", "told"),
     [
-        ("l3:1", "'l3:1' does not exist; write one of linf:8/255, l2:0.5, l1:12, pixels:1"), ("linf", "'linf' does not exist"),
-        ("LINF:0.1", "does not exist"), ("", "does not exist"), ("linf:", "eps='' must be a number"),
-        ("linf:8", "'linf:8'.*divide by 255"), ("linf:0", "'linf:0'.*above 0"), ("l2:-1", "'l2:-1'.*above 0"),
-        ("l2:1/0", "eps='1/0'"), ("pixels:1.5", "'pixels:1.5'.*whole number"), ("pixels:0", "'pixels:0'.*above 0"),
+        ("l3:1", "'l3:1' does not exist; write one of linf:8/255, l2:0.5, l1:12, pixels:1"),
+        ("linf", "'linf' does not exist"),
+        ("LINF:0.1", "does not exist"),
+        ("", "does not exist"),
+        ("linf:", "eps='' must be a number"),
+        ("linf:8", "'linf:8'.*divide by 255"),
+        ("linf:0", "'linf:0'.*above 0"),
+        ("l2:-1", "'l2:-1'.*above 0"),
+        ("l2:1/0", "eps='1/0'"),
+        ("pixels:1.5", "'pixels:1.5'.*whole number"),
+        ("pixels:0", "'pixels:0'.*above 0"),
     ],
-)  # fmt: skip
+)
 def test_threats_that_are_none(spec, told):
     with pytest.raises(ArgumentError, match=f"threat .*{told}"):
         specs.threat(spec)
@@ -79,12 +92,18 @@ def test_threats_that_are_none(spec, told):
 @pytest.mark.parametrize(
     ("spec", "attack"),
     [
-        ("fgsm", FGSM()), ("pgd", PGD()), ("mifgsm", MIFGSM()), ("mifgsm:decay=0,steps=3", MIFGSM(steps=3, decay=0.0)),
-        ("ifgsm", PGD(steps=10, reach=2.0, random_start=False)), ("ifgsm:steps=7", PGD(7, 2.0, random_start=False)),
+        ("fgsm", FGSM()),
+        ("pgd", PGD()),
+        ("mifgsm", MIFGSM()),
+        ("mifgsm:decay=0,steps=3", MIFGSM(steps=3, decay=0.0)),
+        ("ifgsm", PGD(steps=10, reach=2.0, random_start=False)),
+        ("ifgsm:steps=7", PGD(7, 2.0, random_start=False)),
         ("pgd:steps=20,reach=3,step_size=2/255,random_start=false", PGD(20, 3.0, 2 / 255, False)),
-        ("pgd:random_start=true", PGD()), ("pgd:steps=4e1", PGD(40)), ("pgd:", PGD()),
+        ("pgd:random_start=true", PGD()),
+        ("pgd:steps=4e1", PGD(40)),
+        ("pgd:", PGD()),
     ],
-)  # fmt: skip
+)
 def test_attacks(spec, attack):
     assert specs.attack(spec) == attack
 
@@ -162,14 +181,28 @@ def local(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "field", "value"),
     [
-        ("recipe=scipy", "recipe", "scipy"), ("layer=features.3", "layer", "features.3"), ("layer=a=b", "layer", "a=b"),
-        ("layer=none", "layer", "none"), ("layer=3", "layer", "3"), ("pixels=5", "pixels", 5), ("pixels=none", "pixels", None),
-        ("length=none", "length", None), ("length=2/255", "length", 2 / 255), ("length=1", "length", 1.0),
-        ("order=auto", "order", "auto"), ("order=1/2", "order", 0.5), ("rank=1", "rank", 1), ("rank=none", "rank", None),
-        ("quick=true", "quick", True), ("quick=false", "quick", False), ("quick=none", "quick", None),
-        ("name=x", "name", "x"), ("name=none", "name", None), ("either=x", "either", "x"),
+        ("recipe=scipy", "recipe", "scipy"),
+        ("layer=features.3", "layer", "features.3"),
+        ("layer=a=b", "layer", "a=b"),
+        ("layer=none", "layer", "none"),
+        ("layer=3", "layer", "3"),
+        ("pixels=5", "pixels", 5),
+        ("pixels=none", "pixels", None),
+        ("length=none", "length", None),
+        ("length=2/255", "length", 2 / 255),
+        ("length=1", "length", 1.0),
+        ("order=auto", "order", "auto"),
+        ("order=1/2", "order", 0.5),
+        ("rank=1", "rank", 1),
+        ("rank=none", "rank", None),
+        ("quick=true", "quick", True),
+        ("quick=false", "quick", False),
+        ("quick=none", "quick", None),
+        ("name=x", "name", "x"),
+        ("name=none", "name", None),
+        ("either=x", "either", "x"),
     ],
-)  # fmt: skip
+)
 def test_fields_of_every_kind(local, words, field, value):
     found = specs.attack(f"picky:{words}")
     assert found == Picky(**{field: value})
@@ -179,16 +212,21 @@ def test_fields_of_every_kind(local, words, field, value):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("recipe=nope", "recipe='nope' must be paper or scipy$"), ("recipe=", "recipe='' must be paper or scipy$"),
-        ("recipe=none", "must be paper or scipy$"), ("rank=3", "rank='3' must be 1 or 2 or none$"),
+        ("recipe=nope", "recipe='nope' must be paper or scipy$"),
+        ("recipe=", "recipe='' must be paper or scipy$"),
+        ("recipe=none", "must be paper or scipy$"),
+        ("rank=3", "rank='3' must be 1 or 2 or none$"),
         ("order=x", "order='x' must be auto or a number or a fraction such as 8/255$"),
         ("length=x", "length='x' must be a number or a fraction such as 8/255 or none$"),
-        ("pixels=1.5", "pixels='1.5' must be a whole number or none$"), ("quick=1", "quick='1' must be true or false or none$"),
-        *((f"{name}=3", f"{name}='3' cannot be written on the command line; give it in Python")
-          for name in ("inner", "other", "weigh", "sizes", "counted")),
+        ("pixels=1.5", "pixels='1.5' must be a whole number or none$"),
+        ("quick=1", "quick='1' must be true or false or none$"),
+        *(
+            (f"{name}=3", f"{name}='3' cannot be written on the command line; give it in Python")
+            for name in ("inner", "other", "weigh", "sizes", "counted")
+        ),
         ("hidden=3", "no field=value of picky; its fields: recipe, layer, pixels, length, order, rank, quick, name, either$"),
     ],
-)  # fmt: skip
+)
 def test_values_that_no_field_takes(local, words, told):
     with pytest.raises(ArgumentError, match=f"^attack 'picky:{words}': .*{told}"):
         specs.attack(f"picky:{words}")
@@ -204,9 +242,16 @@ def test_a_field_without_default_must_be_given(local):
 def test_fields_are_told_in_words_that_are_read_back(local):
     told = specs.settable(Picky, {"layer": "conv2", "pixels": 4})
     assert told == {
-        "recipe": "paper", "layer": "conv2", "pixels": "4", "length": "0.5", "order": "auto", "rank": "2", "quick": "none",
-        "name": "none", "either": "3",
-    }  # fmt: skip
+        "recipe": "paper",
+        "layer": "conv2",
+        "pixels": "4",
+        "length": "0.5",
+        "order": "auto",
+        "rank": "2",
+        "quick": "none",
+        "name": "none",
+        "either": "3",
+    }
     assert specs.attack("picky:" + ",".join(f"{name}={word}" for name, word in told.items() if name != "either")) == Picky(
         layer="conv2", pixels=4
     )
@@ -219,9 +264,13 @@ def test_the_threats_that_an_attack_serves_are_told_in_words():
         pass
 
     words = {
-        (): "any threat", (Pixels,): "pixels:K", (L2, Linf): "linf:EPS, l2:EPS", (Own,): "Own", (L1, Own): "l1:EPS, Own",
+        (): "any threat",
+        (Pixels,): "pixels:K",
+        (L2, Linf): "linf:EPS, l2:EPS",
+        (Own,): "Own",
+        (L1, Own): "l1:EPS, Own",
         (Threat,): "linf:EPS, l2:EPS, l1:EPS, pixels:K",
-    }  # fmt: skip
+    }
     for serves, told in words.items():
         assert specs.served(type("Some", (Needy,), {"serves": serves})) == told
 
@@ -251,17 +300,24 @@ def test_a_run_is_refused_before_any_attack(local, order):
 @pytest.mark.parametrize(
     ("spec", "told"),
     [
-        ("nope", "'nope' does not exist; there are fgsm, ifgsm, mifgsm, pgd"), ("", "'' does not exist"),
-        ("PGD", "'PGD' does not exist"), ("fgsm:steps=3", "'steps=3' is no field=value of fgsm; its fields: none"),
+        ("nope", "'nope' does not exist; there are fgsm, ifgsm, mifgsm, pgd"),
+        ("", "'' does not exist"),
+        ("PGD", "'PGD' does not exist"),
+        ("fgsm:steps=3", "'steps=3' is no field=value of fgsm; its fields: none"),
         ("pgd:nope=3", "'nope=3' is no field=value of pgd; its fields: steps, reach, step_size, random_start"),
-        ("pgd:steps", "'steps' is no field=value"), ("pgd:steps=3,", "'' is no field=value"), ("pgd:=3", "'=3' is no"),
-        ("pgd:steps=", "steps='' must be a number"), ("pgd:steps=2.5", "steps='2.5' must be a whole number"),
-        ("pgd:steps=0", "'pgd:steps=0': steps=0 must be a whole number, at least 1"), ("pgd:steps=x", "steps='x'"),
+        ("pgd:steps", "'steps' is no field=value"),
+        ("pgd:steps=3,", "'' is no field=value"),
+        ("pgd:=3", "'=3' is no"),
+        ("pgd:steps=", "steps='' must be a number"),
+        ("pgd:steps=2.5", "steps='2.5' must be a whole number"),
+        ("pgd:steps=0", "'pgd:steps=0': steps=0 must be a whole number, at least 1"),
+        ("pgd:steps=x", "steps='x'"),
         ("pgd:reach=0", "reach=0.0 must be a finite number above zero"),
         ("pgd:random_start=maybe", "='maybe' must be true or false"),
-        ("pgd:random_start=1", "='1' must be true or false"), ("pgd:steps=1,steps=2", "steps is given twice"),
+        ("pgd:random_start=1", "='1' must be true or false"),
+        ("pgd:steps=1,steps=2", "steps is given twice"),
     ],
-)  # fmt: skip
+)
 def test_attacks_that_are_none(spec, told):
     with pytest.raises(ArgumentError, match=f"attack .*{told}"):
         specs.attack(spec)

@@ -25,21 +25,37 @@ NORMS = {"linf": "eps (linf)", "l2": "eps (l2)", "l1": "eps (l1)", "pixels": "pi
 
 def record(threat="linf:0.1", robust=0.5, **changes):
     return {
-        "model": "m", "data": "digits", "defence": None, "goal": "misclassify", "threat": threat, "attack": "pgd", "seed": 0,
-        "n": 100, "clean_accuracy": 0.97, "robust_accuracy": robust, "success_rate": 1 - robust, "low": robust / 2,
-        "high": (1 + robust) / 2, "median_size": 0.3, "forwards": 4100, "backwards": 4000, "seconds": 1.5, "access": "white",
-        "flags": [], "notes": [],
-    } | changes  # fmt: skip
+        "model": "m",
+        "data": "digits",
+        "defence": None,
+        "goal": "misclassify",
+        "threat": threat,
+        "attack": "pgd",
+        "seed": 0,
+        "n": 100,
+        "clean_accuracy": 0.97,
+        "robust_accuracy": robust,
+        "success_rate": 1 - robust,
+        "low": robust / 2,
+        "high": (1 + robust) / 2,
+        "median_size": 0.3,
+        "forwards": 4100,
+        "backwards": 4000,
+        "seconds": 1.5,
+        "access": "white",
+        "flags": [],
+        "notes": [],
+    } | changes
 
 
-def together(threat, robust, **changes):
+def worst_case(threat, robust, **changes):
     keys = ("model", "data", "defence", "threat", "n", "clean_accuracy", "robust_accuracy", "low", "high")
     row = record(threat, robust, **changes)
     return {key: row[key] for key in keys} | {"attacks": ["pgd (misclassify)"]}
 
 
 def results_of(records, combined=()):
-    return {"robustkit": "0.1.0", "schema": 1, "environment": {}, "records": records, "together": list(combined)}
+    return {"robustkit": "0.1.0", "schema": 1, "environment": {}, "records": records, "worst_case": list(combined)}
 
 
 def page_of(records, combined=()):
@@ -69,8 +85,11 @@ class Drawn:
                     self.hollow.setdefault(name, []).append("hollow" in point.get("class").split())
                     if kind == "main":
                         self.main.add(name)
-            self.labels += [(text.text, float(text.get("x")), float(text.get("y"))) for text in group.iter("text")
-                            if text.get("class") == "label"]  # fmt: skip
+            self.labels += [
+                (text.text, float(text.get("x")), float(text.get("y")))
+                for text in group.iter("text")
+                if text.get("class") == "label"
+            ]
 
     def classed(self, tag, kind):
         return [node for node in self.svg.iter(tag) if kind in node.get("class", "").split()]
@@ -128,9 +147,10 @@ def runs(draw):
             threat = f"{norm}:{eps}"
             attacks = draw(st.lists(st.sampled_from(["fgsm", "pgd", "square"]), min_size=1, max_size=3, unique=True))
             shares = [draw(st.integers(0, 97)) / 100 for _ in attacks]
-            records += [record(threat, share, model=model, attack=attack)
-                        for attack, share in zip(attacks, shares, strict=True)]  # fmt: skip
-            combined.append(together(threat, draw(st.integers(0, round(100 * min(shares)))) / 100, model=model))
+            records += [
+                record(threat, share, model=model, attack=attack) for attack, share in zip(attacks, shares, strict=True)
+            ]
+            combined.append(worst_case(threat, draw(st.integers(0, round(100 * min(shares)))) / 100, model=model))
     return records, combined
 
 
@@ -154,8 +174,10 @@ def test_every_measured_pair_is_where_the_axes_say_and_nothing_else_is_drawn(run
             expected.append(("All models, all attacks together", figures))
         for model, points in figures.items():
             mine = [row for row in rows if row["model"] == model]
-            attacks = {name: sorted((value(row), row["robust_accuracy"]) for row in mine if row["attack"] == name)
-                       for name in (row["attack"] for row in mine)}  # fmt: skip
+            attacks = {
+                name: sorted((value(row), row["robust_accuracy"]) for row in mine if row["attack"] == name)
+                for name in (row["attack"] for row in mine)
+            }
             several = {name: pairs for name, pairs in attacks.items() if len(pairs) > 1}
             if len(attacks) == 1:
                 lines = {next(iter(attacks)): points}
@@ -170,8 +192,11 @@ def test_every_measured_pair_is_where_the_axes_say_and_nothing_else_is_drawn(run
 
 
 def test_a_model_that_fewer_attacks_tried_is_hollow_throughout():
-    rows = [record(f"l2:{eps}", model=model, attack=attack)
-            for model, attack in (("a", "fgsm"), ("b", "fgsm"), ("b", "pgd")) for eps in (1, 2)]  # fmt: skip
+    rows = [
+        record(f"l2:{eps}", model=model, attack=attack)
+        for model, attack in (("a", "fgsm"), ("b", "fgsm"), ("b", "pgd"))
+        for eps in (1, 2)
+    ]
     charts = drawn(page_of(rows))
     assert charts[0].hollow == {"a": [False, True, True], "b": [False, False, False]}
     assert [chart.caption for chart in charts[1:]] == ["b, attack by attack"]  # nothing to add for a
@@ -179,7 +204,7 @@ def test_a_model_that_fewer_attacks_tried_is_hollow_throughout():
 
 def test_whiskers_reach_over_the_interval_and_only_of_the_figure():
     rows = [record(f"l2:{eps}", robust, attack=attack) for eps, robust in ((1, 0.5), (2, 0.25)) for attack in ("fgsm", "pgd")]
-    combined = [together("l2:1", 0.4, low=0.125, high=0.75), together("l2:2", 0.2, low=0.0, high=0.5)]
+    combined = [worst_case("l2:1", 0.4, low=0.125, high=0.75), worst_case("l2:2", 0.2, low=0.0, high=0.5)]
     (chart,) = drawn(page_of(rows, combined))
     heights = []
     for path in chart.classed("path", "whisker"):
@@ -193,8 +218,11 @@ def test_whiskers_reach_over_the_interval_and_only_of_the_figure():
 def test_lines_go_through_their_points(run):
     for chart in drawn(page_of(*run)):
         paths = [re.findall(r"[\d.]+", path.get("d")) for path in chart.classed("path", "line")]
-        points = [(chart.eps(float(x)), (chart.zero - float(y)) / (chart.zero - chart.one))
-                  for path in paths for x, y in zip(path[::2], path[1::2], strict=True)]  # fmt: skip
+        points = [
+            (chart.eps(float(x)), (chart.zero - float(y)) / (chart.zero - chart.one))
+            for path in paths
+            for x, y in zip(path[::2], path[1::2], strict=True)
+        ]
         assert points == near([pair for pairs in chart.lines.values() for pair in pairs])
 
 
@@ -219,10 +247,12 @@ def test_nothing_is_drawn_for_a_single_eps(records):
 
 
 def test_the_lowest_attack_stands_in_where_no_joint_figure_is_known_and_the_page_says_so():
-    rows = [record(f"linf:{eps}", robust, attack=attack) for eps, attack, robust in
-            [(0.1, "fgsm", 0.9), (0.1, "pgd", 0.8), (0.2, "fgsm", 0.6), (0.2, "pgd", 0.5)]]  # fmt: skip
+    rows = [
+        record(f"linf:{eps}", robust, attack=attack)
+        for eps, attack, robust in [(0.1, "fgsm", 0.9), (0.1, "pgd", 0.8), (0.2, "fgsm", 0.6), (0.2, "pgd", 0.5)]
+    ]
     told = "the lowest attack stands in"
-    both = [together("linf:0.1", 0.7), together("linf:0.2", 0.4)]
+    both = [worst_case("linf:0.1", 0.7), worst_case("linf:0.2", 0.4)]
     for combined, expected in ((both, [0.7, 0.4]), (both[:1], [0.7, 0.5]), ([], [0.8, 0.5])):
         page = page_of(rows, combined)
         (chart,) = drawn(page)
@@ -232,9 +262,17 @@ def test_the_lowest_attack_stands_in_where_no_joint_figure_is_known_and_the_page
 
 
 def test_points_with_fewer_attacks_are_hollow_and_the_legend_says_so():
-    rows = [record(f"linf:{eps}", 0.5, attack=attack, model=model)
-            for model, eps, attack in [("a", 0.1, "fgsm"), ("a", 0.2, "fgsm"), ("a", 0.2, "pgd"), ("b", 0.1, "pgd"),
-                                       ("b", 0.1, "fgsm"), ("b", 0.2, "pgd")]]  # fmt: skip
+    rows = [
+        record(f"linf:{eps}", 0.5, attack=attack, model=model)
+        for model, eps, attack in [
+            ("a", 0.1, "fgsm"),
+            ("a", 0.2, "fgsm"),
+            ("a", 0.2, "pgd"),
+            ("b", 0.1, "pgd"),
+            ("b", 0.1, "fgsm"),
+            ("b", 0.2, "pgd"),
+        ]
+    ]
     page = page_of(rows)
     hollow = {chart.caption.split(",")[0]: chart.hollow for chart in drawn(page)}
     assert hollow["All models"] == {"a": [False, True, False], "b": [False, False, True]}
@@ -285,8 +323,10 @@ def test_seeds_are_lines_of_their_own_and_are_told():
     rows = [record(f"l2:{eps}", 0.9 - eps / 10 - seed / 10, seed=seed) for eps in (1, 2) for seed in (0, 1)]
     (chart,) = drawn(page_of(rows))
     assert {name: [share for _, share in pairs] for name, pairs in chart.lines.items()} == {
-        "all together": near([0.97, 0.7, 0.6]), "pgd, seed 0": near([0.8, 0.7]), "pgd, seed 1": near([0.7, 0.6]),
-    }  # fmt: skip
+        "all together": near([0.97, 0.7, 0.6]),
+        "pgd, seed 0": near([0.8, 0.7]),
+        "pgd, seed 1": near([0.7, 0.6]),
+    }
 
 
 def test_two_ways_to_write_an_eps_are_one_place_with_the_lower_figure():
@@ -313,8 +353,11 @@ def test_every_norm_has_its_axis(norm):
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 97), st.sampled_from(["a", "zoo:mnist-cnn-robust", LONG, "模型" * 9])), max_size=25))
 def test_labels_stand_inside_the_chart_and_never_over_each_other(models):
-    rows = [record(f"l2:{eps}", share / 100, model=f"{number}{name}{number}")
-            for number, (share, name) in enumerate([(3, "x"), (3, "y"), *models]) for eps in (1, 2)]  # fmt: skip
+    rows = [
+        record(f"l2:{eps}", share / 100, model=f"{number}{name}{number}")
+        for number, (share, name) in enumerate([(3, "x"), (3, "y"), *models])
+        for eps in (1, 2)
+    ]
     charts = drawn(page_of(rows))
     heights = [y for _, _, y in charts[0].labels]
     assert heights == sorted(heights)
@@ -351,8 +394,12 @@ def test_attacks_that_have_no_line_are_named():
 
 
 def test_lines_differ_without_colour():
-    rows = [record(f"l2:{eps}", model=f"m{number}", attack=f"a{other}")
-            for number in range(12) for eps in (1, 2) for other in range(12)]  # fmt: skip
+    rows = [
+        record(f"l2:{eps}", model=f"m{number}", attack=f"a{other}")
+        for number in range(12)
+        for eps in (1, 2)
+        for other in range(12)
+    ]
     charts = drawn(page_of(rows))
     for chart, kind in ((charts[0], "main"), (charts[1], "thin")):
         groups = [group for group in chart.svg.iter("g") if group.get("class").startswith(kind) and group.find("text") is None]
@@ -363,21 +410,39 @@ def test_lines_differ_without_colour():
 
 @pytest.mark.parametrize("name", [HOSTILE, TURNED, "\"'", "]]>", "&lt;", "bad\udcff.py", "", LONG], ids=ascii)
 def test_hostile_names_stay_text_in_a_chart_that_is_well_formed(name):
-    rows = [record(f"linf:{eps}", 0.5, model=model, attack=attack, data=name, defence=name)
-            for model in (name, "other") for attack in (name, "pgd") for eps in (0.1, 0.2)]  # fmt: skip
+    rows = [
+        record(f"linf:{eps}", 0.5, model=model, attack=attack, data=name, defence=name)
+        for model in (name, "other")
+        for attack in (name, "pgd")
+        for eps in (0.1, 0.2)
+    ]
     page = page_of(rows)
     charts = drawn(page) if name != TURNED else []  # XML knows no control characters; HTML does
     assert len(charts) == (3 if name != TURNED else 0)
-    assert set(Text(section(page)).tags) <= {"h2", "h3", "p", "div", "figure", "figcaption", "b", "span", "svg", "g", "path",
-                                             "text", "title"}  # fmt: skip
+    assert set(Text(section(page)).tags) <= {
+        "h2",
+        "h3",
+        "p",
+        "div",
+        "figure",
+        "figcaption",
+        "b",
+        "span",
+        "svg",
+        "g",
+        "path",
+        "text",
+        "title",
+    }
     for svg in re.findall(r'<svg class="curve".*?</svg>', page, re.S):
         shown = re.findall(r'aria-label="[^"]*"|<text[^>]*>[^<]*', svg)
         assert not re.search("[\u202a-\u202e\u2066-\u2069\u200e\u200f\x00-\x08]", "".join(shown))
 
 
 def test_the_drawing_is_told_to_who_does_not_see_it():
-    rows = [record("linf:1/255", 0.5, model=model) for model in ("a", "b")] + [record("linf:0.2", 0.25, model=model)
-                                                                              for model in ("a", "b")]  # fmt: skip
+    rows = [record("linf:1/255", 0.5, model=model) for model in ("a", "b")] + [
+        record("linf:0.2", 0.25, model=model) for model in ("a", "b")
+    ]
     chart = drawn(page_of(rows))[0]
     assert chart.svg.get("role") == "img"
     assert chart.svg.get("aria-label") == (
@@ -437,8 +502,12 @@ def near_steps(curve, least=0.0):
 
 def test_the_curve_against_cost_is_drawn_as_it_was_recorded_one_a_record():
     fast = [[0.0, 0.97], [1.0, 0.97], [12.0, 0.6]]
-    rows = [record(attack="standard", against_cost=COST), record(attack="pgd", against_cost=fast),
-            record(attack="fmn", against_cost=None), record("l2:1", against_cost=COST)]  # fmt: skip
+    rows = [
+        record(attack="standard", against_cost=COST),
+        record(attack="pgd", against_cost=fast),
+        record(attack="fmn", against_cost=None),
+        record("l2:1", against_cost=COST),
+    ]
     both, alone = stairs(page_of(rows), "cost", logarithmic=True)
     assert [near_steps(curve, 1.0) for curve in (COST, fast)] == both.steps
     assert (both.caption, alone.caption) == ("m under linf:0.1 on digits", "m under l2:1 on digits")
@@ -451,9 +520,15 @@ def test_the_curve_against_cost_is_drawn_as_it_was_recorded_one_a_record():
 
 
 def test_the_curve_against_eps_is_drawn_with_the_other_attacks_at_their_eps():
-    rows = [record(attack="fmn", robust=0.4, against_eps=EVERY), record("linf:0.05", 0.7, attack="pgd"),
-            record("linf:0.1", 0.3, attack="pgd"), record("linf:0.2", 0.1, attack="pgd"), record("l2:0.1", 0.2, attack="pgd"),
-            record("linf:0.1", 0.9, attack="aimed", goal="least-likely"), record(model="other", attack="pgd")]  # fmt: skip
+    rows = [
+        record(attack="fmn", robust=0.4, against_eps=EVERY),
+        record("linf:0.05", 0.7, attack="pgd"),
+        record("linf:0.1", 0.3, attack="pgd"),
+        record("linf:0.2", 0.1, attack="pgd"),
+        record("l2:0.1", 0.2, attack="pgd"),
+        record("linf:0.1", 0.9, attack="aimed", goal="least-likely"),
+        record(model="other", attack="pgd"),
+    ]
     (chart,) = stairs(page_of(rows), "whole")
     assert chart.steps == [near_steps(EVERY)]  # one line alone: the others are marks
     assert chart.lines == {"pgd": near([(0.05, 0.7), (0.1, 0.3)])}  # not what lies beyond, nor of another norm, goal or model
@@ -486,9 +561,11 @@ def test_each_stage_is_told_with_what_it_solved_left_and_cost():
     table = page.split('<section id="stages">')[1].split("</section>")[0]
     cells = [text_of(row).split() for row in table.split('<tr role="row" class="row">')[1:]]
     assert cells == [
-        ["clean", "3", "97.0", "%", "1", "2.4", "%"], ["descent", "60", "37.0", "%", "39.4", "95.2", "%"],
-        ["windows", "0", "37.0", "%", "0.6", "1.5", "%"], ["attack", "0", "37.0", "%", "0.4", "0.9", "%"],
-    ]  # fmt: skip
+        ["clean", "3", "97.0", "%", "1", "2.4", "%"],
+        ["descent", "60", "37.0", "%", "39.4", "95.2", "%"],
+        ["windows", "0", "37.0", "%", "0.6", "1.5", "%"],
+        ["attack", "0", "37.0", "%", "0.4", "0.9", "%"],
+    ]
     assert text_of(table).count("standard on m under linf:0.1") == 1
     assert 'id="stages"' not in page_of([record(stages=stages[:1])])  # every attack has that one
 
@@ -501,8 +578,10 @@ def test_a_cost_that_others_have_borne_is_told():
 
 @pytest.mark.parametrize("name", [HOSTILE, "]]>", "bad\udcff.py", LONG], ids=ascii)
 def test_hostile_names_stay_text_in_whole_curves_and_stages(name):
-    rows = [record(attack=name, model=name, data=name, against_cost=COST, against_eps=None, stages=[stage(name, 1, 1, 1)]),
-            record(attack=name, model=name, data=name, against_eps=EVERY, against_cost=None)]  # fmt: skip
+    rows = [
+        record(attack=name, model=name, data=name, against_cost=COST, against_eps=None, stages=[stage(name, 1, 1, 1)]),
+        record(attack=name, model=name, data=name, against_eps=EVERY, against_cost=None),
+    ]
     page = page_of(rows)
     assert len(stairs(page, "cost", logarithmic=True)) == len(stairs(page, "whole")) == 1
     assert "<script" not in page

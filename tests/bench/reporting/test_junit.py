@@ -12,9 +12,15 @@ from robustkit.bench.comparison.gates import Verdict
 from robustkit.bench.reporting.junit import junit
 
 RECORD = {
-    "model": "zoo:m", "defence": None, "goal": "misclassify", "threat": "linf:0.1", "attack": "pgd", "seed": 3,
-    "seconds": 1.25, "flags": [],
-}  # fmt: skip
+    "model": "zoo:m",
+    "defence": None,
+    "goal": "misclassify",
+    "threat": "linf:0.1",
+    "attack": "pgd",
+    "seed": 3,
+    "seconds": 1.25,
+    "flags": [],
+}
 GOOD, BAD = Verdict("m, linf:0.1: at least 90.0%", True, "95.0%"), Verdict("m, l2:1: at least 90.0%", False, "89.0%")
 
 
@@ -29,8 +35,13 @@ def suite_of(records, verdicts=()):
 def test_records_and_verdicts_are_cases_and_the_counts_are_theirs():
     suite = suite_of([RECORD, RECORD | {"attack": "fgsm", "seconds": 0.5, "defence": "jpeg"}], [GOOD, BAD, GOOD])
     assert dict(suite.attrib) == {
-        "name": "robustkit", "tests": "5", "failures": "1", "errors": "0", "skipped": "0", "time": "1.750",
-    }  # fmt: skip
+        "name": "robustkit",
+        "tests": "5",
+        "failures": "1",
+        "errors": "0",
+        "skipped": "0",
+        "time": "1.750",
+    }
     assert [dict(case.attrib) for case in suite] == [
         {"classname": "zoo:m", "name": "linf:0.1 pgd misclassify 3", "time": "1.250"},
         {"classname": "zoo:m with jpeg", "name": "linf:0.1 fgsm misclassify 3", "time": "0.500"},
@@ -61,11 +72,19 @@ def test_an_empty_run_is_a_document():
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("a\x00b", r"a\x00b"), ("\x1b[31m", r"\x1b[31m"), ("\udcff", r"\udcff"), ("\ufffe\uffff", r"\ufffe\uffff"),
+        ("a\x00b", r"a\x00b"),
+        ("\x1b[31m", r"\x1b[31m"),
+        ("\udcff", r"\udcff"),
+        ("\ufffe\uffff", r"\ufffe\uffff"),
         ("\r", r"\r"),
-        ("\x85", r"\x85"), ("\x7f", r"\x7f"), ("<&>\"'", "<&>\"'"), ("]]>", "]]>"), ("x\ty\nz", "x\ty\nz"), ("é−𝔸", "é−𝔸"),
+        ("\x85", r"\x85"),
+        ("\x7f", r"\x7f"),
+        ("<&>\"'", "<&>\"'"),
+        ("]]>", "]]>"),
+        ("x\ty\nz", "x\ty\nz"),
+        ("é−𝔸", "é−𝔸"),
     ],
-)  # fmt: skip
+)
 def test_hostile_names_are_harmless(name, told):
     record = RECORD | dict.fromkeys(("model", "threat", "attack", "goal"), name) | {"flags": [{"name": name, "why": name}]}
     suite = suite_of([record], [Verdict(name, False, name), Verdict(name, True, name)])

@@ -19,14 +19,31 @@ VOID = {"br", "hr", "img", "input", "link", "meta"}
 
 def record(**changes):
     return {
-        "model": "m", "data": "digits", "defence": None, "goal": "misclassify", "threat": "linf:0.3", "attack": "pgd",
-        "seed": 0, "n": 100, "clean_accuracy": 0.97, "robust_accuracy": 0.123, "success_rate": 0.877, "low": 0.07, "high": 0.2,
-        "median_size": 0.3, "forwards": 4100, "backwards": 4000, "seconds": 1.5, "access": "white", "flags": [], "notes": [],
-    } | changes  # fmt: skip
+        "model": "m",
+        "data": "digits",
+        "defence": None,
+        "goal": "misclassify",
+        "threat": "linf:0.3",
+        "attack": "pgd",
+        "seed": 0,
+        "n": 100,
+        "clean_accuracy": 0.97,
+        "robust_accuracy": 0.123,
+        "success_rate": 0.877,
+        "low": 0.07,
+        "high": 0.2,
+        "median_size": 0.3,
+        "forwards": 4100,
+        "backwards": 4000,
+        "seconds": 1.5,
+        "access": "white",
+        "flags": [],
+        "notes": [],
+    } | changes
 
 
 def fragment_of(records, together=()):
-    return fragment({"robustkit": "0.1.0", "schema": 1, "environment": {}, "records": records, "together": list(together)})
+    return fragment({"robustkit": "0.1.0", "schema": 1, "environment": {}, "records": records, "worst_case": list(together)})
 
 
 class Tree(HTMLParser):
@@ -34,26 +51,26 @@ class Tree(HTMLParser):
 
     def __init__(self, html):
         super().__init__()
-        self.tags, self.pieces, self.rows, self.open = [], [], [], []
+        self.tags, self.pieces, self.rows, self.unsolved = [], [], [], []
         self.feed(html)
-        assert not self.open
+        assert not self.unsolved
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
         if tag not in VOID:
-            self.open.append(tag)
+            self.unsolved.append(tag)
         if tag == "tr":
             self.rows.append([])
         if tag in ("td", "th"):
             self.rows[-1].append("")
 
     def handle_endtag(self, tag):
-        assert self.open.pop() == tag
+        assert self.unsolved.pop() == tag
 
     def handle_data(self, data):
-        if "style" not in self.open:
+        if "style" not in self.unsolved:
             self.pieces.append(data)
-        if {"td", "th"} & set(self.open):
+        if {"td", "th"} & set(self.unsolved):
             self.rows[-1][-1] += data.replace("\N{NO-BREAK SPACE}", " ")
 
     @property
@@ -70,11 +87,17 @@ def records(draw):
     def one(number):
         robust = draw(st.integers(0, 20)) / 20  # coarse, so that rows tie
         return record(
-            model=draw(st.sampled_from(["m1", "m2"])), threat=draw(st.sampled_from(["linf:0.3", "l2:2"])),
-            goal=draw(st.sampled_from(["misclassify", "misclassify", "least-likely"])), attack=f"attack-{number}",
-            robust_accuracy=robust, clean_accuracy=draw(st.floats(robust, 1)), success_rate=draw(st.floats(0, 1)),
-            low=draw(st.floats(0, robust)), high=draw(st.floats(robust, 1)), forwards=draw(st.integers(0, 9900)),
-        )  # fmt: skip
+            model=draw(st.sampled_from(["m1", "m2"])),
+            threat=draw(st.sampled_from(["linf:0.3", "l2:2"])),
+            goal=draw(st.sampled_from(["misclassify", "misclassify", "least-likely"])),
+            attack=f"attack-{number}",
+            robust_accuracy=robust,
+            clean_accuracy=draw(st.floats(robust, 1)),
+            success_rate=draw(st.floats(0, 1)),
+            low=draw(st.floats(0, robust)),
+            high=draw(st.floats(robust, 1)),
+            forwards=draw(st.integers(0, 9900)),
+        )
 
     return [one(number) for number in range(draw(st.integers(1, 7)))]
 
@@ -91,10 +114,16 @@ def test_every_row_is_there_once_with_its_numbers(drawn):
         robust = percent(row["robust_accuracy"])
         cost = (row["forwards"] + row["backwards"]) / 100
         expected[row["attack"]] = [
-            row["model"], row["threat"], row["attack"], row["goal"], percent(row["clean_accuracy"]),
-            robust if plain else f"({robust})", f"{percent(row['low'])} to {percent(row['high'])}" if plain else "",
-            percent(row["success_rate"]), f"{cost:.1f}".removesuffix(".0") if cost < 100 else f"{cost:.0f}",
-        ]  # fmt: skip
+            row["model"],
+            row["threat"],
+            row["attack"],
+            row["goal"],
+            percent(row["clean_accuracy"]),
+            robust if plain else f"({robust})",
+            f"{percent(row['low'])} to {percent(row['high'])}" if plain else "",
+            percent(row["success_rate"]),
+            f"{cost:.1f}".removesuffix(".0") if cost < 100 else f"{cost:.0f}",
+        ]
     assert len(rows) == len(expected)
     assert {row[2]: row for row in rows} == expected
     assert ("In brackets" in shown) is any(row["goal"] != "misclassify" for row in drawn)

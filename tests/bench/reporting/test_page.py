@@ -29,19 +29,46 @@ LONG = "a/very/long/path" * 40
 
 def record(**changes):
     base = {
-        "model": "m", "data": "digits", "defence": None, "goal": "misclassify", "threat": "linf:0.3", "attack": "pgd",
-        "seed": 0, "n": 100, "clean_accuracy": 0.97, "robust_accuracy": 0.123, "success_rate": 0.877, "low": 0.07, "high": 0.2,
-        "median_size": 0.3, "forwards": 4100, "backwards": 4000, "seconds": 1.5, "access": "white", "flags": [], "notes": [],
-    }  # fmt: skip
+        "model": "m",
+        "data": "digits",
+        "defence": None,
+        "goal": "misclassify",
+        "threat": "linf:0.3",
+        "attack": "pgd",
+        "seed": 0,
+        "n": 100,
+        "clean_accuracy": 0.97,
+        "robust_accuracy": 0.123,
+        "success_rate": 0.877,
+        "low": 0.07,
+        "high": 0.2,
+        "median_size": 0.3,
+        "forwards": 4100,
+        "backwards": 4000,
+        "seconds": 1.5,
+        "access": "white",
+        "flags": [],
+        "notes": [],
+    }
     assert base.keys() >= changes.keys() - {"fooling_train", "fooling_held_out", "fooling_random", "transfer", "collapse"}
     return base | changes
 
 
 def picture(clean, adversarial, **changes):
     told = {
-        "model": "m", "attack": "pgd", "goal": "misclassify", "threat": "linf:0.3", "index": 3, "label": "7", "clean_as": "7",
-        "clean_confidence": 0.999, "adversarial_as": "3", "adversarial_confidence": 0.512, "size": 0.3, "success": True,
-    }  # fmt: skip
+        "model": "m",
+        "attack": "pgd",
+        "goal": "misclassify",
+        "threat": "linf:0.3",
+        "index": 3,
+        "label": "7",
+        "clean_as": "7",
+        "clean_confidence": 0.999,
+        "adversarial_as": "3",
+        "adversarial_confidence": 0.512,
+        "size": 0.3,
+        "success": True,
+    }
     return Picture(clean=clean, adversarial=adversarial, **(told | changes))
 
 
@@ -177,8 +204,13 @@ def test_a_flagged_answer_shows_its_flag_and_a_threat_that_a_model_was_not_under
     page = page_of([record(flags=[{"name": "f", "why": "w"}]), record(model="other", threat="l2:2")])
     cells = [Tree(cell.split("</td>")[0]).text for cell in page.split("</header>")[0].split("<td")[1:]]
     assert [cell.partition(">")[2] for cell in cells] == [
-        "97.0 %", "12.3 % ⚑ flagged", "– not run", "97.0 %", "– not run", "12.3 % 7.0 % to 20.0 %"
-    ]  # fmt: skip
+        "97.0 %",
+        "12.3 % ⚑ flagged",
+        "– not run",
+        "97.0 %",
+        "– not run",
+        "12.3 % 7.0 % to 20.0 %",
+    ]
     assert page.split("</header>")[0].count('<b class="figure">') == 1
 
 
@@ -193,15 +225,22 @@ def test_every_link_leads_somewhere():
 
 def test_a_flag_names_its_rows_once_with_all_their_threats():
     flag = {"name": "f", "why": "w"}
-    drawn = [record(threat=threat, goal=goal, flags=[flag]) for goal in ("misclassify", "least-likely")
-             for threat in ("linf:0.1", "l2:2")]  # fmt: skip
+    drawn = [
+        record(threat=threat, goal=goal, flags=[flag])
+        for goal in ("misclassify", "least-likely")
+        for threat in ("linf:0.1", "l2:2")
+    ]
     told = Tree(page_of(drawn).split('<ol class="flags">')[1].split("</ol>")[0]).text
     assert told == "f: w m: pgd under linf:0.1, l2:2 m: pgd, goal least-likely, under linf:0.1, l2:2"
 
 
 def test_hashes_of_data_and_weights_and_the_seed_are_told():
-    results = {"robustkit": "0.1.0", "environment": {}, "data": {"offset": 50},
-               "records": [record() | {"data_hash": "da7a", "model_hash": "5ea1"}]}  # fmt: skip
+    results = {
+        "robustkit": "0.1.0",
+        "environment": {},
+        "data": {"offset": 50},
+        "records": [record() | {"data_hash": "da7a", "model_hash": "5ea1"}],
+    }
     told = report(results, [], command=COMMAND).split("<h3>Data and weights</h3>")[1].split("</dl>")[0]
     assert Tree(told.replace("<dd>", "<dd>: ").replace("</div>", "; ")).text == (
         "digits: 100 images after the first 50, hash da7a; m: hash 5ea1; seed: 0;"
@@ -243,8 +282,13 @@ def test_sizes_costs_and_times_read_well():
 
 def test_universal_attacks_show_every_rate_and_the_change():
     """Rows are changes, columns the models of the run; a model on which a change was not tried shows a dash."""
-    one = record(fooling_train=0.451, fooling_held_out=0.389, fooling_random=0.02, transfer={"other": 0.123},
-                 collapse={"class": "8", "share": 0.71})  # fmt: skip
+    one = record(
+        fooling_train=0.451,
+        fooling_held_out=0.389,
+        fooling_random=0.02,
+        transfer={"other": 0.123},
+        collapse={"class": "8", "share": 0.71},
+    )
     two = record(threat="linf:0.2", fooling_train=0.5, fooling_held_out=0.4, fooling_random=0.03, transfer={}, collapse=None)
     change = np.zeros((1, 4, 4), np.float32)
     change[0, 0] = (0.125, -0.25, 0.25, 0.0)
@@ -303,8 +347,10 @@ def test_pictures_are_the_images_and_the_change_at_its_stated_scale(seed, channe
 
 def test_pictures_follow_the_order_of_the_table_and_strays_come_last():
     clean, adversarial = images()
-    pictures = [picture(clean, adversarial, attack=name, goal=goal) for name, goal in
-                [("stray", "misclassify"), ("aimed", "least-likely"), ("pgd", "misclassify")]]  # fmt: skip
+    pictures = [
+        picture(clean, adversarial, attack=name, goal=goal)
+        for name, goal in [("stray", "misclassify"), ("aimed", "least-likely"), ("pgd", "misclassify")]
+    ]
     page = page_of([record(attack="aimed", goal="least-likely"), record()], pictures)
     albums = [Tree(part.split("</h3>")[0]).text for part in page.split("<h2>Pictures</h2>")[1].split("<h3>")[1:4]]
     assert [text.split()[1] for text in albums] == ["pgd", "aimed", "stray"]
@@ -347,9 +393,15 @@ def test_a_picture_outside_the_box_or_of_two_shapes_is_refused(value):
 
 def test_hostile_names_stay_text():
     row = record(
-        model=HOSTILE, attack=HOSTILE, data=HOSTILE, defence=HOSTILE, threat=HOSTILE, access=HOSTILE,
-        flags=[{"name": HOSTILE, "why": HOSTILE}], notes=[{"name": HOSTILE, "why": HOSTILE}],
-    )  # fmt: skip
+        model=HOSTILE,
+        attack=HOSTILE,
+        data=HOSTILE,
+        defence=HOSTILE,
+        threat=HOSTILE,
+        access=HOSTILE,
+        flags=[{"name": HOSTILE, "why": HOSTILE}],
+        notes=[{"name": HOSTILE, "why": HOSTILE}],
+    )
     labels = {
         "model": HOSTILE,
         "attack": HOSTILE,
@@ -443,12 +495,29 @@ def browse(page, folder, scheme, width):
         f'<iframe src="page.html" style="width:{width}px;height:900px;border:0" onload=\'{told}\'></iframe>', "utf-8"
     )
     run = subprocess.run(
-        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-         "--disable-background-networking", "--disable-component-update", "--allow-file-access-from-files",
-         f"--user-data-dir={folder / 'profile'}", f"--blink-settings=preferredColorScheme={scheme}", "--enable-logging=stderr",
-         "--virtual-time-budget=5000", "--dump-dom", (folder / "frame.html").as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
+        [
+            "chromium",
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-sync",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--allow-file-access-from-files",
+            f"--user-data-dir={folder / 'profile'}",
+            f"--blink-settings=preferredColorScheme={scheme}",
+            "--enable-logging=stderr",
+            "--virtual-time-budget=5000",
+            "--dump-dom",
+            (folder / "frame.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     return json.loads(Tree(run.stdout.split("<title>")[1].split("</title>")[0]).text), run.stderr
 
 
@@ -460,9 +529,13 @@ def test_nothing_sticks_out_sideways(tmp_path, width, scheme):
         record(model=LONG, attack=LONG, data=LONG, threat=LONG, defence=LONG, flags=[flag], notes=[flag]),
         record(model=LONG, goal=LONG, forwards=10**12, backwards=10**12, seconds=1e6, median_size=1e-9),
         record(),
-        *(record(model=model, attack=attack, threat=f"linf:{eps}/255", robust_accuracy=eps / 16, flags=[flag])
-          for model in (LONG, "b" + LONG) for attack in (LONG, "pgd") for eps in (1, 8, 16)),
-    ]  # fmt: skip
+        *(
+            record(model=model, attack=attack, threat=f"linf:{eps}/255", robust_accuracy=eps / 16, flags=[flag])
+            for model in (LONG, "b" + LONG)
+            for attack in (LONG, "pgd")
+            for eps in (1, 8, 16)
+        ),
+    ]
     pictures = [
         picture(*images(), model=LONG, clean_as=LONG, adversarial_as=LONG, label=LONG),
         picture(*images(channels=3, side=300)),

@@ -13,17 +13,40 @@ from robustkit.bench.reporting.live import Live, duration
 from robustkit.bench.reporting.table import table
 
 RECORD = {
-    "model": "zoo:mnist-cnn", "data": "mnist-5k", "defence": None, "goal": "misclassify", "threat": "linf:0.3", "attack": "pgd",
-    "seed": 0, "n": 1000, "clean_accuracy": 0.981, "robust_accuracy": 0.1234, "success_rate": 0.8766, "low": 0.0711,
-    "high": 0.2022, "median_size": 0.3, "forwards": 41_500, "backwards": 40_000, "seconds": 12.34, "access": "white",
-    "flags": [], "notes": [],
-}  # fmt: skip
+    "model": "zoo:mnist-cnn",
+    "data": "mnist-5k",
+    "defence": None,
+    "goal": "misclassify",
+    "threat": "linf:0.3",
+    "attack": "pgd",
+    "seed": 0,
+    "n": 1000,
+    "clean_accuracy": 0.981,
+    "robust_accuracy": 0.1234,
+    "success_rate": 0.8766,
+    "low": 0.0711,
+    "high": 0.2022,
+    "median_size": 0.3,
+    "forwards": 41_500,
+    "backwards": 40_000,
+    "seconds": 12.34,
+    "access": "white",
+    "flags": [],
+    "notes": [],
+}
 WIDEST = {
-    "attack": "pgd:steps=1000,reach=2.5,step_size=0.00392156862745098,random_start=false", "threat": "linf:0.03137254901960784",
-    "goal": "classify-as:999999999", "robust_accuracy": 1.0, "low": 1.0, "high": 1.0, "success_rate": 1.0,
-    "forwards": 12_345_678, "backwards": 0, "seconds": 123_456.7,
+    "attack": "pgd:steps=1000,reach=2.5,step_size=0.00392156862745098,random_start=false",
+    "threat": "linf:0.03137254901960784",
+    "goal": "classify-as:999999999",
+    "robust_accuracy": 1.0,
+    "low": 1.0,
+    "high": 1.0,
+    "success_rate": 1.0,
+    "forwards": 12_345_678,
+    "backwards": 0,
+    "seconds": 123_456.7,
     "flags": [{"name": "an-alarm", "why": "do not believe it " * 20}],
-}  # fmt: skip
+}
 
 
 def shown(*records, width=80, color=False):
@@ -43,9 +66,12 @@ def test_it_fits_80_columns_with_every_figure_whole(record):
     assert all(len(line) <= 80 for line in text.splitlines())
     assert "…" not in text
     figures = [
-        f"{record['robust_accuracy']:.1%}", f"{record['low']:.1%} – {record['high']:.1%}", f"{record['success_rate']:.1%}",
-        f"{(record['forwards'] + record['backwards']) / 1000:,.1f}", f"{record['seconds']:,.1f}",
-    ]  # fmt: skip
+        f"{record['robust_accuracy']:.1%}",
+        f"{record['low']:.1%} – {record['high']:.1%}",
+        f"{record['success_rate']:.1%}",
+        f"{(record['forwards'] + record['backwards']) / 1000:,.1f}",
+        f"{record['seconds']:,.1f}",
+    ]
     assert len(rows(text)) == 2
     for row in rows(text):
         for figure in figures:

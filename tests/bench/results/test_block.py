@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from robustkit.bench import Case, Plan
 from robustkit.bench.execution.loaded_run import load
 from robustkit.bench.execution.runner import outcomes
-from robustkit.bench.results.block import Block, Glance
+from robustkit.bench.results.block import Block, BlockHeader
 from robustkit.bench.results.store import Files, Memory, replace_file
 from robustkit.data import load as load_data
 from robustkit.errors import ArgumentError
@@ -47,7 +47,7 @@ def test_what_is_written_is_read_back(tmp_path, save):
         assert block.result.x_adv.shape[1:].numel() == (64 if save else 0)
         # Those that a change has solved are kept in any case, and once.
         assert (block.found is None) == save
-        assert len(block.images) == len(Glance.of(Files(tmp_path).path(task)).ids) == int(block.changed.sum())
+        assert len(block.images) == len(BlockHeader.of(Files(tmp_path).path(task)).ids) == int(block.changed.sum())
         assert block.changed.any() or task.case == 1
         assert len(block.pictures) == (4 if task.first == 0 else 0)
 
@@ -75,15 +75,21 @@ def test_a_file_tells_each_example_under_plain_names(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"seed": 1}, {"offset": 8}, {"limit": 24}, {"block": 5}, {"batch_size": 3}, {"threads": 2},
-        {"save_adversarial": True}, {"data": "digits:train"},
+        {"seed": 1},
+        {"offset": 8},
+        {"limit": 24},
+        {"block": 5},
+        {"batch_size": 3},
+        {"threads": 2},
+        {"save_adversarial": True},
+        {"data": "digits:train"},
         {"cases": tuple(replace(case, model="zoo:digits-mlp@weights=w.safetensors") for case in CASES)},
         {"cases": tuple(replace(case, threat="linf:0.2") for case in CASES)},
         {"cases": tuple(replace(case, attack="pgd:steps=4") for case in CASES)},
         {"cases": tuple(replace(case, goal="classify-as:3") for case in CASES)},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_block_is_named_by_all_that_it_computes(change, tmp_path, monkeypatch):
     from safetensors.torch import save_file
 

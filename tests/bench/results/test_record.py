@@ -10,21 +10,43 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from robustkit import PGD, Linf, data, zoo
-from robustkit._engine.ledger import Evidence, Remark, Stage
+from robustkit._engine.ledger import Check, Message, Stage
 from robustkit.attacks import FMN, DeepFool, UniversalPGD
 from robustkit.bench import Case, Plan
 from robustkit.bench.results.curves import GRID, against_cost, against_eps
-from robustkit.bench.results.record import make_record, together, wilson
+from robustkit.bench.results.record import make_record, wilson, worst_case
 from robustkit.result import Result
 
 # The required keys of a record in the schema of results.json, and their JSON types there.
 KEYS = {
-    "model": str, "data": str, "defence": (str, type(None)), "goal": str, "threat": str, "attack": str, "seed": int, "n": int,
-    "clean_accuracy": float, "robust_accuracy": float, "success_rate": float, "low": float, "high": float,
-    "median_size": (float, type(None)), "forwards": int, "backwards": int, "seconds": float, "access": str, "flags": list,
-    "notes": list, "recipe": str, "model_hash": str, "data_hash": str, "against_cost": (list, type(None)),
-    "against_eps": (list, type(None)), "stages": list, "evidence": list,
-}  # fmt: skip
+    "model": str,
+    "data": str,
+    "defence": (str, type(None)),
+    "goal": str,
+    "threat": str,
+    "attack": str,
+    "seed": int,
+    "n": int,
+    "clean_accuracy": float,
+    "robust_accuracy": float,
+    "success_rate": float,
+    "low": float,
+    "high": float,
+    "median_size": (float, type(None)),
+    "forwards": int,
+    "backwards": int,
+    "seconds": float,
+    "access": str,
+    "flags": list,
+    "notes": list,
+    "recipe": str,
+    "model_hash": str,
+    "data_hash": str,
+    "against_cost": (list, type(None)),
+    "against_eps": (list, type(None)),
+    "stages": list,
+    "checks": list,
+}
 CASE = Case("m", "linf:0.1", "pgd", "least-likely")
 PLAN = Plan((CASE,), "digits", seed=4, pins={"digits": "def"})
 
@@ -32,11 +54,28 @@ PLAN = Plan((CASE,), "digits", seed=4, pins={"digits": "def"})
 def made(success, size, *, flat=0, flags=(), notes=(), clean=None, robust=None):
     n = len(success)
     ones = torch.ones(n, dtype=torch.int64)
-    result = Result(torch.zeros(n, 0), torch.tensor(success), ones.float(), torch.tensor(size, dtype=torch.float64),
-                    3 * ones, 2 * ones, flat * ones, tuple(flags), tuple(notes))  # fmt: skip
+    result = Result(
+        torch.zeros(n, 0),
+        torch.tensor(success),
+        ones.float(),
+        torch.tensor(size, dtype=torch.float64),
+        3 * ones,
+        2 * ones,
+        flat * ones,
+        tuple(flags),
+        tuple(notes),
+    )
     yes = np.ones(n, dtype=bool)
-    return make_record(CASE, PLAN, attack=PGD(steps=5), result=result, clean=yes if clean is None else np.array(clean),
-                       robust=yes if robust is None else np.array(robust), seconds=1.5, model_hash="abc")  # fmt: skip
+    return make_record(
+        CASE,
+        PLAN,
+        attack=PGD(steps=5),
+        result=result,
+        clean=yes if clean is None else np.array(clean),
+        robust=yes if robust is None else np.array(robust),
+        seconds=1.5,
+        model_hash="abc",
+    )
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 100, 1000])
@@ -50,7 +89,7 @@ def test_the_interval_is_wilsons_closed_formula(n):
 
 
 def test_a_record_holds_the_keys_of_the_schema_in_types_that_json_keeps():
-    flags, notes = [Remark("alarm", "for a reason")], [Remark("fact", "as it is")]
+    flags, notes = [Message("alarm", "for a reason")], [Message("fact", "as it is")]
     record = made([True, False], [0.1, 0.2], flags=flags, notes=notes, clean=[True, False], robust=[False, False])
     assert {key: record[key] for key in KEYS} == record
     for key, kind in KEYS.items():
@@ -75,10 +114,12 @@ def test_a_record_holds_the_keys_of_the_schema_in_types_that_json_keeps():
 @pytest.mark.parametrize(
     ("success", "size", "median"),
     [
-        ([True, False, True, True], [3.0, 100.0, 0.0, 1.0], 1.0), ([True, True], [1.0, 2.0], 1.5),
-        ([False, True], [0.0, 7.0], 7.0), ([False, False], [1.0, 2.0], None),
+        ([True, False, True, True], [3.0, 100.0, 0.0, 1.0], 1.0),
+        ([True, True], [1.0, 2.0], 1.5),
+        ([False, True], [0.0, 7.0], 7.0),
+        ([False, False], [1.0, 2.0], None),
     ],
-)  # fmt: skip
+)
 def test_the_median_size_is_that_of_the_successes(success, size, median):
     assert made(success, size)["median_size"] == median
 
@@ -90,7 +131,7 @@ def test_rates_are_over_all_images():
 
 
 def test_a_remark_is_told_once_with_how_often_it_came_back():
-    flags = [Remark("a", "first"), Remark("b", "only"), Remark("a", "second"), Remark("a", "third")]
+    flags = [Message("a", "first"), Message("b", "only"), Message("a", "second"), Message("a", "third")]
     assert made([True], [0.1], flags=flags)["flags"] == [
         {"name": "a", "why": "first (and 2 more like it)"},
         {"name": "b", "why": "only"},
@@ -99,7 +140,7 @@ def test_a_remark_is_told_once_with_how_often_it_came_back():
 
 def test_gradients_without_signal_are_told():
     assert made([True], [0.1])["notes"] == []
-    block = Remark("flat-gradients", "9 of 9 gradients in some block")
+    block = Message("flat-gradients", "9 of 9 gradients in some block")
     broken = made([True] * 3, [0.1] * 3, flat=1, flags=[block])  # told of a block, not true of the whole
     (note,) = broken["notes"]
     assert broken["flags"] == []
@@ -121,7 +162,7 @@ def test_all_attacks_together_leave_what_each_of_them_leaves():
         ({"model": "m", "threat": "l2:1", "attack": "a", "goal": "misclassify"}, [1, 1, 1, 1]),
     ]
     given = [(row | {"data": "d", "defence": None, "clean_accuracy": 1.0}, np.array(robust, bool)) for row, robust in rows]
-    linf, l2 = together(given)
+    linf, l2 = worst_case(given)
     assert (linf["threat"], linf["robust_accuracy"], linf["n"]) == ("linf:0.1", 0.5, 4)
     assert linf["attacks"] == ["a (misclassify)", "b (least-likely)"]
     assert (linf["low"], linf["high"]) == wilson(2, 4)
@@ -201,16 +242,24 @@ def test_one_run_for_the_smallest_change_agrees_with_runs_at_a_fixed_eps():
 
 
 def test_which_attacks_are_run_for_the_smallest_change():
-    assert FMN.smallest
-    assert DeepFool.smallest
-    assert not PGD.smallest
+    assert FMN.minimum_norm
+    assert DeepFool.minimum_norm
+    assert not PGD.minimum_norm
 
 
 def told(attack, goal="misclassify", threat="linf:0.2"):
     case = Case("m", threat, "a", goal)
     result = spent([3, 4], [1, 1], [0.1, 0.2])
-    return make_record(case, PLAN, attack=attack, result=result, clean=np.array([True, True]), robust=np.array([False, True]),
-                       seconds=0.0, model_hash="")  # fmt: skip
+    return make_record(
+        case,
+        PLAN,
+        attack=attack,
+        result=result,
+        clean=np.array([True, True]),
+        robust=np.array([False, True]),
+        seconds=0.0,
+        model_hash="",
+    )
 
 
 def test_a_record_holds_the_one_curve_that_its_attack_can_tell():
@@ -226,10 +275,20 @@ def test_a_record_holds_the_one_curve_that_its_attack_can_tell():
 
 def test_stages_and_evidence_stand_in_the_record():
     n = torch.ones(1, dtype=torch.int64)
-    result = Result(torch.zeros(1, 0), n.bool(), n.float(), n.double(), n, n, n, stages=(Stage("clean", 5, 0, 2),),
-                    evidence=(Evidence("unsteady-answers", 1, 9, 0.1),))  # fmt: skip
-    record = make_record(CASE, PLAN, attack=PGD(), result=result, clean=np.ones(1, bool), robust=np.zeros(1, bool), seconds=0.0,
-                         model_hash="")  # fmt: skip
+    result = Result(
+        torch.zeros(1, 0),
+        n.bool(),
+        n.float(),
+        n.double(),
+        n,
+        n,
+        n,
+        stages=(Stage("clean", 5, 0, 2),),
+        checks=(Check("unsteady-answers", 1, 9, 0.1),),
+    )
+    record = make_record(
+        CASE, PLAN, attack=PGD(), result=result, clean=np.ones(1, bool), robust=np.zeros(1, bool), seconds=0.0, model_hash=""
+    )
     assert record["stages"] == [{"name": "clean", "forwards": 5, "backwards": 0, "solved": 2}]
-    assert record["evidence"] == [{"name": "unsteady-answers", "hits": 1, "of": 9, "limit": 0.1}]
+    assert record["checks"] == [{"name": "unsteady-answers", "hits": 1, "of": 9, "limit": 0.1}]
     assert json.loads(json.dumps(record, allow_nan=False)) == record

@@ -76,7 +76,7 @@ def test_data_without_a_training_part_are_split_and_the_first_half_is_not_scored
         assert record["fooling_held_out"] == pytest.approx(changed[name])
         assert record["transfer"] == {other: pytest.approx(changed[other])}
         # Together: every image counts, by the attacks that were tried on it.
-        (joint,) = [r for r in report.together if r["model"] == name]
+        (joint,) = [r for r in report.worst_case if r["model"] == name]
         left = classes(models[name], FGSM().perturb(models[name], x, y, threat=Linf(0.1))) == y
         left &= classes(models[name], x) == y
         left[20:] &= classes(models[name], x_adv) == y[20:]
