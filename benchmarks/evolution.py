@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from benchmarks.colour_net import accuracy, colour_net, images
 from benchmarks.machine import processor
 from robustkit import OnePixel, Pixels
-from robustkit.bench.comparison.compare import tango
+from robustkit.bench.statistics.intervals import tango
 
 RESULT = Path(__file__).parent / "results" / "evolution.json"
 POPULATION, GENERATIONS, WITHIN = 50, 20, 0.03

@@ -1,4 +1,4 @@
-"""How an adversary who knows the defence differentiates what has no useful derivative."""
+"""Adaptive attacks on defences without a useful derivative: BPDA, and expectation over transformation (EOT)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from robustkit._engine.field_checks import at_least
 from robustkit._engine.introspection import generators_of
 from robustkit.errors import ArgumentError, ShapeError
 from robustkit.target import Fn
@@ -24,55 +25,55 @@ Reduce = Callable[[Tensor], Tensor]  # the outputs of all draws (K, N, ...) -> (
 
 
 def bpda(forward: Fn, backward: Fn | None = None) -> Fn:
-    """A function with the values of `forward` and the derivative of `backward`: backward pass differentiable approximation.
+    """Backward pass differentiable approximation: the values of `forward` with the derivative of `backward`.
 
-    The values are those of `forward` bit for bit, which is what a straight-through sum `b + (f - b).detach()` does not
-    give. The derivative is exact for `backward`, in reverse and forward mode, of any order, under autograd and
-    `torch.func`. Parameters inside `forward` get no gradient. Without gradients `backward` is not run.
+    The values equal those of `forward` bit for bit, unlike those of the straight-through sum `b + (f - b).detach()`. The
+    derivative is that of `backward`, in reverse and forward mode, of any order, under autograd and `torch.func`.
+    Parameters inside `forward` get no gradient. When gradients are disabled, `backward` is not run.
 
     Args:
-        forward: What is deployed, (N, *S) -> (N, ...), differentiable or not; one tensor comes out.
-        backward: A smooth function that is close to `forward`, of the same output shape; None is the identity.
+        forward: The deployed function, (N, *S) -> (N, ...), differentiable or not; its output is one tensor.
+        backward: A smooth approximation of `forward` with the same output shape; None is the identity.
 
     Returns:
-        A function (N, *S) -> (N, ...); it can be pickled where its parts can.
+        A function (N, *S) -> (N, ...); it can be pickled if `forward` and `backward` can.
 
     Raises:
-        ArgumentError: `forward` or `backward` is no function.
-        ShapeError: When called: the two give different shapes.
+        ArgumentError: `forward` or `backward` is not a function.
+        ShapeError: When called: the two outputs have different shapes.
 
     Source: Athalye, Carlini & Wagner 2018, section 4.1 (https://arxiv.org/abs/1802.00420).
     """
     for name, value in (("forward", forward), ("backward", backward)):
         if not callable(value) and (name == "forward" or value is not None):
             raise ArgumentError(f"{name}={value!r} must be a function on batches, such as a module or a bound method")
-    return partial(_substituted, forward, backward)
+    return partial(_bpda_forward, forward, backward)
 
 
-def _substituted(forward: Fn, backward: Fn | None, x: Tensor) -> Tensor:
+def _bpda_forward(forward: Fn, backward: Fn | None, x: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         value: Tensor = forward(x)
         return value
     with torch.no_grad():
         value = forward(x)
-    close = x if backward is None else backward(x)
-    if value.shape != close.shape:
-        rule = "is the identity" if backward is None else f"gives {tuple(close.shape)}"
+    approximation = x if backward is None else backward(x)
+    if value.shape != approximation.shape:
+        rule = "is the identity" if backward is None else f"gives {tuple(approximation.shape)}"
         raise ShapeError(f"forward gives {tuple(value.shape)} where backward {rule}; both must give the same shape")
-    out: Tensor = _Value.apply(value, close)  # type: ignore[no-untyped-call]
+    out: Tensor = _ValueWithGradientOf.apply(value, approximation)  # type: ignore[no-untyped-call]
     return out
 
 
 @final
-class _Value(torch.autograd.Function):
-    """The first argument, with the second in its place when the derivative is taken."""
+class _ValueWithGradientOf(torch.autograd.Function):
+    """The value of the first argument with the gradient of the second."""
 
     generate_vmap_rule = True
 
-    # Any: torch gives contexts no public type.
+    # Any: torch has no public type for contexts.
 
     @staticmethod
-    def forward(value: Tensor, close: Tensor) -> Tensor:
+    def forward(value: Tensor, approximation: Tensor) -> Tensor:
         return value.clone()
 
     @staticmethod
@@ -94,9 +95,9 @@ def mean_output(outs: Tensor) -> Tensor:
 
 
 def mean_probability(outs: Tensor) -> Tensor:
-    """The logarithm of the mean softmax over the draws, logits (K, N, C) -> logits (N, C).
+    """The logarithm of the mean softmax probability over the draws, logits (K, N, C) -> logits (N, C).
 
-    Its cross-entropy is minus the logarithm of the mean probability, which is the loss of a classifier that votes softly.
+    Its cross-entropy is minus the logarithm of the mean probability: the loss of a soft-voting classifier.
 
     Source: Salman et al. 2019, the objective of their attack on smoothed classifiers (https://arxiv.org/abs/1906.04584).
     """
@@ -104,81 +105,85 @@ def mean_probability(outs: Tensor) -> Tensor:
 
 
 def eot(fn: Fn, draws: int, reduce: Reduce = mean_output, *, most: int = 1024) -> Fn:
-    """A view of a random function: what it says on average, all draws in one batch; expectation over transformation.
+    """Expectation over transformation: a view of a random function that returns the average of several draws.
 
-    For `Target(fn, views={"eot": eot(fn, 20)})`, where success is still judged on single draws of `fn`. The derivative is
-    that of the average. What is averaged makes a difference:
+    Use it as `Target(fn, views={"eot": eot(fn, 20)})`; success is still evaluated on single draws of `fn`. The derivative
+    is that of the average. It matters what is averaged:
 
-    - `Target(fn, draws=20)` averages the losses and their gradients, E[loss(fn(x))], as the source does; its draws go
-      through one after the other, and each is counted as a forward and a backward.
-    - `eot(fn, 20)` averages the outputs, loss(E[fn(x)]): a draw on which the loss is flat, since the answer is clear, does
-      not hush the others. Of a draw that has gone wrong already the loss asks no more.
-    - `eot(fn, 20, mean_probability)` averages the probabilities: -log E[p] is the loss of a classifier that votes.
+    - `Target(fn, draws=20)` averages the losses and their gradients, E[loss(fn(x))], as the source does. The draws run one
+      after the other, and each counts as a forward and a backward.
+    - `eot(fn, 20)` averages the outputs, loss(E[fn(x)]): draws on which the loss alone would be flat, since the output is
+      confident, still contribute a gradient.
+    - `eot(fn, 20, mean_probability)` averages the probabilities: -log E[p] is the loss of a soft-voting classifier.
 
-    For a loss that is linear in the output the first two are the same. A call counts as one forward and one backward,
-    whatever the number of draws.
+    For a loss that is linear in the output the first two are equal. All draws run in one batch, and a call counts as one
+    forward and one backward whatever the number of draws.
 
     Args:
-        fn: A random function, (N, *S) -> (N, ...), one tensor. Each row draws for itself: of a function that draws once for
-            the whole batch all draws would be the same.
-        draws: How many outputs are averaged.
-        reduce: Makes one output of those of all draws, (K, N, ...) -> (N, ...).
-        most: The most rows that go through `fn` at once. Where that takes several goes, the graph of one at a time is held:
-            each runs once more, on the same draws, when the derivative is taken. Of a function with random generators of
-            its own, which cannot be wound back, all graphs are held.
+        fn: A random function, (N, *S) -> (N, ...), whose output is one tensor. Each row must have its own random numbers: a
+            function that draws once per batch would give identical draws.
+        draws: Number of outputs to average.
+        reduce: Combines the outputs of all draws, (K, N, ...) -> (N, ...).
+        most: The most rows that go through `fn` at once. If that takes several batches, only the graph of one is held: each
+            batch is recomputed with the same random numbers in the backward pass (gradient checkpointing). If `fn` holds
+            random generators of its own, which cannot be rewound, all graphs are held.
 
     Returns:
-        A function (N, *S) -> (N, ...); it can be pickled where its parts can.
+        A function (N, *S) -> (N, ...); it can be pickled if `fn` and `reduce` can.
 
     Raises:
-        ArgumentError: `fn` or `reduce` is no function, `draws` or `most` no whole number from 1 on.
-        ShapeError: When called: `fn` does not give one tensor with a row for each row of its input.
+        ArgumentError: `fn` or `reduce` is not a function, or `draws` or `most` is not an integer of at least 1.
+        ShapeError: When called: the output of `fn` is not one tensor with a row for each row of its input.
 
     Source: Athalye, Engstrom, Ilyas & Kwok 2018, section 2 (https://arxiv.org/abs/1707.07397).
     """
     for name, value in (("fn", fn), ("reduce", reduce)):
         if not callable(value):
             raise ArgumentError(f"{name}={value!r} must be a function")
-    for name, count in (("draws", draws), ("most", most)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ArgumentError(f"{name}={count!r} must be a whole number, at least 1")
-    return partial(_expected, fn, draws, reduce, most)
+    at_least(1, draws=draws, most=most)
+    return partial(_eot_forward, fn, draws, reduce, most)
 
 
-def _expected(fn: Fn, draws: int, reduce: Reduce, most: int, x: Tensor) -> Tensor:
-    rows = torch.arange(len(x) * draws, device=x.device) // draws  # the draws of an example side by side
-    parts = torch.split(rows, most)
-    lean = len(parts) > 1 and torch.is_grad_enabled() and x.requires_grad and not generators_of(fn)
-    out = torch.cat([_again(fn, x, part) if lean else _drawn(fn, x, part) for part in parts])
+def _eot_forward(fn: Fn, draws: int, reduce: Reduce, most: int, x: Tensor) -> Tensor:
+    rows = torch.arange(len(x) * draws, device=x.device) // draws  # the draws of an example are consecutive
+    batches = torch.split(rows, most)
+    recompute = len(batches) > 1 and torch.is_grad_enabled() and x.requires_grad and not generators_of(fn)
+    call = _call_checkpointed if recompute else _call
+    out = torch.cat([call(fn, x, batch) for batch in batches])
     return reduce(out.reshape(len(x), draws, *out.shape[1:]).transpose(0, 1))  # (N * K, ...) -> (K, N, ...)
 
 
-def _drawn(fn: Fn, x: Tensor, rows: Tensor) -> Tensor:
+def _call(fn: Fn, x: Tensor, rows: Tensor) -> Tensor:
+    """`fn(x[rows])`, with its shape checked."""
     out = fn(x[rows])
     if not isinstance(out, Tensor) or out.shape[:1] != rows.shape:
-        found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise ShapeError(f"fn gives {found} for {len(rows)} rows; an average needs one tensor with a row for each of them")
+        given = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ShapeError(f"fn gives {given} for {len(rows)} rows; an average needs one tensor with a row for each of them")
     return out
 
 
-def _again(fn: Fn, x: Tensor, rows: Tensor) -> Tensor:
-    """The same without its graph, which is made anew when the derivative is taken; torch winds back its own generators."""
-    numbers, python = np.random.get_state(), random.getstate()
+def _call_checkpointed(fn: Fn, x: Tensor, rows: Tensor) -> Tensor:
+    """`_call` without storing the graph; the backward pass recomputes it with the same random numbers.
+
+    `checkpoint` restores torch's generators; those of numpy and Python are restored here.
+    """
+    numpy_state, python_state = np.random.get_state(), random.getstate()
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _wound_back(numbers, python)
+        return nullcontext(), _fork_rng_from(numpy_state, python_state)
 
-    out: Tensor = checkpoint(_drawn, fn, x, rows, use_reentrant=False, context_fn=contexts)
+    out: Tensor = checkpoint(_call, fn, x, rows, use_reentrant=False, context_fn=contexts)
     return out
 
 
 @contextmanager
-def _wound_back(numbers: Any, python: Any) -> Iterator[None]:  # Any: states of the global generators of numpy and Python
-    before = np.random.get_state(), random.getstate()
-    np.random.set_state(numbers)
-    random.setstate(python)
+def _fork_rng_from(numpy_state: Any, python_state: Any) -> Iterator[None]:  # Any: these states have no public type
+    """A context in which the global generators of numpy and Python start from these states; they are restored on exit."""
+    numpy_before, python_before = np.random.get_state(), random.getstate()
+    np.random.set_state(numpy_state)
+    random.setstate(python_state)
     try:
         yield
     finally:
-        np.random.set_state(before[0])
-        random.setstate(before[1])
+        np.random.set_state(numpy_before)
+        random.setstate(python_before)

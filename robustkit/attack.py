@@ -1,4 +1,4 @@
-"""How an attack is run: it solves a Problem; all that surrounds this is here, once."""
+"""The interface of all attacks: how one is called, and what every call does besides running it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from robustkit._engine.best_so_far import BestSoFar, Keep, check_keep
-from robustkit._engine.call import check_request, detached_copy, gradients_enabled, halved, run_in_batches, with_halving
+from robustkit._engine.call import check_request, detached_copy, gradients_enabled, halve_to_fit, halving_notes, run_in_batches
 from robustkit._engine.ledger import Ledger, Message, sum_checks
 from robustkit._engine.noise import Noise
 from robustkit._engine.state_guard import fork_rng
@@ -32,14 +32,15 @@ FLAT_GRADIENTS = "flat-gradients"
 
 
 class Attack(ABC):
-    """A way to solve a Problem. Concrete attacks are frozen dataclasses: the fields are the method, the call is the problem.
+    """A way to solve a Problem. Attacks are frozen dataclasses: the fields configure the method, the call states the problem.
 
     Attributes:
-        access: What the attack sees of the target: its gradients ("white"), its outputs ("score") or its decision ("label").
-        serves: The kinds of threat that it works with; empty where it works with any. Others are refused.
-        universal: True where one change serves all examples: it is learned before any batch is attacked, and put on
-            every example, also where the goal holds anyway.
-        smallest: True where it looks for the smallest change: one run then tells robust accuracy for every eps up to its own.
+        access: What the attack uses of the target: its gradients ("white"), its outputs ("score") or its decision ("label").
+        serves: The threat classes that it supports; empty if it supports all. Others are refused.
+        universal: True if one perturbation serves all examples: it is learned from all of them before the first batch is
+            attacked, and added to every example, also where the goal holds without it.
+        minimum_norm: True if it minimises the size of the perturbation: one run then gives the robust accuracy at every eps
+            up to its own.
     """
 
     access: ClassVar[Literal["white", "score", "label"]] = "white"
@@ -49,33 +50,33 @@ class Attack(ABC):
 
     @property
     def own_flags(self) -> tuple[Message, ...]:
-        """Reasons not to believe in the attack itself, which every result of it tells as flags."""
+        """Flags of the attack itself, which are added to each of its results."""
         return ()
 
     @abstractmethod
     def run(self, problem: Problem) -> Tensor:
-        """The last iterate, (N, *S); what was visited on the way is kept by the problem."""
+        """Run the attack and return the last iterate, (N, *S); the problem keeps the best point that was queried."""
 
     def fitted(self, problem: Problem) -> Attack:
-        """What a universal attack puts on every example, learned from all of them; nothing is judged on the way.
+        """The attack with its universal perturbation learned from all examples; others return themselves.
 
-        `problem` holds all examples, more than go through the model at once: `problem.batches(problem.most)` do.
+        `problem` holds all examples, more than fit into a batch: iterate over `problem.batches(problem.batch_size)`.
         """
         return self
 
     def supports(self, threat: Threat) -> bool:
-        """Whether this attack serves a threat."""
+        """Whether this attack supports a threat."""
         return not self.serves or isinstance(threat, self.serves)
 
     def check(self, threat: Threat) -> None:
-        """Refuse a threat that this attack does not serve.
+        """Refuse a threat that this attack does not support.
 
         Raises:
-            ArgumentError: With the threats that it serves.
+            ArgumentError: The threat is not supported; the message lists the threats that are.
         """
         if not self.supports(threat):
             names = ", ".join(kind.__name__ for kind in self.serves)
-            raise ArgumentError(f"threat={threat!r} is not served by {self!r}; it serves {names}")
+            raise ArgumentError(f"threat={threat!r} is not supported by {self!r}; it supports {names}")
 
     @final
     def __call__(
@@ -91,28 +92,28 @@ class Attack(ABC):
         keep: Keep = "first",
         starts: Tensor | None = None,
     ) -> Result:
-        """Attack every example and judge the outcome.
+        """Attack every example and evaluate the result.
 
         Args:
             target: A module, a bound method of one, a function, or a `Target`.
-            x: Inputs inside the threat's bounds, (N, *S), any floating type.
-            ref: What the goal compares with, (N, ...): labels, wanted classes, embeddings, images.
-            goal: What success means; the attack descends its loss.
-            threat: What may change.
+            x: Inputs inside the threat's bounds, (N, *S), any floating-point dtype.
+            ref: What the goal compares with, (N, ...): labels, target classes, embeddings, images.
+            goal: What success means; the attack minimises its loss.
+            threat: The allowed perturbations.
             seed: Any integer; the same seed gives the same bytes.
-            ids: Names of the examples, (N,) int64; noise belongs to them. Default 0, 1, ... N - 1.
-            keep: Which iterate comes back: "first" that succeeds (solved examples leave at once), "best" by the goal's
-                loss, "smallest" success, or "last".
-            starts: Points that are worth a look, (N, *S): adversarial examples of an earlier run, of a smaller budget, of
-                another library. They are brought into the threat and asked before the attack begins, in a stage "starts",
-                one forward an open example; a row with a NaN stands for none. Not for universal attacks, nor with "last".
+            ids: Ids of the examples, (N,) int64; each example draws its noise by its id. Default 0, 1, ... N - 1.
+            keep: Which iterate is returned: the "first" that succeeds (solved examples are skipped from then on), the "best"
+                by the goal's loss, the "smallest" success, or the "last".
+            starts: Candidate points, (N, *S): adversarial examples of an earlier run, of a smaller budget, of another
+                library. They are projected onto the threat and queried before the attack begins, in a stage "starts", at
+                one forward pass per unsolved example; a row with a NaN is ignored. Not for universal attacks or with "last".
 
         Returns:
-            A `Result`, a row an example, judged on the target's own function.
+            A `Result` with one row per example, evaluated on the target's own function.
 
         Raises:
-            ArgumentError: A value outside its range, inputs outside the bounds among them.
-            ShapeError: Tensors that do not fit each other, or an output that the goal cannot read.
+            ArgumentError: A value is outside its range, or inputs are outside the bounds.
+            ShapeError: Tensors do not fit each other, or the goal cannot read the output.
         """
         check_keep(keep)
         self.check(threat)
@@ -123,14 +124,14 @@ class Attack(ABC):
         flags = [*_flags(target), *self.own_flags]
         with gradients_enabled(), target.frozen():
             x, ref, starts = detached_copy(x), detached_copy(ref), None if starts is None else detached_copy(starts)
-            room = Result.allocate(x)
-            attack, spent, halved = self._ready(target, x, ref, goal, threat, Noise(int(seed), ids))
+            buffer = Result.allocate(x)
+            attack, learning_cost, halved = self._fit_if_universal(target, x, ref, goal, threat, Noise(int(seed), ids))
 
-            def solve(rows: slice, most: int) -> Result:
+            def solve(rows: slice, batch_size: int) -> Result:
                 noise = Noise(int(seed), ids[rows])
                 with fork_rng(noise.at("model", int(noise.ids[0])).key):
                     part = attack._solve(
-                        target.fitting(most),
+                        target.with_max_batch_size(batch_size),
                         threat.clamp(x[rows]),
                         ref[rows],
                         goal,
@@ -139,16 +140,17 @@ class Attack(ABC):
                         keep,
                         None if starts is None else starts[rows].to(x.device),
                     )
-                return room.write(rows, part)
+                return buffer.write(rows, part)
 
             parts, notes = run_in_batches(solve, len(x), target.batch_size)
-            whole = room.with_messages(Result.cat(parts))
+            result = buffer.with_messages(Result.cat(parts))
             notes += halved
-            whole = whole if spent is None else whole.plus_cost(spent)
+            result = result if learning_cost is None else result.plus_cost(learning_cost)
             if x.element_size() < 4:
-                notes.append(float32_note(target, whole.x_adv, ref, goal, whole.success))
-        alarms, facts = flags_and_notes(whole.checks)
-        return replace(whole, flags=(*flags, *whole.flags, *flat_flag(whole), *alarms), notes=(*notes, *whole.notes, *facts))
+                notes.append(float32_note(target, result.x_adv, ref, goal, result.success))
+        check_flags, check_notes = flags_and_notes(result.checks)
+        flags += [*result.flags, *flat_flag(result), *check_flags]
+        return replace(result, flags=tuple(flags), notes=(*notes, *result.notes, *check_notes))
 
     @final
     def perturb(
@@ -162,37 +164,37 @@ class Attack(ABC):
         seed: int = 0,
         ids: Tensor | None = None,
     ) -> Tensor:
-        """The last iterates alone, (N, *S), judged by nobody: what adversarial training needs. Arguments as above."""
+        """The last iterates, (N, *S), without evaluation, for adversarial training. Arguments as for `__call__`."""
         self.check(threat)
         target, ids = Target.of(target), check_request(x, ref, goal, threat, seed, ids)
         if not len(x):
             return x.detach().clone()
         with gradients_enabled(), target.frozen():
             x, ref = detached_copy(x), detached_copy(ref)
-            attack = self._ready(target, x, ref, goal, threat, Noise(int(seed), ids))[0]
+            attack = self._fit_if_universal(target, x, ref, goal, threat, Noise(int(seed), ids))[0]
 
-            def solve(rows: slice, most: int) -> Tensor:
+            def solve(rows: slice, batch_size: int) -> Tensor:
                 part, noise = threat.clamp(x[rows]), Noise(int(seed), ids[rows])
-                kept = BestSoFar("last", at_least_float32(part), target.stochastic)
-                problem = Problem(target.fitting(most), part, ref[rows], goal, threat[rows], noise, kept)
-                with fork_rng(noise.at("model", int(noise.ids[0])).key), attack._reading(problem):
-                    return _finished(problem, attack.run(problem), part)
+                best = BestSoFar("last", at_least_float32(part), target.stochastic)
+                problem = Problem(target.with_max_batch_size(batch_size), part, ref[rows], goal, threat[rows], noise, best)
+                with fork_rng(noise.at("model", int(noise.ids[0])).key), attack._inputs_unchanged(problem):
+                    return _into_threat(problem, attack.run(problem), part)
 
             return torch.cat(run_in_batches(solve, len(x), target.batch_size)[0])
 
     @final
-    def _prepared(
+    def _fit_checked(
         self, target: Target | nn.Module | Fn, x: Tensor, ref: Tensor, goal: Goal, threat: Threat, seed: int, ids: Tensor | None
     ) -> tuple[Attack, Ledger | None]:
-        """What `_ready` gives, for a caller outside of a run."""
+        """What `_fit_if_universal` returns, for a caller outside a run: the arguments are checked first."""
         self.check(threat)
         target, ids = Target.of(target), check_request(x, ref, goal, threat, seed, ids)
         with gradients_enabled(), target.frozen():
-            return self._ready(target, detached_copy(x), detached_copy(ref), goal, threat, Noise(int(seed), ids))[:2]
+            return self._fit_if_universal(target, detached_copy(x), detached_copy(ref), goal, threat, Noise(int(seed), ids))[:2]
 
     @final
     def _check_starts(self, starts: Tensor | None, x: Tensor, keep: Keep) -> None:
-        """Refuse starts that do not fit, and those that could not count."""
+        """Refuse starts of a wrong shape or type, and starts that the attack could not use."""
         if starts is None:
             return
         if not isinstance(starts, Tensor) or starts.shape != x.shape or not starts.is_floating_point():
@@ -202,34 +204,40 @@ class Attack(ABC):
                 "the rows of examples that have none"
             )
         if self.universal or keep == "last":
-            why = "puts one change on every example" if self.universal else 'returns its last iterates alone with keep="last"'
+            why = (
+                "adds one perturbation to every example"
+                if self.universal
+                else 'returns its last iterates alone with keep="last"'
+            )
             raise ArgumentError(f"starts are of no use: {self!r} {why}; leave them out")
 
     @final
     @contextmanager
-    def _reading(self, problem: Problem) -> Iterator[None]:
-        """Refuse an attack that writes to what it was only to read, and by which it is judged."""
+    def _inputs_unchanged(self, problem: Problem) -> Iterator[None]:
+        """Refuse an attack that writes to the clean inputs or the reference, which define its success."""
         before = problem.version
         yield
         if problem.version != before:
-            raise ArgumentError(f"{self!r} wrote to problem.x or problem.ref, by which it is judged; it must work on a clone")
+            raise ArgumentError(
+                f"{self!r} wrote to problem.x or problem.ref, which define its success; it must work on a clone"
+            )
 
     @final
-    def _ready(
+    def _fit_if_universal(
         self, target: Target, x: Tensor, ref: Tensor, goal: Goal, threat: Threat, noise: Noise
     ) -> tuple[Attack, Ledger | None, list[Message]]:
-        """What is run on each batch, what learning it has cost, and what is to be told of it."""
+        """The attack to run on each batch, the cost of learning its perturbation, and notes about that."""
         if not self.universal:
             return self, None, []
 
-        def learn(most: int) -> tuple[Attack, Ledger]:
-            kept = BestSoFar("last", at_least_float32(x), target.stochastic)
-            problem = Problem(target.fitting(most), x, ref, goal, threat, noise, kept)
-            with fork_rng(noise.at("model", "learning").key), self._reading(problem):
-                return self.fitted(problem), kept.ledger
+        def learn(batch_size: int) -> tuple[Attack, Ledger]:
+            best = BestSoFar("last", at_least_float32(x), target.stochastic)
+            problem = Problem(target.with_max_batch_size(batch_size), x, ref, goal, threat, noise, best)
+            with fork_rng(noise.at("model", "learning").key), self._inputs_unchanged(problem):
+                return self.fitted(problem), best.ledger
 
-        (attack, ledger), most = with_halving(learn, target.batch_size, len(x))
-        return attack, ledger, halved(target.batch_size, most)
+        (attack, ledger), batch_size = halve_to_fit(learn, target.batch_size, len(x))
+        return attack, ledger, halving_notes(target.batch_size, batch_size)
 
     @final
     def _solve(
@@ -243,25 +251,26 @@ class Attack(ABC):
         keep: Keep,
         starts: Tensor | None,
     ) -> Result:
-        kept = BestSoFar(keep, at_least_float32(x), target.stochastic)
-        problem = Problem(target, x, ref, goal, threat, noise, kept)
-        stage = kept.ledger.stage
-        met = torch.zeros_like(kept.unsolved)
+        """Attack one batch: query the clean inputs, query the starts, run the attack, evaluate what it found."""
+        best = BestSoFar(keep, at_least_float32(x), target.stochastic)
+        problem = Problem(target, x, ref, goal, threat, noise, best)
+        initially_successful = torch.zeros_like(best.unsolved)
         if goal.counts_if_already_true and keep in ("first", "smallest") and not self.universal:
-            with stage("clean", kept.best.found):
-                met = problem.success(problem.x)
-                met &= not kept.stochastic  # known only now: a lucky answer is no success
-                kept.unsolved &= ~met
+            with problem.stage("clean"):
+                initially_successful = problem.success(problem.x)
+                initially_successful &= not best.stochastic  # known only now: one lucky draw is not a success
+                best.unsolved &= ~initially_successful
         if starts is not None:
-            with stage("starts", kept.best.found):
-                _look(problem, starts)
-        with stage("attack", kept.best.found):
-            with self._reading(problem):
-                x_last = self.run(problem) if kept.unsolved.any() else problem.x
-            x_adv, success, rate, flags, notes = verdict(problem, kept, _finished(problem, x_last, problem.x), met)
-            kept.best.found[:] = success  # so that the stage books what was solved in the end
-        x_adv = _finished(problem, x_adv, x)
-        ledger = kept.ledger
+            with problem.stage("starts"):
+                _query_starts(problem, starts)
+        with problem.stage("attack"):
+            with self._inputs_unchanged(problem):
+                x_last = self.run(problem) if best.unsolved.any() else problem.x
+            x_last = _into_threat(problem, x_last, problem.x)
+            x_adv, success, rate, flags, notes = verdict(problem, best, x_last, initially_successful)
+            best.best.success[:] = success  # so that the stage records the final successes
+        x_adv = _into_threat(problem, x_adv, x)
+        ledger = best.ledger
         return Result(
             x_adv,
             success,
@@ -274,23 +283,22 @@ class Attack(ABC):
             (*notes, *ledger.notes),
             stages=tuple(ledger.stages),
             solver=torch.where(success, ledger.solver, -1),
-            checks=sum_checks(kept.checks),
+            checks=sum_checks(best.checks),
         )
 
 
-def _look(problem: Problem, starts: Tensor) -> None:
-    """Ask about the starts of the examples that are open; what succeeds is kept like any other point."""
+def _query_starts(problem: Problem, starts: Tensor) -> None:
+    """Query the starts of the unsolved examples; successes are kept like those of any other point."""
     rows = (starts.isfinite().flatten(1).all(1) & problem.unsolved).nonzero().squeeze(1)
     if len(rows):
-        some = problem[rows]
-        some.success(_finished(some, starts[rows], some.x))
+        part = problem[rows]
+        part.success(_into_threat(part, starts[rows], part.x))
 
 
-def _finished(problem: Problem, x_adv: Tensor, like: Tensor) -> Tensor:
-    """`x_adv` inside the threat, detached, in the type of `like`."""
+def _into_threat(problem: Problem, x_adv: Tensor, like: Tensor) -> Tensor:
+    """`x_adv` (N, *S) inside the threat, detached, in the dtype of `like`; NaN becomes the clean value."""
     if x_adv.shape != problem.x.shape:
         raise ShapeError(f"the attack returned shape {tuple(x_adv.shape)} for inputs {tuple(problem.x.shape)}")
-    # Not a number is no image: a search that got lost ends at x.
     x_adv = torch.where(x_adv.isnan(), problem.x, x_adv.to(problem.x.dtype)).detach()
     inside = problem.threat.contains(x_adv, problem.x)
     if not inside.all():
@@ -305,10 +313,10 @@ def _flags(target: Target) -> list[Message]:
 
 
 def flat_flag(result: Result) -> list[Message]:
-    """An alarm where most gradients of the examples that were not broken carried no signal."""
+    """A flag where more than half of the gradients of the examples that resisted had no signal."""
     robust = ~result.success
-    asked, flat = int(result.backwards[robust].sum()), int(result.flat[robust].sum())
-    if flat <= asked / 2:
+    gradients, flat = int(result.backwards[robust].sum()), int(result.flat[robust].sum())
+    if flat <= gradients / 2:
         return []
-    why = f"{flat} of {asked} gradients of the unbroken examples were zero, not finite or missing: not broken is not robust"
+    why = f"{flat} of {gradients} gradients of the unbroken examples were zero, not finite or missing: not broken is not robust"
     return [Message(FLAT_GRADIENTS, why)]

@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from robustkit._engine.factory import load_factory
+from robustkit._engine.field_checks import at_least
 from robustkit._engine.noise import Noise
-from robustkit._engine.npz import Stored
+from robustkit._engine.npz import NpzArray
 from robustkit.errors import ArgumentError, MissingExtraError
 
 __all__ = ["FORMS", "Data", "load", "training_part"]
@@ -50,7 +51,7 @@ class Data:
         first: Which row of the file is the first of these examples.
     """
 
-    source: Tensor | Stored
+    source: Tensor | NpzArray
     y: Tensor
     classes: tuple[str, ...]
     spec: str
@@ -92,15 +93,13 @@ class Data:
         """The examples from `offset` on, at most `limit` of them; the hash is that of the part.
 
         Raises:
-            ArgumentError: `offset` is not in [0, N), `limit` is below 1, or one of them is no whole number.
+            ArgumentError: `offset` is not an integer in [0, N), or `limit` is not an integer of at least 1.
         """
-        for name, value in (("offset", offset), ("limit", limit)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise ArgumentError(f"{name}={value!r} must be a whole number")
-        if not 0 <= offset < len(self):
+        at_least(0, offset=offset)
+        if offset >= len(self):
             raise ArgumentError(f"offset={offset} must lie in [0, {len(self)}): {self.spec} has {len(self)} examples")
-        if limit is not None and limit < 1:
-            raise ArgumentError(f"limit={limit} must be at least 1; leave it out to take all examples")
+        if limit is not None:
+            at_least(1, limit=limit)
         rows = slice(offset, len(self) if limit is None else min(offset + limit, len(self)))
         if isinstance(self.source, Tensor):
             return Data(self.source[rows], self.y[rows], self.classes, self.spec)
@@ -184,8 +183,8 @@ def _from_npz(spec: str, path: Path) -> Data:
         with path.open("rb") as raw:  # numpy leaves a file open that it cannot read
             file = np.load(raw, allow_pickle=False)
             held = list(file.files) if isinstance(file, np.lib.npyio.NpzFile) else None
-            x: np.ndarray | Stored | None = Stored(path, "x") if "x" in (held or ()) else None
-            if isinstance(x, Stored) and not x.by_rows:
+            x: np.ndarray | NpzArray | None = NpzArray(path, "x") if "x" in (held or ()) else None
+            if isinstance(x, NpzArray) and not x.row_major:
                 x = file["x"]  # pickled objects are refused here
             arrays = {name: file[name] for name in ("y", "classes") if name in (held or ())}
     except Exception as error:  # a damaged archive may raise anything
@@ -212,7 +211,7 @@ def _from_factory(spec: str) -> Data:
     return _checked(spec, x, y, None)
 
 
-def _checked(spec: str, x: np.ndarray | Stored, y: np.ndarray, names: np.ndarray | None) -> Data:
+def _checked(spec: str, x: np.ndarray | NpzArray, y: np.ndarray, names: np.ndarray | None) -> Data:
     """Arrays as Data, once they keep the rules of `load`."""
     if len(x.shape) == 0 or y.ndim != 1 or len(x) != len(y) or 0 in x.shape:
         raise ArgumentError(
@@ -236,7 +235,7 @@ def _checked(spec: str, x: np.ndarray | Stored, y: np.ndarray, names: np.ndarray
     return Data(images, torch.from_numpy(y.astype(np.int64)), classes, spec)
 
 
-def _images(spec: str, x: np.ndarray | Stored) -> Tensor | Stored:
+def _images(spec: str, x: np.ndarray | NpzArray) -> Tensor | NpzArray:
     """uint8 NHWC or NHW, or float32 NCHW, as float32 NCHW in [0, 1]; what is in a file is looked at and stays there."""
     found = f"data={spec!r}: x is {x.dtype} of shape {x.shape}"
     rule = "x must be uint8 (N, H, W, C) or (N, H, W), or float32 (N, C, H, W) in [0, 1]"
@@ -250,12 +249,12 @@ def _images(spec: str, x: np.ndarray | Stored) -> Tensor | Stored:
     low, high = _range(x) if x.dtype == np.float32 else (0.0, 1.0)
     if not (low >= 0 and high <= 1):  # false for NaN too
         raise ArgumentError(f"{found} with values from {low:g} to {high:g}; {rule}: scale it, without normalisation")
-    return x if isinstance(x, Stored) else _floats(x)
+    return x if isinstance(x, NpzArray) else _floats(x)
 
 
-def _range(x: np.ndarray | Stored) -> tuple[float, float]:
+def _range(x: np.ndarray | NpzArray) -> tuple[float, float]:
     """The least and the largest value; NaN if there is one."""
-    pieces = (x.read(rows.start, rows.stop) if isinstance(x, Stored) else x[rows] for rows in _pieces(len(x)))
+    pieces = (x.read(rows.start, rows.stop) if isinstance(x, NpzArray) else x[rows] for rows in _pieces(len(x)))
     ends = np.array([(piece.min(), piece.max()) for piece in pieces])
     return float(ends[:, 0].min()), float(ends[:, 1].max())
 

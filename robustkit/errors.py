@@ -1,4 +1,4 @@
-"""What robustkit raises and warns: every error names the argument, the value, the rule and the way out."""
+"""Exceptions and warnings. Every message names the argument, the value, the rule and what to do instead."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ __all__ = ["ArgumentError", "MissingExtraError", "RobustkitError", "RobustkitWar
 
 
 class RobustkitError(Exception):
-    """Root of all errors that robustkit raises itself; a model's own exception passes through unchanged."""
+    """Base class of all errors that robustkit raises; exceptions of the model itself pass through unchanged."""
 
 
 class ArgumentError(RobustkitError, ValueError):
-    """A value that no computation could make sense of."""
+    """An argument has an invalid value."""
 
 
 class ShapeError(RobustkitError, ValueError):
-    """Tensors, or a model's output, whose shape or type does not fit the question."""
+    """A tensor, or the output of a model, has the wrong shape or dtype."""
 
 
 class MissingExtraError(RobustkitError, ImportError):
-    """An optional dependency is not installed, or is broken; the message holds the install line."""
+    """An optional dependency is missing or cannot be imported; the message holds the install command."""
 
     def __init__(self, package: str, extra: str, cause: BaseException) -> None:
         super().__init__(
@@ -28,4 +28,4 @@ class MissingExtraError(RobustkitError, ImportError):
 
 
 class RobustkitWarning(UserWarning):
-    """Something was done as asked, but the reader of the result should know."""
+    """The request was carried out, but with something that the reader of the result should know."""

@@ -1,4 +1,4 @@
-"""Per-example surrogates for "the right class loses": large where the classifier is about to be wrong."""
+"""Surrogate losses of a classifier, one value per example: the larger, the closer to a misclassification."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # (N, C), (N,) -> (N,)
 
 
 def logits_of(out: object, ref: Tensor) -> Tensor:
-    """`out` itself, if it is a matrix of logits with a row for each label of `ref`.
+    """Check that `out` is a matrix of logits with one row per label of `ref`, and return it.
 
     Raises:
-        ShapeError: `out` is not a floating tensor (N, C) with C >= 2, or `ref` is not (N,) int64.
+        ShapeError: `out` is not a floating-point tensor (N, C) with C >= 2, or `ref` is not (N,) int64.
     """
     if not isinstance(out, Tensor):
         raise ShapeError(
-            f"the model returned {type(out).__name__}; a classification goal needs one tensor of logits (N, C): give a "
+            f"the model returned {type(out).__name__}; a classification goal needs one tensor of logits (N, C): pass a "
             "function or module that returns them alone, such as lambda x: model(x)[0]"
         )
     if out.dim() == 2 and out.shape[1] == 1:
         raise ShapeError(
-            f"the model returned one column, {tuple(out.shape)}; a classification goal needs logits (N, C), C >= 2: where it "
-            "is the logit s of class 1, return torch.cat([torch.zeros_like(s), s], 1)"
+            f"the model returned one column, {tuple(out.shape)}; a classification goal needs logits (N, C), C >= 2: if it is "
+            "the logit s of class 1, return torch.cat([torch.zeros_like(s), s], 1)"
         )
     if out.dim() != 2 or out.shape[1] < 2 or not out.is_floating_point():
         raise ShapeError(
@@ -43,11 +43,11 @@ def logits_of(out: object, ref: Tensor) -> Tensor:
 
 
 def cross_entropy(out: Tensor, ref: Tensor) -> Tensor:
-    """Minus the log-probability of the right class.
+    """Minus the log-probability of the true class.
 
     Args:
         out: Logits, shape (N, C), any real values.
-        ref: Right class, shape (N,), int64 in [0, C).
+        ref: True class, shape (N,), int64 in [0, C).
 
     Returns:
         Shape (N,), at least zero.
@@ -59,34 +59,36 @@ def cross_entropy(out: Tensor, ref: Tensor) -> Tensor:
 
 
 def margin(out: Tensor, ref: Tensor) -> Tensor:
-    """How far the strongest wrong class is ahead of the right one.
+    """The logit margin: the largest logit of the other classes minus the logit of the true class.
 
     Args:
         out: Logits, shape (N, C), any real values.
-        ref: Right class, shape (N,), int64 in [0, C).
+        ref: True class, shape (N,), int64 in [0, C).
 
     Returns:
-        Shape (N,); positive where the right class loses.
+        Shape (N,); positive where the example is misclassified.
 
     Raises:
         ShapeError: `out` is not a matrix of logits or `ref` does not match it.
 
-    Source: Carlini & Wagner 2017, section V-A, f_6 with its sign turned, not clipped at kappa
+    Source: Carlini & Wagner 2017, section V-A, f_6 with the opposite sign and without the clipping at kappa
     (https://arxiv.org/abs/1608.04644).
     """
-    right, wrong = _split(out, ref)
-    return wrong.amax(1) - right
+    true, others = _split(out, ref)
+    return others.amax(1) - true
 
 
 def dlr(out: Tensor, ref: Tensor) -> Tensor:
-    """The margin in units of the distance between the first and the third logit: blind to the scale of the logits.
+    """Difference of logits ratio: the margin divided by the gap between the largest and third-largest logit.
+
+    It is invariant to shifts and positive scaling of the logits.
 
     Args:
-        out: Logits, shape (N, C), any real values; with C = 2 there is no third logit and the plain margin is returned.
-        ref: Right class, shape (N,), int64 in [0, C).
+        out: Logits, shape (N, C), any real values; with C = 2 there is no third logit and the margin is returned.
+        ref: True class, shape (N,), int64 in [0, C).
 
     Returns:
-        Shape (N,), at least -1 for C > 2; positive where the right class loses.
+        Shape (N,), at least -1 for C > 2; positive where the example is misclassified.
 
     Raises:
         ShapeError: `out` is not a matrix of logits or `ref` does not match it.
@@ -100,24 +102,24 @@ def dlr(out: Tensor, ref: Tensor) -> Tensor:
 
 
 def targeted_dlr(out: Tensor, ref: Tensor) -> Tensor:
-    """How far one wanted class is ahead of all others, in units that are blind to the scale of the logits.
+    """Targeted difference of logits ratio: the margin of a target class, invariant to shifts and scaling of the logits.
 
-    The unit is the distance of the first logit from the mean of the third and the fourth: with `dlr`'s own unit a wanted class
-    that comes third would have no gradient.
+    The margin is divided by the gap between the largest logit and the mean of the third- and fourth-largest: with the
+    denominator of `dlr` the gradient would vanish for a target class that ranks third.
 
     Args:
-        out: Logits, shape (N, C), any real values. With C = 3 the mean is that of the second and the third; with C = 2 the
-            plain margin is returned.
-        ref: Wanted class, shape (N,), int64 in [0, C), in the place where other losses have the right class.
+        out: Logits, shape (N, C), any real values. With C = 3 the mean is that of the second- and third-largest; with C = 2
+            the margin is returned.
+        ref: Target class, shape (N,), int64 in [0, C), where other losses take the true class.
 
     Returns:
-        Shape (N,); negative where the wanted class comes first.
+        Shape (N,); negative where the target class has the largest logit.
 
     Raises:
         ShapeError: `out` is not a matrix of logits or `ref` does not match it.
 
-    Source: Croce & Hein 2020, eq. 7 (https://arxiv.org/abs/2003.01690). There the numerator holds the right class, here the
-    strongest other one: the same until the attack has succeeded. The form for three classes is ours.
+    Source: Croce & Hein 2020, eq. 7 (https://arxiv.org/abs/2003.01690). There the numerator has the logit of the true class,
+    here the largest other logit: they are equal until the attack has succeeded. The form for three classes is ours.
     """
     classes = logits_of(out, ref).shape[1]
     if classes < 3:
@@ -127,14 +129,14 @@ def targeted_dlr(out: Tensor, ref: Tensor) -> Tensor:
 
 
 def probability_margin(out: Tensor, ref: Tensor) -> Tensor:
-    """The margin of the probabilities that the logits stand for: it fades where an example is hopeless or done.
+    """The margin of the softmax probabilities; its gradient vanishes far from the decision boundary, on both sides.
 
     Args:
         out: Logits, shape (N, C), any real values.
-        ref: Right class, shape (N,), int64 in [0, C).
+        ref: True class, shape (N,), int64 in [0, C).
 
     Returns:
-        Shape (N,), in [-1, 1]; positive where the right class loses.
+        Shape (N,), in [-1, 1]; positive where the example is misclassified.
 
     Raises:
         ShapeError: `out` is not a matrix of logits or `ref` does not match it.
@@ -146,11 +148,11 @@ def probability_margin(out: Tensor, ref: Tensor) -> Tensor:
 
 
 def targeted(loss: Loss) -> Loss:
-    """The form of a surrogate for one wanted class: of `dlr` it is `targeted_dlr`, all others are their own."""
+    """The form of a surrogate loss for a target class: `targeted_dlr` for `dlr`, the loss itself for all others."""
     return targeted_dlr if loss is dlr else loss
 
 
 def _split(out: Tensor, ref: Tensor) -> tuple[Tensor, Tensor]:
-    """The logit of the right class (N,), and all others (N, C) with the right one at minus infinity."""
-    right = logits_of(out, ref).gather(1, ref.unsqueeze(1))
-    return right.squeeze(1), out.scatter(1, ref.unsqueeze(1), -torch.inf)
+    """The logit of the true class, (N,), and the logits with the true class at minus infinity, (N, C)."""
+    true = logits_of(out, ref).gather(1, ref.unsqueeze(1))
+    return true.squeeze(1), out.scatter(1, ref.unsqueeze(1), -torch.inf)

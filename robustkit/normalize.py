@@ -1,4 +1,4 @@
-"""Normalisation as a part of the model, where it belongs: attacks then see images as the user does."""
+"""Input normalisation as a layer of the model, so that attacks and budgets use the scale of the images."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ __all__ = ["Normalize"]
 
 @final
 class Normalize(nn.Module):
-    """(x - mean) / std for each channel: `nn.Sequential(Normalize(mean, std), model)` takes images in [0, 1].
+    """(x - mean) / std per channel: `nn.Sequential(Normalize(mean, std), model)` takes images in [0, 1].
 
     Args:
-        mean: One number, or one a channel, in input units.
-        std: The same, above zero.
+        mean: One number, or one per channel, in input units.
+        std: One number, or one per channel, above zero.
+
+    Raises:
+        ArgumentError: `std` is not above zero.
     """
 
     mean: Tensor

@@ -1,4 +1,4 @@
-"""The tables: a new attack, threat or goal is one row here, and all laws run on it."""
+"""Tables of attacks, threats and goals: all laws are tested on each row."""
 
 from dataclasses import dataclass
 
@@ -28,8 +28,8 @@ from robustkit.testing.strategies import labels, logits
 class AttackRow:
     attack: object
     serves: tuple = (Linf, L2, L1, Pixels)
-    exact: tuple = ()  # threats in which hyperplanes are solved whenever they can be
-    within: float | None = None  # minimum-norm attacks: largest ratio to the optimum
+    exact: tuple = ()  # threats in which a hyperplane is crossed whenever the budget allows it
+    within: float | None = None  # minimum-norm attacks: largest ratio of the size to the optimum
 
     @property
     def name(self):
@@ -65,7 +65,7 @@ THREATS = [Linf, L2, L1, Pixels]
 
 
 def classified(classes):
-    """Pairs (logits, labels) for 1 to 5 examples."""
+    """A strategy for pairs (logits, labels) of 1 to 5 examples."""
     return st.integers(1, 5).flatmap(lambda n: st.tuples(logits(n, classes), labels(n, classes)))
 
 

@@ -1,4 +1,4 @@
-"""A small sound net with its examples, and a way to ask questions from inside of an attack, for the tests of `Standard`."""
+"""A small sound network with its examples, and a way to run code inside an attack, for the tests of `Standard`."""
 
 import copy
 from dataclasses import dataclass
@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from robustkit import Attack, Goal, Linf
-from robustkit.attacks.standard import attack_checks as trials
-from robustkit.attacks.standard import gradient_checks as probes
+from robustkit.attacks.standard import attack_checks, gradient_checks
 
 N, EPS = 24, 0.1
 
@@ -25,58 +24,60 @@ Y = SOUND(X).argmax(1)
 
 
 @dataclass(frozen=True)
-class Ask(Attack):
-    """The inside of an attack, seen from a test."""
+class Inside(Attack):
+    """An attack that calls `body` with its problem and returns x."""
 
-    question: object
+    body: object
 
     def run(self, problem):
-        self.question(problem)
+        self.body(problem)
         return problem.x
 
 
-def ask(question, model=SOUND, threat=Linf(EPS), x=X, y=Y, **options):
-    return Ask(question)(model, x, y, threat=threat, **options)
+def run_inside(body, model=SOUND, threat=Linf(EPS), x=X, y=Y, **options):
+    """The result of an attack that calls `body` with its problem."""
+    return Inside(body)(model, x, y, threat=threat, **options)
 
 
-def seen(result):
-    return {one.name: (one.hits, one.of) for one in result.checks}
+def check_counts(result):
+    return {check.name: (check.hits, check.of) for check in result.checks}
 
 
 def names(messages):
     return {message.name for message in messages}
 
 
-def raised(result):
-    return names(result.flags) - {"flat-gradients", "train-mode", "unsteady-target", "undeclared-randomness"}  # no probe
+def audit_flags(result):
+    """The names of the flags, without those that any attack can raise."""
+    return names(result.flags) - {"flat-gradients", "train-mode", "unsteady-target", "undeclared-randomness"}
 
 
-def everyone(problem):
+def all_rows(problem):
     return torch.arange(len(problem))
 
 
-def agreement(problem):
-    probes.agreement(problem, everyone(problem))
+def check_gradients(problem):
+    gradient_checks.check_gradients(problem, all_rows(problem))
 
 
-def small_steps(problem):
-    probes.small_steps(problem, everyone(problem))
+def check_derivative(problem):
+    gradient_checks.check_derivative(problem, all_rows(problem))
 
 
-def raw_runs(problem):
-    trials.raw_runs(problem, everyone(problem))
+def check_monotonicity(problem):
+    attack_checks.check_monotonicity(problem, all_rows(problem))
 
 
-def unbounded(problem):
-    trials.unbounded(problem, everyone(problem))
+def check_unbounded(problem):
+    attack_checks.check_unbounded(problem, all_rows(problem))
 
 
-def survivors(problem):
-    trials.survivors(problem, 1.0)
+def check_gradient_free(problem):
+    attack_checks.check_gradient_free(problem, 1.0)
 
 
 def hard_and_easy(hard):
-    """A model that calls images bright by their first pixel; a step of 0.2 makes all bright but the `hard` ones."""
+    """A model that classifies images as bright by their first pixel; a step of 0.2 brightens all but the first `hard` ones."""
     x = torch.full((N, 1, 4, 4), 0.4)
     x[:hard] = 0.1
 
@@ -101,7 +102,7 @@ class Exceed(Goal):
 
 @dataclass(frozen=True)
 class AnyOf(Goal):
-    """Column 0 above the reference, or column 1 above somewhat more, or column 0 above twice as much."""
+    """Column 0 above the reference, or column 1 above the reference plus `more`, or column 0 above twice the reference."""
 
     more: float = 0.5
 
@@ -109,14 +110,14 @@ class AnyOf(Goal):
         return [(Exceed(0), ref), (Exceed(1), ref + self.more), (Exceed(0), 2 * ref)]
 
     def loss(self, out, ref):
-        return torch.stack([part.loss(out, wanted) for part, wanted in self.parts(out, ref)]).amin(0)
+        return torch.stack([part.loss(out, part_ref) for part, part_ref in self.parts(out, ref)]).amin(0)
 
     def success(self, out, ref):
-        return torch.stack([part.success(out, wanted) for part, wanted in self.parts(out, ref)]).any(0)
+        return torch.stack([part.success(out, part_ref) for part, part_ref in self.parts(out, ref)]).any(0)
 
 
 class Masked(nn.Module):
-    """A net behind one function and in front of another."""
+    """The sound network between two functions."""
 
     def __init__(self, before=lambda x: x, after=lambda out: out):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The values are those of one function and the derivatives those of another, exactly, in every mode that torch has."""
+"""BPDA has the values of one function and the derivatives of another, exactly, in every mode of torch; EOT averages."""
 
 import copy
 import pickle
@@ -26,12 +26,12 @@ def cubic(x):
 def test_the_value_is_that_of_forward_bit_for_bit():
     torch.manual_seed(0)
     x = torch.rand(200, 3, 5)
-    asked = x.clone().requires_grad_()
-    for close in (None, cubic):
-        assert torch.equal(bpda(rounded, close)(asked), rounded(x))
-        assert torch.equal(bpda(rounded, close)(x), rounded(x))
-    straight = asked**3 + (rounded(asked) - asked**3).detach()
-    assert not torch.equal(straight, rounded(x))  # which is why it is no such sum
+    leaf = x.clone().requires_grad_()
+    for backward in (None, cubic):
+        assert torch.equal(bpda(rounded, backward)(leaf), rounded(x))
+        assert torch.equal(bpda(rounded, backward)(x), rounded(x))
+    straight_through = leaf**3 + (rounded(leaf) - leaf**3).detach()
+    assert not torch.equal(straight_through, rounded(x))  # which is why bpda does not use this sum
 
 
 def test_the_gradient_is_that_of_backward_in_closed_form():
@@ -45,13 +45,13 @@ def test_the_gradient_is_that_of_backward_in_closed_form():
     assert torch.allclose(second, weight * 6 * x, rtol=1e-14)
 
 
-def test_behind_it_the_derivative_is_taken_at_the_value_of_forward():
+def test_later_derivatives_are_taken_at_the_value_of_forward():
     x = torch.tensor([[0.3, 0.8]], requires_grad=True)
     (grad,) = torch.autograd.grad((bpda(rounded)(x) ** 2).sum(), x)
     assert torch.equal(grad, 2 * rounded(x))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script`")  # which torch itself uses for forward mode
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")  # torch itself uses it for forward mode
 def test_it_works_under_torch_func():
     torch.manual_seed(0)
     x = torch.rand(5, 3, dtype=torch.float64)
@@ -66,10 +66,10 @@ def test_it_works_under_torch_func():
 
 
 def test_parameters_of_forward_get_no_gradient_and_those_of_backward_do():
-    deployed, close = nn.Linear(3, 3), nn.Linear(3, 3)
-    bpda(deployed, close)(torch.rand(2, 3)).sum().backward()
+    deployed, approximation = nn.Linear(3, 3), nn.Linear(3, 3)
+    bpda(deployed, approximation)(torch.rand(2, 3)).sum().backward()
     assert deployed.weight.grad is None
-    assert close.weight.grad is not None
+    assert approximation.weight.grad is not None
 
 
 def test_without_gradients_backward_is_not_run():
@@ -107,29 +107,29 @@ def test_forward_may_optimise_inside():
     assert torch.equal(torch.autograd.grad(out.sum(), x)[0], torch.ones_like(x))
 
 
-def test_what_stands_behind_it_is_found_and_travels():
-    deployed, close = nn.Linear(3, 3), nn.Linear(3, 3)
-    assert set(module_of(bpda(deployed, close))) == {deployed, close}
+def test_its_modules_are_found_and_it_can_be_pickled_and_copied():
+    deployed, approximation = nn.Linear(3, 3), nn.Linear(3, 3)
+    assert set(module_of(bpda(deployed, approximation))) == {deployed, approximation}
     x = torch.rand(2, 3)
     for twin in (pickle.loads(pickle.dumps(bpda(rounded, cubic))), copy.deepcopy(bpda(rounded, cubic))):
         assert torch.equal(twin(x), rounded(x))
 
 
 @pytest.mark.parametrize("arguments", [(None,), (0.5,), (rounded, 0.5)])
-def test_what_is_no_function_is_refused(arguments):
+def test_arguments_that_are_not_functions_are_refused(arguments):
     with pytest.raises(ArgumentError, match="must be a function"):
         bpda(*arguments)
 
 
-@pytest.mark.parametrize("close", [None, lambda x: x[:, :2]])
-def test_shapes_that_differ_are_refused(close):
+@pytest.mark.parametrize("backward", [None, lambda x: x[:, :2]])
+def test_different_output_shapes_are_refused(backward):
     x = torch.rand(2, 3, requires_grad=True)
     with pytest.raises(ShapeError, match="same shape"):
-        bpda(lambda z: z[:, :1], close)(x)
+        bpda(lambda z: z[:, :1], backward)(x)
 
 
 class NoisyLinear(nn.Module):
-    """W (x + sigma noise): a row draws for itself. It notes how many rows it was given."""
+    """W (x + sigma noise), with noise per row. It records the number of rows of each call and whether gradients are enabled."""
 
     def __init__(self, sigma=0.5):
         super().__init__()
@@ -142,35 +142,35 @@ class NoisyLinear(nn.Module):
 
 
 def squashed(x):
-    """A random function that is not linear: the gradient of the mean differs from row to row and from draw to draw."""
+    """A nonlinear random function: its gradient differs between rows and between draws."""
     return torch.tanh(3 * x * torch.rand_like(x)).cumsum(1)
 
 
-def numbers_of_three(n):
-    """A factor for each row made of random numbers of torch, numpy and Python."""
+def factors_of_three_generators(n):
+    """A factor per row, the sum of random numbers of torch, numpy and Python."""
     factors = torch.rand(n) + torch.tensor(np.random.rand(n)) + torch.tensor([random.random() for _ in range(n)])
     return factors.double()[:, None]
 
 
-def pull(view, x, weight):
-    """Value of the view and the derivative of its weighted sum."""
+def value_and_vjp(view, x, weight):
+    """The value of the view and its vector-Jacobian product with `weight`."""
     x = x.clone().requires_grad_()
     out = view(x)
     return out.detach(), torch.autograd.grad((out * weight).sum(), x)[0]
 
 
-def test_the_mean_of_noise_on_a_linear_model_is_known_in_closed_form():
+def test_the_average_of_a_noisy_linear_model_agrees_with_its_closed_form():
     torch.manual_seed(0)
     net, x, weight = NoisyLinear(), torch.rand(5, 4), torch.randn(5, 3)
-    out, grad = pull(eot(net, 40_000), x, weight)
-    # Each output is normal with the standard deviation sigma |w_j| / sqrt(draws); five of them are a bound.
+    out, grad = value_and_vjp(eot(net, 40_000), x, weight)
+    # Each output is normal with standard deviation sigma |w_j| / sqrt(draws); the bound is five of them.
     bound = 5 * net.sigma * net.weight.detach().norm(dim=1) / 200
     assert ((out - x @ net.weight.detach().T).abs() < bound).all()
-    assert torch.allclose(grad, weight @ net.weight.detach(), atol=1e-5)  # noise that is added leaves no trace in it
+    assert torch.allclose(grad, weight @ net.weight.detach(), atol=1e-5)  # additive noise does not change the gradient
     torch.manual_seed(7)
-    drawn = torch.randn(20, 4)  # the noise of the draws, side by side for each example
+    normal = torch.randn(20, 4)  # the draws of an example are consecutive
     torch.manual_seed(7)
-    expected = (x + 0.5 * drawn.reshape(5, 4, 4).mean(1)) @ net.weight.T
+    expected = (x + 0.5 * normal.reshape(5, 4, 4).mean(1)) @ net.weight.T
     assert torch.allclose(eot(net, 4)(x), expected, atol=1e-6)
 
 
@@ -178,7 +178,7 @@ def test_the_mean_of_noise_on_a_linear_model_is_known_in_closed_form():
 def test_value_and_gradient_are_the_means_of_single_draws(most):
     x, weight = torch.rand(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
     torch.manual_seed(3)
-    out, grad = pull(eot(squashed, 7, most=most), x, weight)
+    out, grad = value_and_vjp(eot(squashed, 7, most=most), x, weight)
     torch.manual_seed(3)
     factors = torch.cat([torch.rand(len(part), 4, dtype=torch.float64) for part in torch.zeros(21).split(most)])
     outs, grads = torch.zeros_like(x), torch.zeros_like(x)
@@ -192,42 +192,49 @@ def test_value_and_gradient_are_the_means_of_single_draws(most):
     assert torch.allclose(grad, grads, rtol=1e-13)
 
 
-def test_for_a_loss_linear_in_the_output_it_is_what_averaged_gradients_are():
-    """Target(draws=k) averages gradients; where the loss is linear the two agree, else they do not."""
+def test_it_equals_averaged_gradients_for_a_loss_that_is_linear_in_the_output():
+    """Target(draws=k) averages gradients; the two agree for linear losses only."""
     torch.manual_seed(0)
     net, x, y = NoisyLinear(sigma=1.0), torch.rand(400, 4), torch.zeros(400, dtype=torch.int64)
 
     def grads(loss, draws=300):
         z = x.clone().requires_grad_()
-        (one,) = torch.autograd.grad(loss(eot(net, draws)(z)).sum(), z)
-        many = [torch.autograd.grad(loss(net(z)).sum(), z)[0] for _ in range(draws)]
-        return one, torch.stack(many).mean(0)
+        (of_mean,) = torch.autograd.grad(loss(eot(net, draws)(z)).sum(), z)
+        single = [torch.autograd.grad(loss(net(z)).sum(), z)[0] for _ in range(draws)]
+        return of_mean, torch.stack(single).mean(0)
 
     assert torch.allclose(*grads(lambda out: out[:, 0] - out[:, 1]), atol=1e-5)
-    one, many = grads(lambda out: nn.functional.cross_entropy(out, y, reduction="none"))
-    assert (one - many).norm() > 0.1 * many.norm()
+    of_mean, mean_of_grads = grads(lambda out: nn.functional.cross_entropy(out, y, reduction="none"))
+    assert (of_mean - mean_of_grads).norm() > 0.1 * mean_of_grads.norm()
 
 
-def test_rows_go_through_in_goes_of_bounded_size_and_without_a_graph_of_their_own():
+def test_batches_are_bounded_and_their_graphs_are_not_stored():
     net, x, weight = NoisyLinear(), torch.rand(3, 4), torch.randn(3, 3)
-    pull(eot(net, 7), x, weight)
+    value_and_vjp(eot(net, 7), x, weight)
     assert net.calls == [(21, True)]
     net.calls.clear()
-    held = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.numel()) or t, lambda t: t):
+    saved_sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved_sizes.append(t.numel()) or t, lambda t: t):
         eot(lambda z: net(z).exp().exp().exp(), 300, most=90)(x.clone().requires_grad_())
     assert [rows for rows, _ in net.calls] == [90] * 10
-    assert sum(held) < 3000  # the graph of all draws holds three times 2,700 numbers
+    assert sum(saved_sizes) < 3000  # the graph of all draws saves three times 2,700 numbers
     net.calls.clear()
-    pull(eot(net, 7, most=8), x, weight)
-    assert [rows for rows, _ in net.calls] == [8, 8, 5, 5, 8, 8]  # forwards, and again on the way back, last first
+    value_and_vjp(eot(net, 7, most=8), x, weight)
+    assert [rows for rows, _ in net.calls] == [
+        8,
+        8,
+        5,
+        5,
+        8,
+        8,
+    ]  # forward pass, then recomputed in the backward pass, last first
     net.calls.clear()
     with torch.no_grad():
         eot(net, 7, most=8)(x)
     assert net.calls == [(8, False), (8, False), (5, False)]
 
 
-def test_a_second_go_sees_the_same_draws_of_all_generators_and_leaves_them_as_they_are():
+def test_recomputation_repeats_the_draws_of_all_generators_and_restores_their_states():
     x, weight = torch.rand(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
     after = []
     for most in (15, 4):
@@ -236,39 +243,39 @@ def test_a_second_go_sees_the_same_draws_of_all_generators_and_leaves_them_as_th
         random.seed(0)
         factors = []
 
-        def noted(z, factors=factors):
-            factors.append(numbers_of_three(len(z)))
+        def recorded(z, factors=factors):
+            factors.append(factors_of_three_generators(len(z)))
             return torch.sin(z * factors[-1])
 
-        _, grad = pull(eot(noted, 5, most=most), x, weight)
-        first, again = (factors, factors) if most == 15 else (factors[:4], factors[:3:-1])
-        assert all(map(torch.equal, first, again))
-        assert len(first) == len(again)
-        by_hand = torch.cat(first).reshape(3, 5, 1)
-        assert torch.allclose(grad, weight * (by_hand * torch.cos(x[:, None] * by_hand)).mean(1))
-        after.append(numbers_of_three(1) - torch.rand(1))
+        _, grad = value_and_vjp(eot(recorded, 5, most=most), x, weight)
+        first, repeated = (factors, factors) if most == 15 else (factors[:4], factors[:3:-1])
+        assert all(map(torch.equal, first, repeated))
+        assert len(first) == len(repeated)
+        factor = torch.cat(first).reshape(3, 5, 1)
+        assert torch.allclose(grad, weight * (factor * torch.cos(x[:, None] * factor)).mean(1))
+        after.append(factors_of_three_generators(1) - torch.rand(1))
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
     for rows in (4, 4, 4, 3):
-        numbers_of_three(rows)
-    assert torch.equal(after[-1], numbers_of_three(1) - torch.rand(1))
+        factors_of_three_generators(rows)
+    assert torch.equal(after[-1], factors_of_three_generators(1) - torch.rand(1))
 
 
-def test_generators_of_its_own_are_not_wound_back_so_all_graphs_are_held():
-    own, x, weight = np.random.default_rng(0), torch.rand(3, 4), torch.randn(3, 4)
+def test_a_function_with_its_own_generator_is_not_recomputed():
+    generator, x, weight = np.random.default_rng(0), torch.rand(3, 4), torch.randn(3, 4)
     factors = []
 
     def noisy(z):
-        factors.append(torch.tensor(own.random(len(z)), dtype=z.dtype)[:, None])
+        factors.append(torch.tensor(generator.random(len(z)), dtype=z.dtype)[:, None])
         return z * factors[-1]
 
-    _, grad = pull(eot(noisy, 4, most=5), x, weight)
+    _, grad = value_and_vjp(eot(noisy, 4, most=5), x, weight)
     assert [len(part) for part in factors] == [5, 5, 2]
     assert torch.allclose(grad, weight * torch.cat(factors).reshape(3, 4).mean(1, keepdim=True))
 
 
-def test_mean_probability_has_the_loss_of_a_soft_vote():
+def test_mean_probability_has_the_loss_of_soft_voting():
     outs, y = torch.randn(6, 5, 3, dtype=torch.float64) * 4, torch.tensor([0, 1, 2, 0, 1])
     vote = torch.zeros(5, dtype=torch.float64)
     for out in outs:
@@ -276,18 +283,18 @@ def test_mean_probability_has_the_loss_of_a_soft_vote():
     loss = nn.functional.cross_entropy(mean_probability(outs), y, reduction="none")
     assert torch.allclose(loss, -vote.log())
     torch.manual_seed(0)
-    one = eot(squashed, 6, mean_probability)(torch.ones(2, 3))
+    averaged = eot(squashed, 6, mean_probability)(torch.ones(2, 3))
     torch.manual_seed(0)
-    drawn = squashed(torch.ones(12, 3)).reshape(2, 6, 3).softmax(2).mean(1).log()
-    assert torch.allclose(one, drawn, atol=1e-6)
+    expected = squashed(torch.ones(12, 3)).reshape(2, 6, 3).softmax(2).mean(1).log()
+    assert torch.allclose(averaged, expected, atol=1e-6)
     torch.manual_seed(0)
     plain = eot(squashed, 6, mean_output)(torch.ones(2, 3))
     torch.manual_seed(0)
     assert torch.equal(plain, eot(squashed, 6)(torch.ones(2, 3)))
-    assert not torch.allclose(plain.softmax(1), drawn.exp(), atol=1e-4)
+    assert not torch.allclose(plain.softmax(1), expected.exp(), atol=1e-4)
 
 
-def test_it_goes_with_bpda_both_ways():
+def test_eot_and_bpda_can_be_composed_both_ways():
     torch.manual_seed(0)
     x, weight = torch.rand(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
 
@@ -296,27 +303,27 @@ def test_it_goes_with_bpda_both_ways():
 
     for most in (1000, 7):
         torch.manual_seed(5)
-        out, grad = pull(eot(bpda(noisy_rounding, cubic), 6, most=most), x, weight)
+        out, grad = value_and_vjp(eot(bpda(noisy_rounding, cubic), 6, most=most), x, weight)
         torch.manual_seed(5)
         assert torch.equal(out, eot(noisy_rounding, 6, most=most)(x))
         assert torch.allclose(grad, weight * 3 * x**2)
-    out, grad = pull(bpda(rounded, eot(squashed, 6)), x, weight)
+    out, grad = value_and_vjp(bpda(rounded, eot(squashed, 6)), x, weight)
     assert torch.equal(out, rounded(x))
 
 
-def test_as_a_view_it_is_followed_and_the_function_itself_is_judged():
+def test_as_a_view_it_is_differentiated_and_success_is_evaluated_on_the_function():
     torch.manual_seed(0)
     net = NoisyLinear(sigma=0.02)
     x, target = torch.rand(6, 4), Target(net, views={"eot": eot(net, 5)}, stochastic=True)
     y = (x @ net.weight.T).argmax(1)
     result = PGD(steps=3)(target, x, y, threat=Linf(0.3))
     rows = [rows for rows, _ in net.calls]
-    assert rows.count(30) == 3  # the views of three steps; all else are judgements of six
+    assert rows.count(30) == 3  # the views of three steps; all other calls evaluate six examples
     assert set(rows) == {30, 6}
     assert torch.equal(result.success, result.rate > 0.5)
 
 
-def test_an_average_travels_and_what_stands_behind_it_is_found():
+def test_an_average_can_be_pickled_and_copied_and_its_module_is_found():
     net = NoisyLinear()
     view, x = eot(net, 3, mean_probability, most=2), torch.rand(2, 4)
     assert module_of(view) is net
@@ -328,7 +335,7 @@ def test_an_average_travels_and_what_stands_behind_it_is_found():
     assert torch.equal(outs[0], outs[2])
 
 
-def test_no_examples_have_no_average():
+def test_an_empty_batch_gives_an_empty_output():
     assert eot(NoisyLinear(), 5)(torch.rand(0, 4)).shape == (0, 3)
 
 
@@ -344,12 +351,12 @@ def test_no_examples_have_no_average():
         ("most", {"most": None}),
     ],
 )
-def test_what_cannot_be_averaged_is_refused(name, arguments):
+def test_invalid_arguments_of_eot_are_refused(name, arguments):
     with pytest.raises(ArgumentError, match=f"^{name}="):
         eot(**{"fn": rounded, "draws": 3} | arguments)
 
 
 @pytest.mark.parametrize("fn", [lambda x: (x, x), lambda x: x.sum(), lambda x: x[:1]])
-def test_outputs_without_a_row_an_example_are_refused(fn):
+def test_outputs_without_one_row_per_example_are_refused(fn):
     with pytest.raises(ShapeError, match="one tensor with a row for each"):
         eot(fn, 3)(torch.rand(2, 4))

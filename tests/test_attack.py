@@ -139,7 +139,7 @@ def test_types_follow_the_input():
     wide = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
     wide.load_state_dict({name: value.float() for name, value in half.state_dict().items()})
     hold = ((wide(result.x_adv.float()).argmax(1) != half(x).argmax(1)) & result.success).sum()
-    assert f"judged in bfloat16; with the same weights in float32 {hold} of {result.success.sum()}" in result.notes[0].why
+    assert f"evaluated in bfloat16; with the same weights in float32 {hold} of {result.success.sum()}" in result.notes[0].why
     assert next(half.parameters()).dtype == torch.bfloat16
 
 
@@ -164,14 +164,14 @@ def test_vectors_are_inputs_too():
         ({"x": X * 2 - 1}, ArgumentError, "normalisation inside the model"),
         ({"x": X * math.nan}, ArgumentError, "outside bounds"),
         ({"x": None}, ArgumentError, "NoneType"),
-        ({"y": Y[:3]}, ShapeError, "one row an example"),
+        ({"y": Y[:3]}, ShapeError, "one row per example"),
         ({"y": Y.tolist()}, ShapeError, "list"),
         ({"y": Y.float()}, ShapeError, "int64"),
         ({"y": Y + 7}, ShapeError, r"\[0, 3\)"),
         ({"seed": "one"}, ArgumentError, "seed='one'"),
         ({"ids": torch.arange(5)}, ShapeError, r"\(6,\)"),
         ({"ids": torch.rand(6)}, ShapeError, "int64"),
-        ({"threat": Linf(torch.full((5,), 0.1))}, ShapeError, "one an example"),
+        ({"threat": Linf(torch.full((5,), 0.1))}, ShapeError, "one per example"),
         ({"keep": "all"}, ArgumentError, "first, best, smallest, last"),
         ({"net": 3}, ArgumentError, "callable"),
         ({"net": lambda x: (NET(x), 1)}, ShapeError, "tuple"),
@@ -422,7 +422,7 @@ def test_on_a_random_target_a_start_is_one_more_candidate_that_fresh_draws_judge
         ({"starts": (X * 255).byte()}, ShapeError, "torch.uint8"),
         ({"starts": X.tolist()}, ShapeError, "starts are list"),
         ({"starts": X, "keep": "last"}, ArgumentError, 'starts are of no use: .* keep="last"'),
-        ({"starts": X, "by": UniversalPGD()}, ArgumentError, "starts are of no use: UniversalPGD.* one change on every"),
+        ({"starts": X, "by": UniversalPGD()}, ArgumentError, "starts are of no use: UniversalPGD.* adds one perturbation to every"),
     ],
 )
 def test_starts_that_do_not_fit_or_could_not_count_are_refused(change, error, words):

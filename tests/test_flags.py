@@ -9,7 +9,7 @@ from robustkit.flags import FLAGS, LEVEL, NOTES, flags_and_notes, lower_bound, p
 
 
 def tail(hits, of, share):
-    """The chance of at least so many hits, term by term."""
+    """The probability of at least `hits` hits, term by term."""
     return sum(math.comb(of, k) * share**k * (1 - share) ** (of - k) for k in range(hits, of + 1))
 
 
@@ -22,7 +22,7 @@ def test_the_p_value_is_the_tail_of_the_binomial(counts, limit):
 
 
 @given(COUNTS)
-def test_the_bound_is_the_share_at_which_so_many_hits_are_just_improbable(counts):
+def test_the_lower_bound_is_the_share_at_which_the_p_value_is_the_level(counts):
     bound = lower_bound(*counts)
     if counts[0]:
         assert tail(*counts, bound) == pytest.approx(LEVEL, abs=1e-9)
@@ -31,14 +31,14 @@ def test_the_bound_is_the_share_at_which_so_many_hits_are_just_improbable(counts
 
 
 @given(COUNTS)
-def test_one_test_alone_alarms_exactly_where_the_bound_exceeds_the_limit(counts):
-    """The two ways to say it: "the lower bound exceeds 1 %" and "p is at most 5 % for a share of 1 %"."""
+def test_a_single_test_raises_a_flag_exactly_where_the_bound_exceeds_the_limit(counts):
+    """Two equivalent statements: "the lower bound exceeds 1 %" and "p is at most 5 % for a share of 1 %"."""
     flags, _ = flags_and_notes([Check("gradient-free-breaks", *counts, 0.01)])
     if abs(lower_bound(*counts) - 0.01) > 1e-9:
         assert bool(flags) is (lower_bound(*counts) > 0.01)
 
 
-def test_evidence_of_several_batches_is_judged_together():
+def test_checks_of_several_batches_are_summed_before_the_test():
     part = Check("gradient-free-breaks", 2, 50, 0.01)
     assert not flags_and_notes([part])[0]
     (flag,), _ = flags_and_notes([part] * 4)
@@ -46,49 +46,49 @@ def test_evidence_of_several_batches_is_judged_together():
     assert "8 of 200" in flag.why
 
 
-def test_holm_asks_more_of_each_the_more_there_are():
+def test_holm_corrects_for_the_number_of_tests():
     weak = Check("more-steps-leave-more", 5, 5)  # p = 1/32
     assert len(flags_and_notes([weak])[0]) == 1
-    others = [Check(sign.name, 0, 10) for sign in FLAGS[:4]]
+    others = [Check(rule.name, 0, 10) for rule in FLAGS[:4]]
     assert not flags_and_notes([weak, *others])[0]
     strong = Check("gradients-disagree", 64, 64)
     assert [flag.name for flag in flags_and_notes([*others, strong, weak])[0]] == ["gradients-disagree"]
-    # Step down: once the strong ones are out of the way, fewer are left to share the level.
+    # Step down: after the strong one is rejected, fewer tests share the level.
     assert len(flags_and_notes([strong, weak])[0]) == 2
 
 
-def test_a_single_case_is_enough_where_a_sound_model_has_none():
+def test_a_single_hit_is_enough_where_the_limit_is_zero():
     assert [flag.name for flag in flags_and_notes([Check("undefined-outputs", 1, 10_000, 0.0)])[0]] == ["undefined-outputs"]
     assert not flags_and_notes([Check("undefined-outputs", 0, 10_000, 0.0)])[0]
 
 
-def test_nothing_seen_is_nothing_told():
+def test_no_checks_give_no_messages():
     assert flags_and_notes([]) == ([], [])
-    assert flags_and_notes([Check(sign.name, 0, 0) for sign in (*FLAGS, *NOTES)]) == ([], [])
+    assert flags_and_notes([Check(rule.name, 0, 0) for rule in (*FLAGS, *NOTES)]) == ([], [])
 
 
-def test_notes_are_told_of_most_cases():
+def test_a_note_needs_hits_in_most_cases():
     assert not flags_and_notes([Check("probabilities", 5, 10)])[1]
     (note,) = flags_and_notes([Check("probabilities", 6, 10)])[1]
     assert "6 of 10" in note.why
 
 
-def test_names_are_a_fixed_list_without_doubles():
-    names = [sign.name for sign in (*FLAGS, *NOTES)]
+def test_names_are_unique_and_messages_have_one_line():
+    names = [rule.name for rule in (*FLAGS, *NOTES)]
     assert len(set(names)) == len(names)
-    for sign in (*FLAGS, *NOTES):
-        assert "\n" not in sign.message(Check(sign.name, 3, 7)).why
+    for rule in (*FLAGS, *NOTES):
+        assert "\n" not in rule.message(Check(rule.name, 3, 7)).why
 
 
 @given(st.lists(st.sampled_from(FLAGS), unique=True, max_size=6), st.randoms(use_true_random=False))
-def test_the_order_of_the_evidence_does_not_matter(signs, random):
-    checks = [Check(sign.name, random.randint(0, 20), 20, random.choice([0.01, 0.5])) for sign in signs]
+def test_the_order_of_the_checks_does_not_matter(rules, random):
+    checks = [Check(rule.name, random.randint(0, 20), 20, random.choice([0.01, 0.5])) for rule in rules]
     shuffled = random.sample(checks, len(checks))
     assert flags_and_notes(checks) == flags_and_notes(shuffled)
 
 
-def test_a_share_of_a_few_examples_is_not_worth_a_note():
+def test_a_note_needs_a_minimum_number_of_cases():
     assert [[note.name for note in flags_and_notes([Check("plateau", hits, hits)])[1]] for hits in (4, 5)] == [[], ["plateau"]]
     assert [note.name for note in flags_and_notes([Check("boundary-breaks", 1, 1)])[1]] == [
         "boundary-breaks"
-    ]  # of batches one is enough
+    ]  # one batch is enough

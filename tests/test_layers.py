@@ -8,8 +8,17 @@ ROOT = Path(__file__).parent.parent / "robustkit"
 # From the ground up. A line holds modules that do not know each other; a folder that is named as a whole, ending in a dot,
 # stands for its files, which may import each other without a cycle.
 LAYERS = [
-    ["errors", "_engine", "_engine.tensors", "_engine.noise", "_engine.state_guard", "_engine.introspection"],
-    ["_engine.field_checks", "_engine.factory", "_engine.npz", "_engine.layers", "_engine.jacobian", "losses", "threats._box"],
+    ["errors", "_engine", "_engine.tensors", "_engine.noise", "_engine.state_guard", "_engine.introspection", "_engine.schema"],
+    [
+        "_engine.gradients",
+        "_engine.field_checks",
+        "_engine.factory",
+        "_engine.npz",
+        "_engine.layers",
+        "_engine.jacobian",
+        "losses",
+        "threats._box",
+    ],
     ["threats.threat", "goals.goal", "normalize"],
     ["threats.linf", "threats.l2", "threats.l1", "threats.pixels", "goals.classification"],
     ["threats", "goals"],
@@ -19,15 +28,8 @@ LAYERS = [
     ["_engine.call", "_engine.verdict"],
     ["attack", "defence"],
     # Attacks: what several of them share, then the papers, then what is made of other attacks.
-    [
-        "attacks._boundary",
-        "attacks._cosine",
-        "attacks._hyperplane",
-        "attacks._max_threat",
-        "attacks._square_patches",
-        "attacks._apgd",
-    ],
-    ["attacks._fmn"],
+    ["attacks._boundary", "attacks._descent", "attacks._hyperplane", "attacks._max_threat", "attacks._square_patches"],
+    ["attacks._fmn", "attacks._apgd"],
     [
         "attacks.fgsm",
         "attacks.pgd",

@@ -40,28 +40,28 @@ def test_rows_equal_a_slow_recomputation(loss, case):
 
 
 @given(case=CASES)
-def test_margin_is_positive_exactly_where_the_class_changes(case):
+def test_the_margin_is_positive_exactly_where_the_example_is_misclassified(case):
     out, y = case
     strict = margin(out, y) != 0
     assert torch.equal((margin(out, y) > 0)[strict], (out.argmax(1) != y)[strict])
 
 
 @given(case=CASES, scale=st.floats(0.1, 10), shift=st.floats(-5, 5))
-def test_dlr_is_blind_to_scale_and_shift(case, scale, shift):
+def test_dlr_is_invariant_to_scale_and_shift(case, scale, shift):
     out, y = case[0].double() * 1e3, case[1]
     clear = (out.topk(2, 1).values.diff(dim=1).abs() > 1e-6).squeeze(1) & (out.shape[1] > 2)
     torch.testing.assert_close(dlr(out * scale + shift, y)[clear], dlr(out, y)[clear], rtol=1e-4, atol=1e-6)
 
 
 @given(case=CASES.filter(lambda case: case[0].shape[1] > 2))
-def test_the_form_for_one_wanted_class_has_a_gradient_whatever_its_rank(case):
-    """Where `dlr` itself has none: towards the class that comes third it is constant."""
+def test_targeted_dlr_has_a_gradient_for_a_target_class_of_rank_three(case):
+    """`dlr` itself has none there: for the class with the third-largest logit it is constant."""
     out = case[0].double().argsort(1).argsort(1).double()  # ranks, so that there are no ties
-    for loss, moves in ((targeted_dlr, True), (dlr, False)):
+    for loss, has_gradient in ((targeted_dlr, True), (dlr, False)):
         z = out.clone().requires_grad_()
         third = out.topk(3, 1).indices[:, 2]
         (grad,) = torch.autograd.grad(loss(z, third).sum(), z)
-        assert bool((grad.abs() > 1e-6).any(1).all()) is moves
+        assert bool((grad.abs() > 1e-6).any(1).all()) is has_gradient
     assert [targeted(loss) for loss in LOSSES[:3]] == [cross_entropy, margin, targeted_dlr]
 
 
@@ -77,7 +77,7 @@ def test_the_form_for_one_wanted_class_has_a_gradient_whatever_its_rank(case):
         (torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64), r"\(3,\)"),
     ],
 )
-def test_what_is_no_logits_is_refused(out, y, words):
+def test_outputs_that_are_not_logits_are_refused(out, y, words):
     for loss in LOSSES:
         with pytest.raises(ShapeError, match=words):
             loss(out, y)

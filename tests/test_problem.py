@@ -76,7 +76,7 @@ def test_solved_examples_leave_and_come_back_as_zero():
 
     def question(problem):
         away = torch.where(first, 1 - problem.x, problem.x)
-        problem._kept.unsolved[:2] = False  # as if solved
+        problem._best.unsolved[:2] = False  # as if solved
         return problem.loss_and_grad(away), problem.success(away), problem.loss(away)
 
     counter = Counter(NET)
@@ -95,7 +95,7 @@ def test_steps_end_when_all_are_solved():
         taken = []
         for step in problem.steps(9):
             taken.append(step)
-            problem._kept.unsolved[:] = step < 3
+            problem._best.unsolved[:] = step < 3
         return taken
 
     assert ask(question, keep="first")[0] == [0, 1, 2, 3]
@@ -188,7 +188,7 @@ def test_an_example_may_be_named_several_times():
         def question(problem, order=order):
             twice = torch.arange(6).repeat_interleave(2)
             problem[twice].loss(torch.stack(order, 1).flatten(0, 1))
-            return problem._kept.best.x_adv.clone(), problem._kept.best.found.clone()
+            return problem._best.best.x_adv.clone(), problem._best.best.success.clone()
 
         (kept, found), result = ask(question, keep="best")
         wrong = torch.stack([NET(x).argmax(1) != Y for x in order])

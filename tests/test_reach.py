@@ -1,7 +1,6 @@
-"""The same attacks on what is no classifier: a tiny embedding, a tiny autoencoder and a density.
+"""The same attacks on models that are no classifiers: a small embedding, a small autoencoder and a density.
 
-Their goals come with their models; these three are written here as an outsider would write them, so that the core is
-known to need nothing more.
+Their goals are written here as a user would write them, which shows that the core needs nothing more.
 """
 
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from robustkit.testing import check_goal
 
 @dataclass(frozen=True)
 class Away(Goal):
-    """The output moves further than `radius` from the reference."""
+    """The output is further than `radius` from the reference."""
 
     radius: float
     vanishes_at_x: ClassVar[bool] = True
@@ -33,7 +32,7 @@ class Away(Goal):
 
 @dataclass(frozen=True)
 class Unlikely(Goal):
-    """The log-density, the second of two outputs, falls below `level`."""
+    """The log-density, the second of two outputs, is below `level`."""
 
     level: float
 
@@ -63,17 +62,17 @@ def embed(x):
 
 
 def density(x):
-    """A standard normal around one half, with a score beside it."""
+    """A score, and the log-density of a standard normal around one half, up to a constant."""
     return x.mean((1, 2, 3)), -0.5 * (x - 0.5).flatten(1).square().sum(1)
 
 
-def test_the_law_of_the_goals(cases):
+def test_the_goals_pass_their_laws(cases):
     pairs = st.tuples(st.integers(1, 4), st.integers(0, 99)).map(lambda s: torch.randn(2, s[0], 3).unbind(0))
     cases(check_goal(Away(0.5), pairs.map(tuple)))
     cases(check_goal(Unlikely(-1.0), pairs.map(lambda p: ((p[0], p[0].sum(1)), p[1]))))
 
 
-def test_an_embedding_moves_as_far_as_its_singular_value_allows():
+def test_an_embedding_moves_as_far_as_its_largest_singular_value_allows():
     """|W delta| under |delta|_2 <= eps is largest along the first singular vector: eps * sigma_1."""
     best = 0.3 * torch.linalg.svdvals(LINEAR.weight)[0].item()
     threat = L2(0.3, bounds=None)
@@ -83,8 +82,8 @@ def test_an_embedding_moves_as_far_as_its_singular_value_allows():
         assert result.flat.sum() == 0
 
 
-def test_a_zero_gradient_at_x_is_known_to_be_mathematics():
-    """FGSM starts at x, where the distance to itself has no slope: it cannot move, and that is no sign of masking."""
+def test_a_gradient_that_vanishes_at_x_by_definition_is_not_counted_as_flat():
+    """FGSM starts at x, where the gradient of the distance to x is zero: it cannot move, which is no gradient masking."""
     result = FGSM()(embed, X, embed(X).detach(), goal=Away(0.1), threat=Linf(0.1))
     assert not result.success.any()
     assert (result.size == 0).all()
@@ -93,20 +92,20 @@ def test_a_zero_gradient_at_x_is_known_to_be_mathematics():
 
 def test_an_autoencoder_is_attacked_through_its_bound_method():
     torch.manual_seed(1)
-    coder = Autoencoder().train()
-    ref = coder.reconstruct(X).detach()
-    result = PGD(steps=20)(coder.reconstruct, X, ref, goal=Away(0.05), threat=Linf(0.1))
-    assert torch.equal(result.success, (coder.reconstruct(result.x_adv) - ref).flatten(1).norm(dim=1) > 0.05)
+    autoencoder = Autoencoder().train()
+    ref = autoencoder.reconstruct(X).detach()
+    result = PGD(steps=20)(autoencoder.reconstruct, X, ref, goal=Away(0.05), threat=Linf(0.1))
+    assert torch.equal(result.success, (autoencoder.reconstruct(result.x_adv) - ref).flatten(1).norm(dim=1) > 0.05)
     assert result.success.any()
-    assert coder.training
+    assert autoencoder.training
     assert [flag.name for flag in result.flags] == ["train-mode"]
 
 
-def test_a_density_falls_to_its_closed_form():
-    """The lowest log-density in an L2 ball lies straight away from the centre, (|x - 1/2| + eps)^2 / 2 below zero."""
+def test_a_density_falls_to_its_closed_form_minimum():
+    """The lowest log-density in an L2 ball lies on the line from the centre through x: -(|x - 1/2| + eps)^2 / 2."""
     eps = 0.4
-    away = (X - 0.5).flatten(1).norm(dim=1)
-    lowest = -0.5 * (away + eps) ** 2
+    distance = (X - 0.5).flatten(1).norm(dim=1)
+    lowest = -0.5 * (distance + eps) ** 2
     result = PGD(steps=60, reach=10, random_start=False)(
         density, X, X, goal=Unlikely(-99.0), threat=L2(eps, bounds=None), keep="best"
     )
@@ -114,7 +113,7 @@ def test_a_density_falls_to_its_closed_form():
 
 
 @pytest.mark.parametrize("row", ATTACKS, ids=lambda row: row.name)
-def test_every_attack_runs_on_outputs_that_are_no_logits(row):
+def test_every_attack_runs_on_outputs_other_than_logits(row):
     for threat in (kind(1) for kind in row.serves):
         result = row.attack(density, X, X, goal=Unlikely(-0.5), threat=threat)
         assert torch.equal(result.success, density(result.x_adv)[1] < -0.5)

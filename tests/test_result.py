@@ -12,7 +12,7 @@ X = torch.rand(5, 1, 2, 2, generator=torch.Generator().manual_seed(0))
 RESULT = PGD(steps=2)(NET, X, torch.zeros(5, dtype=torch.int64), threat=Linf(0.2))
 
 
-def test_what_is_saved_is_loaded(tmp_path):
+def test_a_saved_result_can_be_loaded(tmp_path):
     RESULT.save(tmp_path / "a result.safetensors")
     loaded = Result.load(tmp_path / "a result.safetensors")
     for name in ("x_adv", "success", "rate", "size", "forwards", "backwards", "flat"):
@@ -29,7 +29,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", pickle.dumps(Bomb())])
-def test_what_is_no_result_is_refused_and_not_executed(tmp_path, content):
+def test_files_that_are_not_results_are_refused_and_not_executed(tmp_path, content):
     path = tmp_path / "x"
     path.write_bytes(content)
     with pytest.raises(ArgumentError, match="not a result"):
@@ -38,7 +38,7 @@ def test_what_is_no_result_is_refused_and_not_executed(tmp_path, content):
         Result.load(tmp_path / "missing")
 
 
-def test_parts_add_up():
+def test_cat_sums_the_stages():
     whole = Result.cat([RESULT, RESULT])
     assert len(whole) == 10
     assert whole.flags == RESULT.flags
@@ -47,20 +47,20 @@ def test_parts_add_up():
     assert "train-mode" in repr(whole)
 
 
-def some(names, solver, **told):
+def result_of(names, solver, **fields):
     n = len(solver)
     return Result(
         torch.zeros(n, 1),
         torch.tensor(solver) >= 0,
         *torch.zeros(5, n),
-        stages=tuple(Stage(name, 1, 2, solver.count(at)) for at, name in enumerate(names)),
+        stages=tuple(Stage(name, 1, 2, solver.count(index)) for index, name in enumerate(names)),
         solver=torch.tensor(solver),
-        **told,
+        **fields,
     )
 
 
-def test_who_solved_what_is_told_by_the_stages_of_the_whole():
-    whole = Result.cat([some(["clean", "search"], [0, 1, -1]), some(["search", "more"], [1, 0, -1])])
+def test_cat_renumbers_the_solver_by_the_joint_stages():
+    whole = Result.cat([result_of(["clean", "search"], [0, 1, -1]), result_of(["search", "more"], [1, 0, -1])])
     assert [stage.name for stage in whole.stages] == ["clean", "search", "more"]
     assert whole.solver.tolist() == [0, 1, -1, 2, 1, -1]
     assert [stage.solved for stage in whole.stages] == [1, 2, 1]
@@ -69,9 +69,9 @@ def test_who_solved_what_is_told_by_the_stages_of_the_whole():
     assert learned.solver.tolist() == [1, 2, -1, 3, 2, -1]
 
 
-def test_evidence_adds_up_by_name():
+def test_cat_sums_checks_by_name():
     parts = [
-        some(["a"], [0], checks=(Check("gaps", 1, 4),)),
-        some(["a"], [0], checks=(Check("ties", 0, 1), Check("gaps", 2, 4))),
+        result_of(["a"], [0], checks=(Check("gaps", 1, 4),)),
+        result_of(["a"], [0], checks=(Check("ties", 0, 1), Check("gaps", 2, 4))),
     ]
     assert Result.cat(parts).checks == (Check("gaps", 3, 8), Check("ties", 0, 1))

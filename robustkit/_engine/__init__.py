@@ -1,1 +1,1 @@
-"""The engine room: what carries a call, counts it and leaves the world as found. Users never touch it."""
+"""Internals: running a model, counting its queries, and restoring all state. Not part of the public interface."""

@@ -18,67 +18,67 @@ __all__ = ["load_factory"]
 
 
 def load_factory(spec: str) -> Callable[[], Any]:
-    """The function that `spec` names, to be called without arguments.
+    """Import the function that `spec` names.
 
-    The file or module is imported, so its code runs: name only code that you trust. What lies beside a file, or in the
-    current folder for a module, can be imported by it.
+    The file or module is imported, so its code runs: name only code that you trust. A file can import what lies in its own
+    folder, a module what lies in the current folder.
 
     Args:
         spec: `path/to/file.py:name` or `package.module:name`; the last colon separates, so a path may hold colons.
 
     Returns:
-        A function without arguments that calls the named one; an exception of its own comes out as ArgumentError.
+        A function without arguments that calls the named one; any exception that it raises becomes an ArgumentError.
 
     Raises:
         ArgumentError: No such file, module or function, or the import raised; the message says which.
     """
-    where, colon, name = spec.rpartition(":")
-    if not (colon and where and name.isidentifier()):
+    source, colon, name = spec.rpartition(":")
+    if not (colon and source and name.isidentifier()):
         raise ArgumentError(f"{spec!r} must be path/to/file.py:name or package.module:name")
-    folder = Path(where).resolve().parent if where.endswith(".py") else Path.cwd()
-    module = _imported(spec, where, folder)
+    folder = Path(source).resolve().parent if source.endswith(".py") else Path.cwd()
+    module = _import(spec, source, folder)
     function = getattr(module, name, None)
     if not callable(function):
-        found = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ArgumentError(f"{spec!r}: {where} has no function {name}; it has {', '.join(found) or 'none'}")
+        available = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ArgumentError(f"{spec!r}: {source} has no function {name}; it has {', '.join(available) or 'none'}")
 
     def factory() -> Any:
-        with _findable(folder):
+        with _first_in_path(folder):
             try:
                 return function()
             except (Exception, SystemExit) as error:
                 raise ArgumentError(
-                    f"{spec!r} raised {_told(error)}; it is called without arguments: repair it, or name another function"
+                    f"{spec!r} raised {_one_line(error)}; it is called without arguments: repair it, or name another function"
                 ) from error
 
     return factory
 
 
-def _imported(spec: str, where: str, folder: Path) -> ModuleType:
-    path = Path(where)
-    if where.endswith(".py") and not path.is_file():
-        raise ArgumentError(f"{spec!r}: there is no file {where}; paths are relative to {Path.cwd()}")
-    with _findable(folder):
+def _import(spec: str, source: str, folder: Path) -> ModuleType:
+    path = Path(source)
+    if source.endswith(".py") and not path.is_file():
+        raise ArgumentError(f"{spec!r}: there is no file {source}; paths are relative to {Path.cwd()}")
+    with _first_in_path(folder):
         try:
-            return _executed(path.resolve()) if where.endswith(".py") else importlib.import_module(where)
+            return _import_file(path.resolve()) if source.endswith(".py") else importlib.import_module(source)
         except ModuleNotFoundError as error:
-            if error.name is not None and where.split(".")[: error.name.count(".") + 1] == error.name.split("."):
+            if error.name is not None and source.split(".")[: error.name.count(".") + 1] == error.name.split("."):
                 raise ArgumentError(
                     f"{spec!r}: there is no module {error.name}; install it, or give path/to/file.py:name"
                 ) from error
-            raise ArgumentError(f"{spec!r}: importing {where} raised {_told(error)}; install what it needs") from error
+            raise ArgumentError(f"{spec!r}: importing {source} raised {_one_line(error)}; install what it needs") from error
         except (Exception, SystemExit) as error:
-            raise ArgumentError(f"{spec!r}: importing {where} raised {_told(error)}; repair it first") from error
+            raise ArgumentError(f"{spec!r}: importing {source} raised {_one_line(error)}; repair it first") from error
 
 
-def _executed(path: Path) -> ModuleType:
-    """The file run as a module of its own name, so that equal file names do not meet."""
+def _import_file(path: Path) -> ModuleType:
+    """Run a file as a module whose name holds a hash of the path, so that files of equal names do not collide."""
     name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} cannot be read as Python")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look their module up by name
+    sys.modules[name] = module  # dataclasses and pickle look up modules by name
     try:
         spec.loader.exec_module(module)
     except BaseException:
@@ -88,8 +88,8 @@ def _executed(path: Path) -> ModuleType:
 
 
 @contextmanager
-def _findable(folder: Path) -> Iterator[None]:
-    """`folder` first in the search for modules."""
+def _first_in_path(folder: Path) -> Iterator[None]:
+    """Put `folder` first in the module search path."""
     sys.path.insert(0, str(folder))
     try:
         yield
@@ -97,6 +97,6 @@ def _findable(folder: Path) -> Iterator[None]:
         sys.path.remove(str(folder))
 
 
-def _told(error: BaseException) -> str:
-    """An exception in one line."""
+def _one_line(error: BaseException) -> str:
+    """Type and message of an exception in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

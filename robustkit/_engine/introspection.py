@@ -1,4 +1,4 @@
-"""What stands behind a function: the modules that it runs, and the random generators of their own."""
+"""Find the modules that a function runs and the random generators that they hold."""
 
 from __future__ import annotations
 
@@ -15,56 +15,56 @@ from torch import nn
 
 __all__ = ["generators_of", "module_of"]
 
-_DEPTH = 4  # of wrappers inside wrappers
+_MAX_DEPTH = 4  # of nested wrappers
 _Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 
 
 def module_of(*fns: Callable[..., Any]) -> nn.Module | None:
-    """The module behind some functions; several are put in one list, so that all can be held. None if there is none.
+    """The module that the functions run; an nn.ModuleList where there are several, None where there is none.
 
-    Found are a module itself, the owner of a bound method, and what a function, a partial, a decorated function or a
-    callable object refers to by its variables, arguments, attributes and containers.
+    It finds a module itself, the owner of a bound method, and modules that a function, a partial, a decorated function or
+    a callable object refers to by its variables, arguments, attributes and containers.
     """
-    modules = list(dict.fromkeys(thing for thing in _walk(fns, _DEPTH, set()) if isinstance(thing, nn.Module)))
+    modules = list(dict.fromkeys(obj for obj in _reachable(fns, _MAX_DEPTH, set()) if isinstance(obj, nn.Module)))
     inner = {part for module in modules for part in module.modules() if part is not module}
     outer = [module for module in modules if module not in inner]
     if len(outer) < 2:
         return next(iter(outer), None)
-    several = nn.ModuleList(outer)
-    several.training = False  # of its own it has no mode, and a fresh one would pass for a part in training
-    return several
+    container = nn.ModuleList(outer)
+    container.training = False  # a new container is in training mode, which would raise the flag "train-mode"
+    return container
 
 
 def generators_of(*fns: Callable[..., Any]) -> list[_Generator]:
-    """The random generators that some functions, or the modules behind them, hold as their own."""
-    things = list(_walk(fns, _DEPTH, set()))
-    parts = [part for thing in things if isinstance(thing, nn.Module) for part in thing.modules()]
-    parts = [part for thing in things if isinstance(thing, nn.Module) for part in thing.modules()]
-    held = [value for part in parts for value in vars(part).values()]
-    return list({id(thing): thing for thing in (*things, *held) if isinstance(thing, _Generator)}.values())
+    """The random generators that the functions, or the modules that they run, hold."""
+    objects = list(_reachable(fns, _MAX_DEPTH, set()))
+    modules = [module for obj in objects if isinstance(obj, nn.Module) for module in obj.modules()]
+    attributes = [value for module in modules for value in vars(module).values()]
+    return list({id(obj): obj for obj in (*objects, *attributes) if isinstance(obj, _Generator)}.values())
 
 
-def _walk(things: Iterable[Any], depth: int, seen: set[int]) -> Iterator[Any]:  # Any: whatever a variable may hold
-    for thing in things:
-        if id(thing) not in seen and not isinstance(thing, type | types.ModuleType | torch.Tensor | str | bytes):
-            seen.add(id(thing))
-            yield thing
-            if depth and not isinstance(thing, nn.Module | _Generator):
-                yield from _walk(_within(thing), depth - 1, seen)
+def _reachable(objects: Iterable[Any], depth: int, visited: set[int]) -> Iterator[Any]:  # Any: a variable may hold anything
+    """The objects and, to the given depth, what they refer to, each once; modules and generators are not searched."""
+    for obj in objects:
+        if id(obj) not in visited and not isinstance(obj, type | types.ModuleType | torch.Tensor | str | bytes):
+            visited.add(id(obj))
+            yield obj
+            if depth and not isinstance(obj, nn.Module | _Generator):
+                yield from _reachable(_references(obj), depth - 1, visited)
 
 
-def _within(thing: Any) -> list[Any]:
-    """What a thing refers to: one step."""
-    if inspect.ismethod(thing):
-        return [thing.__self__]
-    if isinstance(thing, functools.partial):
-        return [thing.func, *thing.args, *thing.keywords.values()]
-    if inspect.isfunction(thing):
-        seen = inspect.getclosurevars(thing)
-        defaults = [*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
-        return [getattr(thing, "__wrapped__", None), *seen.nonlocals.values(), *seen.globals.values(), *defaults]
-    if isinstance(thing, dict):
-        return list(thing.values())
-    if isinstance(thing, list | tuple | set):
-        return list(thing)
-    return list(getattr(thing, "__dict__", {}).values())
+def _references(obj: Any) -> list[Any]:
+    """The objects that `obj` refers to directly."""
+    if inspect.ismethod(obj):
+        return [obj.__self__]
+    if isinstance(obj, functools.partial):
+        return [obj.func, *obj.args, *obj.keywords.values()]
+    if inspect.isfunction(obj):
+        variables = inspect.getclosurevars(obj)
+        defaults = [*(obj.__defaults__ or ()), *(obj.__kwdefaults__ or {}).values()]
+        return [getattr(obj, "__wrapped__", None), *variables.nonlocals.values(), *variables.globals.values(), *defaults]
+    if isinstance(obj, dict):
+        return list(obj.values())
+    if isinstance(obj, list | tuple | set):
+        return list(obj)
+    return list(getattr(obj, "__dict__", {}).values())

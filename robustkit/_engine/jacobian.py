@@ -1,4 +1,4 @@
-"""How a layer of a model answers to small changes of its input: products with its Jacobian, which is never formed."""
+"""Products with the Jacobian of a layer of a model; the matrix itself is never formed."""
 
 from __future__ import annotations
 
@@ -16,60 +16,63 @@ __all__ = ["Jacobian"]
 
 @final
 class Jacobian:
-    """The derivative of a function of each row at some points, as a linear map and its transpose.
+    """The Jacobian of a row-wise function at the points x, as a linear map: `jvp` and `vjp`.
 
-    Derivatives that are not finite come back as zero, and rows that a transpose leaves without any signal are told.
+    Entries of products that are not finite are returned as zero; rows of `vjp` without a signal are counted as flat.
 
     Args:
         fn: (N, *S) -> (N, *H), row by row.
-        x: Where, (N, *S).
-        count: Told how many forwards and backwards each row was charged with, and which rows, (N,), came back flat.
+        x: The points, (N, *S).
+        charge: Called with the number of forwards and of backwards of each row, and with which rows are flat, (N,) or 0.
     """
 
-    def __init__(self, fn: Callable[[Tensor], Tensor], x: Tensor, count: Callable[[int, int, Tensor | int], None]) -> None:
-        self._fn, self._x, self._count = fn, x.detach(), count
-        count(1, 0, 0)
+    def __init__(self, fn: Callable[[Tensor], Tensor], x: Tensor, charge: Callable[[int, int, Tensor | int], None]) -> None:
+        self._fn, self._x, self._charge = fn, x.detach(), charge
+        charge(1, 0, 0)
         try:
-            said, back, *_ = torch.func.vjp(fn, self._x)
-        except RuntimeError:  # a torch.autograd.Function of the older form, which torch.func refuses
+            out, vjp, *_ = torch.func.vjp(fn, self._x)
+        except RuntimeError:  # torch.func refuses a torch.autograd.Function of the older form
             self._x.requires_grad_()
             with torch.enable_grad():
-                said, back = fn(self._x), None
-        self._said: Tensor = said
-        self._vjp: Callable[[Tensor], tuple[Tensor]] | None = back
+                out, vjp = fn(self._x), None
+        self._out: Tensor = out
+        self._func_vjp: Callable[[Tensor], tuple[Tensor]] | None = vjp
 
-    def push(self, change: Tensor) -> Tensor:
-        """J v for a change of the input, (N, *S) or one for all (1, *S) -> (N, *H)."""
-        self._count(1, 0, 0)
-        change = change.to(self._x).expand_as(self._x).contiguous()
-        return self._pushed(change).detach().nan_to_num(0.0, 0.0, 0.0)
+    def jvp(self, tangent: Tensor) -> Tensor:
+        """J v for a direction of the input, (N, *S) or one for all rows (1, *S) -> (N, *H)."""
+        self._charge(1, 0, 0)
+        tangent = tangent.to(self._x).expand_as(self._x).contiguous()
+        return self._jvp(tangent).detach().nan_to_num(0.0, 0.0, 0.0)
 
-    def _pushed(self, change: Tensor) -> Tensor:
-        if self._vjp is None:
-            with torch.enable_grad():
-                weight = torch.zeros_like(self._said, requires_grad=True)
-                (pushed,) = torch.autograd.grad(self._back(weight, twice=True), weight, change, allow_unused=True)
-            return torch.zeros_like(self._said) if pushed is None else pushed
+    def _jvp(self, tangent: Tensor) -> Tensor:
+        if self._func_vjp is None:
+            with torch.enable_grad():  # J v is the derivative of the linear map u -> J^T u, transposed and applied to v
+                cotangent = torch.zeros_like(self._out, requires_grad=True)
+                product = self._vjp(cotangent, create_graph=True)
+                (grad,) = torch.autograd.grad(product, cotangent, tangent, allow_unused=True)
+            return torch.zeros_like(self._out) if grad is None else grad
         try:
-            with warnings.catch_warnings():  # torch's own, about itself, when this is first used
+            with warnings.catch_warnings():  # the first use of torch.func.jvp warns about torch's own internals
                 warnings.simplefilter("ignore", DeprecationWarning)
-                forth: Tensor = torch.func.jvp(self._fn, (self._x,), (change,))[1]
-        except NotImplementedError:  # an operation without forward differentiation: the transpose of the transpose
-            _, transposed, *_ = torch.func.vjp(self._back, torch.zeros_like(self._said))
-            (forth,) = transposed(change)
-        return forth
+                out_tangent: Tensor = torch.func.jvp(self._fn, (self._x,), (tangent,))[1]
+        except NotImplementedError:  # an operation without forward-mode derivative: the transpose of the transpose
+            _, transpose, *_ = torch.func.vjp(self._vjp, torch.zeros_like(self._out))
+            (out_tangent,) = transpose(tangent)
+        return out_tangent
 
-    def pull(self, weight: Tensor) -> Tensor:
+    def vjp(self, cotangent: Tensor) -> Tensor:
         """J^T u for weights of the output, (N, *H) -> (N, *S)."""
-        pulled = self._back(weight).detach()
-        largest = abs_max(pulled)
-        self._count(0, 1, (~(largest.isfinite() & (largest > 0))).long())
-        return pulled.nan_to_num(0.0, 0.0, 0.0)
+        product = self._vjp(cotangent).detach()
+        largest = abs_max(product)
+        self._charge(0, 1, (~(largest.isfinite() & (largest > 0))).long())
+        return product.nan_to_num(0.0, 0.0, 0.0)
 
-    def _back(self, weight: Tensor, *, twice: bool = False) -> Tensor:
-        if self._vjp is not None:
-            return self._vjp(weight)[0]
-        if not self._said.requires_grad:
+    def _vjp(self, cotangent: Tensor, *, create_graph: bool = False) -> Tensor:
+        if self._func_vjp is not None:
+            return self._func_vjp(cotangent)[0]
+        if not self._out.requires_grad:
             return torch.zeros_like(self._x)
-        (pulled,) = torch.autograd.grad(self._said, self._x, weight, retain_graph=True, create_graph=twice, allow_unused=True)
-        return torch.zeros_like(self._x) if pulled is None else pulled
+        (product,) = torch.autograd.grad(
+            self._out, self._x, cotangent, retain_graph=True, create_graph=create_graph, allow_unused=True
+        )
+        return torch.zeros_like(self._x) if product is None else product

@@ -1,4 +1,4 @@
-"""A look inside a model: what its layers are called, and what one of them says."""
+"""The layers of a model: their names, and the output of one of them."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor, nn
 
 from robustkit.errors import ArgumentError
 
-__all__ = ["joined", "layers_of", "up_to"]
+__all__ = ["flat_output", "layer_named", "layers_of", "up_to"]
 
 
-class _Reached(BaseException):
-    """The layer has spoken; the rest of the model need not run."""
+class _StopForward(BaseException):
+    """Raised once the wanted layer has run, so that the rest of the model does not."""
 
 
 @contextmanager
-def _hooked(modules: dict[str, nn.Module], hear: Callable[[str, Any], None]) -> Iterator[None]:
-    """`hear` is called with the name and the output of each of the modules; the hooks are gone afterwards."""
+def _forward_hooks(modules: dict[str, nn.Module], hook: Callable[[str, Any], None]) -> Iterator[None]:
+    """Call `hook(name, output)` whenever one of the modules has run; the hooks are removed on exit."""
     handles = [
-        module.register_forward_hook(lambda _module, _args, out, name=name: hear(name, out)) for name, module in modules.items()
+        module.register_forward_hook(lambda _module, _args, out, name=name: hook(name, out)) for name, module in modules.items()
     ]
     try:
         yield
@@ -32,50 +32,62 @@ def _hooked(modules: dict[str, nn.Module], hear: Callable[[str, Any], None]) -> 
 
 
 def layers_of(module: nn.Module | None, fn: Callable[[Tensor], Any], x: Tensor) -> dict[str, nn.Module]:
-    """The layers that run when `fn` is asked about x, by name, in the order in which they end; those that give one tensor."""
-    named = {name: part for name, part in module.named_modules() if name} if module is not None else {}
-    seen: list[str] = []
+    """The layers that run in `fn(x)` and return one floating-point tensor, by name, in the order in which they finish."""
+    modules = {name: part for name, part in module.named_modules() if name} if module is not None else {}
+    names: list[str] = []
 
-    def hear(name: str, out: Any) -> None:
+    def record(name: str, out: Any) -> None:
         if isinstance(out, Tensor) and out.is_floating_point() and out.shape[:1] == x.shape[:1]:
-            seen.append(name)
+            names.append(name)
 
-    with _hooked(named, hear), torch.no_grad():
+    with _forward_hooks(modules, record), torch.no_grad():
         fn(x.clone())
-    return {name: named[name] for name in dict.fromkeys(seen)}
+    return {name: modules[name] for name in dict.fromkeys(names)}
 
 
-def joined(fn: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
-    """All that `fn` says as one matrix, whether that is one tensor or several, (N, *S) -> (N, D)."""
+def layer_named(name: str, layers: dict[str, nn.Module]) -> nn.Module:
+    """The layer of that name.
 
-    def said(x: Tensor) -> Tensor:
+    Raises:
+        ArgumentError: There is no such layer; the message lists the names.
+    """
+    if name not in layers:
+        raise ArgumentError(f"layer={name!r} does not exist; this model has {', '.join(layers) or 'no layers'}")
+    return layers[name]
+
+
+def flat_output(fn: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
+    """`fn` with its output, one tensor or a nested tuple of tensors, flattened to one matrix, (N, *S) -> (N, D)."""
+
+    def flat_fn(x: Tensor) -> Tensor:
         out = fn(x.clone())
         return torch.cat([part.flatten(1) if part.dim() > 1 else part[:, None] for part in _tensors(out)], 1)
 
-    return said
+    return flat_fn
 
 
 def _tensors(out: Any) -> list[Tensor]:
+    """The floating-point tensors of a nested output."""
     if isinstance(out, Tensor):
         return [out] if out.is_floating_point() else []
     return [tensor for part in out for tensor in _tensors(part)] if isinstance(out, tuple | list) else []
 
 
 def up_to(layer: nn.Module, fn: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
-    """What `layer` says when `fn` is asked, (N, *S) -> (N, *H); nothing runs after it."""
+    """`fn` cut off after `layer`, whose output it returns, (N, *S) -> (N, *H); later layers do not run."""
 
-    def heard(x: Tensor) -> Tensor:
-        said: list[Tensor] = []
+    def truncated(x: Tensor) -> Tensor:
+        outputs: list[Tensor] = []
 
-        def hear(_name: str, out: Any) -> None:
-            said.append(out)
-            raise _Reached
+        def stop(_name: str, out: Any) -> None:
+            outputs.append(out)
+            raise _StopForward
 
-        with _hooked({"": layer}, hear):
+        with _forward_hooks({"": layer}, stop):
             try:
-                fn(x.clone())  # a copy goes in, so that a model that writes to its input harms nobody
-            except _Reached:
-                return said[0]
+                fn(x.clone())  # a copy, since a model may write to its input
+            except _StopForward:
+                return outputs[0]
         raise ArgumentError(f"layer {layer!r} did not run; name one that does")
 
-    return heard
+    return truncated

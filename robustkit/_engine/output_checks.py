@@ -1,4 +1,4 @@
-"""What the answers of a model look like, whoever asks: no numbers at all, or probabilities where logits are expected."""
+"""Checks of a model's outputs: values that are not finite, probabilities in place of logits, and ties."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from robustkit.target import Fn
 
 __all__ = ["are_probabilities", "check_final_output", "check_first_output", "non_finite_rows", "predict_one"]
 
-_SUM = 1e-3  # by so much a row of probabilities may miss 1
+_SUM_TOLERANCE = 1e-3  # of the sum of a row of probabilities
 
 
 def non_finite_rows(out: object) -> Tensor:
-    """Which rows of an output (N, ...), or of a tuple of such, hold a NaN or an infinity, (N,) bool; empty for other things.
+    """Which rows of an output (N, ...), or of a tuple of such, hold a NaN or an infinity, (N,) bool; empty for other outputs.
 
-    Both infinities count: a logit of minus infinity has no gradient, and hides what the other logits would say.
+    Minus infinity counts as well: such a logit has no gradient.
     """
     parts = out if isinstance(out, tuple | list) else (out,)
     rows = [
@@ -30,50 +30,49 @@ def non_finite_rows(out: object) -> Tensor:
 
 
 def are_probabilities(out: Tensor) -> Tensor:
-    """Which rows of an output (N, K) are probabilities, (N,) bool: not negative, and one in sum."""
-    slack = max(_SUM, torch.finfo(out.dtype).eps)  # in bfloat16 each of them is off by more
-    rows: Tensor = (out >= 0).all(1) & ((out.double().sum(1) - 1).abs() <= slack)
+    """Which rows of an output (N, K) are probabilities, (N,) bool: not negative, with sum one."""
+    tolerance = max(_SUM_TOLERANCE, torch.finfo(out.dtype).eps)  # one rounding in bfloat16 is larger than the constant
+    rows: Tensor = (out >= 0).all(1) & ((out.double().sum(1) - 1).abs() <= tolerance)
     return rows
 
 
 def check_first_output(out: object) -> list[Check]:
-    """What the first answers of a run show without any further question: only what was seen, so mostly nothing."""
-    found, lost = [], non_finite_rows(out)
-    if lost.any():
-        found.append(Check("undefined-outputs", int(lost.sum()), len(lost), 0.0))
+    """Checks of the first output of a run; only those with hits are returned."""
+    checks = _check_finite(out)
     if isinstance(out, Tensor) and out.dim() == 2 and out.shape[1] > 1 and out.is_floating_point():
         probabilities = are_probabilities(out)
         if probabilities.any():
-            found.append(Check("probabilities", int(probabilities.sum()), len(out)))
-    return found
+            checks.append(Check("probabilities", int(probabilities.sum()), len(out)))
+    return checks
 
 
-def check_final_output(out: object, level: Tensor) -> list[Check]:
-    """What the final answers of a run show: no numbers, or ties by which alone an example is robust.
-
-    Where there is nothing to be told nothing is, so that sound models have no such evidence at all.
+def check_final_output(out: object, tied: Tensor) -> list[Check]:
+    """Checks of the final outputs of a run; only those with hits are returned.
 
     Args:
-        out: The answers.
-        level: Where the goal is not reached, and yet at its border: two classes share the first place, and the one of the lower
-            number is taken, (N,) bool.
+        out: The outputs.
+        tied: Which examples are robust by a tie alone, (N,) bool: the largest logit occurs twice, and argmax takes the class
+            with the lower index.
     """
-    found, lost = [], non_finite_rows(out)
-    if lost.any():
-        found.append(Check("undefined-outputs", int(lost.sum()), len(lost), 0.0))
-    if level.any():
-        found.append(Check("tied-outputs", int(level.sum()), len(level), 0.01))
-    return found
+    checks = _check_finite(out)
+    if tied.any():
+        checks.append(Check("tied-outputs", int(tied.sum()), len(tied), 0.01))
+    return checks
+
+
+def _check_finite(out: object) -> list[Check]:
+    rows = non_finite_rows(out)
+    return [Check("undefined-outputs", int(rows.sum()), len(rows), 0.0)] if rows.any() else []
 
 
 def predict_one(fn: Fn, x: Tensor) -> tuple[Any, Exception | None]:
-    """What is said of one image (1, *S); a model that fails on a batch of one (batch norm in training mode) is asked about two.
+    """The output for a batch of one, (1, *S); a model that fails on it (batch norm in training mode) is given two copies.
 
     Returns:
-        The answer, and what the model raised on the batch of one.
+        The output of one row, and the exception that the model raised on the batch of one, or None.
 
     Raises:
-        Exception: The model's own, where it fails on two as well.
+        Exception: The model's own, where it fails on two copies as well.
     """
     try:
         return fn(x.clone()), None

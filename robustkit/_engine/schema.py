@@ -1,15 +1,14 @@
-"""The schema of files that hold results, and how those of an older one are read."""
+"""The schema version of result files, and how files of an older version are read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Final
 
-__all__ = ["SCHEMA", "upgrade_facts", "upgrade_results"]
+__all__ = ["SCHEMA", "upgrade_record", "upgrade_results"]
 
 SCHEMA: Final = 2
-# Schema 1 to 2: what flags and notes follow from, and the stages of `Standard`, have the field's words.
-_NAMES: Final = {
+_NEW_NAMES: Final = {  # of stages and checks in schema 2, by their names in schema 1
     "look": "first-pass",
     "border": "boundary",
     "windows": "patches",
@@ -18,18 +17,20 @@ _NAMES: Final = {
 }
 
 
-def upgrade_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags, notes, stages and checks of a result, a block or a record, in the names of schema 2; other keys stay."""
-    if "evidence" not in facts:
-        return dict(facts)
-    renamed = {"checks" if key == "evidence" else key: value for key, value in facts.items()}
-    lists = {key: renamed[key] for key in ("flags", "notes", "stages", "checks") if key in renamed}
-    return renamed | {key: [{**item, "name": _NAMES.get(item["name"], item["name"])} for item in lists[key]] for key in lists}
+def upgrade_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert the flags, notes, stages and checks of a result, a block or a record to schema 2; other keys stay."""
+    if "evidence" not in record:
+        return dict(record)
+    upgraded = {"checks" if key == "evidence" else key: value for key, value in record.items()}
+    for key in ("flags", "notes", "stages", "checks"):
+        if key in upgraded:
+            upgraded[key] = [{**item, "name": _NEW_NAMES.get(item["name"], item["name"])} for item in upgraded[key]]
+    return upgraded
 
 
 def upgrade_results(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a results.json in schema 2; one that is in schema 2 comes back as it is."""
+    """Convert the content of a results.json to schema 2; one of schema 2 is returned unchanged."""
     if results.get("schema", 1) >= SCHEMA:
         return dict(results)
-    renamed = {"worst_case" if key == "together" else key: value for key, value in results.items()}
-    return renamed | {"schema": SCHEMA, "records": [upgrade_facts(record) for record in results["records"]]}
+    upgraded = {"worst_case" if key == "together" else key: value for key, value in results.items()}
+    return upgraded | {"schema": SCHEMA, "records": [upgrade_record(record) for record in results["records"]]}

@@ -1,4 +1,4 @@
-"""Leaving the caller's world as found: a model's modes, gradient switches and buffers, and the global random states."""
+"""Restore the caller's state: a model's modes, `requires_grad` and buffers, and the states of random generators."""
 
 from __future__ import annotations
 
@@ -19,60 +19,60 @@ Mode = Literal["eval", "train", "as-is"]
 
 @contextmanager
 def frozen(module: nn.Module | None, mode: Mode) -> Iterator[None]:
-    """The module in `mode` with frozen parameters; afterwards every flag, switch and buffer is what it was."""
+    """A context with the module in `mode` and frozen parameters; modes, `requires_grad` and buffers are restored on exit."""
     if module is None:
         yield
         return
-    # Flags are set part by part: `train()` may be overridden to do more (merge weights, say), and that would stay.
-    flags = [(part, part.training) for part in module.modules() if hasattr(part, "training")]
-    switches = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    # The mode is set on each submodule, since `train()` may be overridden with lasting effects, such as merging weights.
+    modes = [(submodule, submodule.training) for submodule in module.modules() if hasattr(submodule, "training")]
+    requires_grad = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     buffers = [
-        (part, name, buffer, buffer.detach().clone())
-        for part in module.modules()
-        for name, buffer in part.named_buffers(recurse=False)
+        (submodule, name, buffer, buffer.detach().clone())
+        for submodule in module.modules()
+        for name, buffer in submodule.named_buffers(recurse=False)
         if not buffer.is_meta
     ]
     try:
-        for part, _ in flags if mode != "as-is" else []:
-            part.training = mode == "train"
-        for parameter, _ in switches:
+        for submodule, _ in modes if mode != "as-is" else []:
+            submodule.training = mode == "train"
+        for parameter, _ in requires_grad:
             parameter.requires_grad_(False)
         yield
     finally:
-        for part, flag in flags:
-            part.training = flag
-        for parameter, switch in switches:
-            parameter.requires_grad_(switch)
-        for part, name, buffer, before in buffers:
-            _restore(part, name, buffer, before)
+        for submodule, training in modes:
+            submodule.training = training
+        for parameter, required in requires_grad:
+            parameter.requires_grad_(required)
+        for submodule, name, buffer, saved in buffers:
+            _restore_buffer(submodule, name, buffer, saved)
 
 
-def _restore(part: nn.Module, name: str, buffer: Tensor, before: Tensor) -> None:
-    scripted = isinstance(part, torch.jit.ScriptModule)  # these hand out a new tensor object for each look
-    if not scripted and part._buffers.get(name) is not buffer:
-        part._buffers[name] = buffer
-    # Through `.data`, and only where it changed: autograd is to see no write, since the caller may have a graph under way.
-    if buffer.shape != before.shape:
-        buffer.data = before
-    elif not torch.equal(buffer, before):
-        buffer.data.copy_(before)
+def _restore_buffer(submodule: nn.Module, name: str, buffer: Tensor, saved: Tensor) -> None:
+    scripted = isinstance(submodule, torch.jit.ScriptModule)  # these return a new tensor object on every access
+    if not scripted and submodule._buffers.get(name) is not buffer:
+        submodule._buffers[name] = buffer
+    # Through `.data`, and only where it changed: the caller may hold a graph, and autograd must not see a write.
+    if buffer.shape != saved.shape:
+        buffer.data = saved
+    elif not torch.equal(buffer, saved):
+        buffer.data.copy_(saved)
 
 
-def random_state(own: Iterable[object] = ()) -> tuple[bytes, ...]:
-    """The states of the global generators of torch (CPU and the devices in use), numpy and Python, and of some others."""
-    states = [torch.get_rng_state()] + (torch.cuda.get_rng_state_all() if _cuda_in_use() else [])
-    numbers = [pickle.dumps(np.random.get_state()), pickle.dumps(random.getstate())]
-    return (*(state.cpu().numpy().tobytes() for state in states), *numbers, *map(_state_of, own))
+def random_state(generators: Iterable[object] = ()) -> tuple[bytes, ...]:
+    """The states of the global generators of torch (CPU, and CUDA if in use), numpy and Python, and of `generators`."""
+    torch_states = [torch.get_rng_state()] + (torch.cuda.get_rng_state_all() if _cuda_in_use() else [])
+    other_states = [pickle.dumps(np.random.get_state()), pickle.dumps(random.getstate())]
+    return (*(state.cpu().numpy().tobytes() for state in torch_states), *other_states, *map(_state_bytes, generators))
 
 
-def _state_of(generator: object) -> bytes:
+def _state_bytes(generator: object) -> bytes:
     if isinstance(generator, torch.Generator):
         return generator.get_state().cpu().numpy().tobytes()
     return pickle.dumps(generator)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on the GPU or on the CPU."""
+    """Whether an exception means that memory ran out, on the GPU or on the CPU."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
@@ -82,7 +82,7 @@ def _cuda_in_use() -> bool:
 
 @contextmanager
 def fork_rng(seed: int) -> Iterator[None]:
-    """The global generators of torch, numpy and Python seeded inside, and afterwards as they were."""
+    """A context in which the global generators of torch, numpy and Python are seeded; their states are restored on exit."""
     torch_before = torch.get_rng_state()
     cuda_before = torch.cuda.get_rng_state_all() if _cuda_in_use() else None
     numpy_before, python_before = np.random.get_state(), random.getstate()
@@ -101,25 +101,25 @@ def fork_rng(seed: int) -> Iterator[None]:
 
 @contextmanager
 def fork_generators(generators: Iterable[Any], seed: int) -> Iterator[None]:
-    """Generators of somebody's own (of torch, numpy or Python) seeded inside, and afterwards as they were."""
+    """A context in which these generators (of torch, numpy or Python) are seeded; their states are restored on exit."""
     generators = list(generators)
-    states = [_get(generator) for generator in generators]
+    states = [_get_state(generator) for generator in generators]
     try:
         for number, generator in enumerate(generators):
             _seed(generator, (seed + number) % 2**63)
         yield
     finally:
         for generator, state in zip(generators, states, strict=True):
-            _set(generator, state)
+            _set_state(generator, state)
 
 
-def _get(generator: Any) -> Any:
+def _get_state(generator: Any) -> Any:
     if isinstance(generator, torch.Generator | np.random.RandomState):
         return generator.get_state()
     return generator.bit_generator.state if isinstance(generator, np.random.Generator) else generator.getstate()
 
 
-def _set(generator: Any, state: Any) -> None:
+def _set_state(generator: Any, state: Any) -> None:
     if isinstance(generator, torch.Generator | np.random.RandomState):
         generator.set_state(state)
     elif isinstance(generator, np.random.Generator):

@@ -1,4 +1,4 @@
-"""The decision boundary of a goal as something to go to: its distance as the loss."""
+"""The decision boundary of a goal as a goal: its loss is the signed margin to the boundary."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ __all__ = ["DecisionBoundary"]
 @final
 @dataclass(frozen=True, repr=False)
 class DecisionBoundary(Goal):
-    """Another goal, whose loss is how far its border is."""
+    """Wraps a goal: same success, but the loss is the goal's boundary margin, which is zero on the decision boundary."""
 
     goal: Goal
 
     def loss(self, out: Out, ref: Tensor) -> Tensor:
-        """The edge of the goal, (N,)."""
+        """The boundary margin of the goal, (N,): positive before the boundary, negative beyond it."""
         return self.goal.boundary_margin(out, ref)
 
     def success(self, out: Out, ref: Tensor) -> Tensor:
-        """Where the goal is reached."""
+        """Whether the wrapped goal is reached, (N,) bool."""
         return self.goal.success(out, ref)
 
     @property
     def vanishes_at_x(self) -> bool:  # type: ignore[override]
-        """What the goal says of its gradient."""
+        """Whether the gradient of the wrapped goal vanishes at x."""
         return self.goal.vanishes_at_x

@@ -1,4 +1,4 @@
-"""What FMN keeps of each example: a ball whose size follows the border, and whether the view of the model can be believed."""
+"""The state of FMN for each example: a ball whose size follows the decision boundary, and checks of claimed successes."""
 
 from __future__ import annotations
 
@@ -14,56 +14,57 @@ from robustkit.attacks._max_threat import max_threat
 from robustkit.problem import Problem
 from robustkit.threats import L2, Linf, Pixels, Threat
 
-__all__ = ["Balls", "SuccessCheck"]
+__all__ = ["AdaptiveBalls", "SuccessCheck"]
 
 
 @final
-class Balls:
-    """A ball for each of N examples: it shrinks where the goal was reached and grows where it was not, up to the budget.
+class AdaptiveBalls:
+    """One ball per example: it shrinks after a success and grows after a failure, also beyond the budget.
 
     Attributes:
-        size: The present sizes, (N,) float64.
-        best: The sizes of the smallest changes that reached the goal, (N,) float64, infinite before the first.
+        size: The current radii, (N,) float64.
+        smallest: The sizes of the smallest successful perturbations, (N,) float64; infinite before the first success.
     """
 
     def __init__(self, threat: Threat, x: Tensor) -> None:
-        self._threat, self._x, self._counts = threat, x, isinstance(threat, Pixels)
+        self._threat, self._x, self._is_l0 = threat, x, isinstance(threat, Pixels)
         budget = torch.as_tensor(threat.eps, dtype=torch.float64, device=x.device).expand(len(x))
-        # Beyond the budget too: where a model is flat around x, only the border itself shows the way along it.
-        self._most = budget.clamp(max=x[0, 0].numel()).floor() if self._counts else _whole(threat, x, budget)
-        # Below this a change is lost in rounding: the start of an example that sits on the border.
-        self._least = torch.minimum(4 * threat.slack(x), self._most).clamp(min=1.0 if self._counts else 1e-12)
-        self.size, self.best = torch.ones_like(self._most), torch.full_like(self._most, torch.inf)
+        # The limit is the whole box: where a model is flat around x, only the gradient at the boundary shows the way.
+        self._upper = budget.clamp(max=x[0, 0].numel()).floor() if self._is_l0 else _box_radius(threat, x, budget)
+        # Smaller perturbations are lost in rounding; this is the radius for an x that lies on the boundary.
+        self._lower = torch.minimum(4 * threat.slack(x), self._upper).clamp(min=1.0 if self._is_l0 else 1e-12)
+        self.size, self.smallest = torch.ones_like(self._upper), torch.full_like(self._upper, torch.inf)
 
-    def next(self, x_adv: Tensor, edge: Tensor, grad: Tensor, reached: Tensor, gamma: float) -> Threat:
+    def next(self, x_adv: Tensor, margin: Tensor, grad: Tensor, success: Tensor, gamma: float) -> Threat:
         """The ball of the next step: lines 6 to 12 of algorithm 1, or their form for L0.
 
         Args:
-            x_adv: The present points, (N, *S).
-            edge: How far the goal is there, (N,).
-            grad: The gradient of that, (N, *S).
-            reached: Where the goal is reached, (N,) bool.
-            gamma: By which share sizes change.
+            x_adv: The current iterates, (N, *S).
+            margin: Their signed margin to the decision boundary, (N,).
+            grad: Its gradient, (N, *S).
+            success: Whether the goal is reached, (N,) bool.
+            gamma: The share by which radii shrink and grow.
         """
-        change = self._threat.size(x_adv, self._x)
-        self.best = torch.where(reached, torch.minimum(self.best, change), self.best)
-        less, more = self.size * (1 - gamma), self.size * (1 + gamma)
-        if self._counts:
-            less, more = less.floor(), torch.maximum(self.size + 1, more.floor())
+        distance = self._threat.size(x_adv, self._x)
+        self.smallest = torch.where(success, torch.minimum(self.smallest, distance), self.smallest)
+        shrunk, grown = self.size * (1 - gamma), self.size * (1 + gamma)
+        if self._is_l0:
+            shrunk, grown = shrunk.floor(), torch.maximum(self.size + 1, grown.floor())
         else:
-            more = torch.where(self.best < torch.inf, more, (change + self._distance(x_adv, edge, grad)) * (1 + gamma))
-        size = torch.where(reached, torch.minimum(less, self.best), more).nan_to_num(math.inf)
-        self.size = torch.minimum(torch.maximum(size, self._least), self._most)
+            to_boundary = (distance + self._linear_distance(x_adv, margin, grad)) * (1 + gamma)
+            grown = torch.where(self.smallest < torch.inf, grown, to_boundary)
+        size = torch.where(success, torch.minimum(shrunk, self.smallest), grown).nan_to_num(math.inf)
+        self.size = torch.minimum(torch.maximum(size, self._lower), self._upper)
         return replace(self._threat, eps=self.size)
 
-    def _distance(self, x_adv: Tensor, edge: Tensor, grad: Tensor) -> Tensor:
-        """How far the border would be if the model were linear, (N,) float64, with the coordinates that the box leaves free."""
+    def _linear_distance(self, x_adv: Tensor, margin: Tensor, grad: Tensor) -> Tensor:
+        """The distance to the boundary of the linearised model, (N,) float64, along coordinates that the box leaves free."""
         dual = 1 if isinstance(self._threat, Linf) else 2 if isinstance(self._threat, L2) else math.inf
-        return edge.double().abs() / norm(self._threat.movable(-grad, x_adv), dual)
+        return margin.double().abs() / norm(self._threat.movable(-grad, x_adv), dual)
 
 
-def _whole(threat: Threat, x: Tensor, budget: Tensor) -> Tensor:
-    """The size of a ball that holds the whole box, (N,); without a box, a hundred budgets."""
+def _box_radius(threat: Threat, x: Tensor, budget: Tensor) -> Tensor:
+    """The radius of a ball that contains the whole box, (N,); a hundred budgets without a box."""
     if threat.bounds is None:
         return 100 * budget
     return torch.full_like(budget, float(max_threat(threat, x).eps))
@@ -71,18 +72,18 @@ def _whole(threat: Threat, x: Tensor, budget: Tensor) -> Tensor:
 
 @final
 class SuccessCheck:
-    """What the adversary's view says of success, compared with the deployed function where that may tell otherwise."""
+    """Compares success in the adversary's view with success on the deployed function, where they may differ."""
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
-        self._asked, self._doubted = (torch.zeros_like(problem.unsolved) for _ in range(2))
+        self._checked, self._view_was_wrong = (torch.zeros_like(problem.unsolved) for _ in range(2))
 
-    def checked(self, x_adv: Tensor, reached: Tensor) -> Tensor:
-        """`reached` (N,) bool, corrected: the first claim of each example is looked at, and every one if that was wrong."""
-        at = (reached & (self._doubted | ~self._asked)).nonzero().squeeze(1)
-        if not len(at):
-            return reached
-        true = self._problem[at].reliably_reached(x_adv[at])
-        self._asked[at] = True
-        self._doubted[at] |= ~true
-        return reached.index_put((at,), true)
+    def verify(self, x_adv: Tensor, claimed: Tensor) -> Tensor:
+        """`claimed`, (N,) bool, corrected by queries: the first claim of each example, and all after a wrong one."""
+        rows = (claimed & (self._view_was_wrong | ~self._checked)).nonzero().squeeze(1)
+        if not len(rows):
+            return claimed
+        confirmed = self._problem[rows].reliably_reached(x_adv[rows])
+        self._checked[rows] = True
+        self._view_was_wrong[rows] |= ~confirmed
+        return claimed.index_put((rows,), confirmed)

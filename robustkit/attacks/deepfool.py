@@ -1,4 +1,4 @@
-"""The nearest border of the linearised model, again and again."""
+"""DeepFool: steps to the nearest decision boundary of the linearised model."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ from robustkit.goals import Out
 from robustkit.problem import Problem
 from robustkit.threats import L2, Linf, Threat
 
-__all__ = ["DeepFool"]
+__all__ = ["DeepFool", "cross_boundary", "nearest_boundary"]
 
-_FURTHER = 1.1  # by so much a change grows with which the deployed function is not content
+_GROWTH = 1.1  # factor on a perturbation that crosses the boundary of the view but not that of the deployed function
 
 
 @final
 @dataclass(frozen=True)
 class DeepFool(Attack):
-    """Each step goes straight to the nearest border that a linear model would have, and a little further.
+    """Each step goes to the nearest decision boundary of the linearised model, and a little beyond it.
 
-    It looks for a small change, not for the largest loss inside a budget: `keep="smallest"` shows what it is made for.
-    Every goal is served through its parts (one for each other class) and their edges. Unlike in the paper each point is
-    brought into the threat set, so that a border beyond the budget is approached as far as the budget goes.
+    It minimises the size of the perturbation, so it is at its best under `keep="smallest"`. Every goal is supported through
+    its parts (one per other class) and their boundary margins. Unlike in the paper, each point is projected onto the threat
+    set: a boundary beyond the budget is approached as far as the budget allows.
 
     Attributes:
-        steps: The most steps; an example stops at the first success.
-        candidates: How many parts of the goal, the likeliest ones, compete for the nearest border; each costs a gradient.
-        overshoot: By which share the whole change is made longer than the linear model asks for.
+        steps: Largest number of steps; an example stops at its first success.
+        candidates: Number of parts of the goal, likeliest first, among which the nearest boundary is chosen; each costs a
+            backward pass.
+        overshoot: The share by which the whole perturbation is lengthened (eta of the paper).
 
     Source: Moosavi-Dezfooli, Fawzi & Frossard 2016, algorithm 2 and, for Linf, equations 10 to 12
     (https://arxiv.org/abs/1511.04599): 50 steps, 10 candidates, overshoot 0.02.
@@ -51,74 +52,74 @@ class DeepFool(Attack):
         not_negative(overshoot=self.overshoot)
 
     def run(self, problem: Problem) -> Tensor:
-        """The loop of the paper, each point inside the threat set."""
+        """Algorithm 2, with each point projected onto the threat set."""
         x, threat = problem.x, problem.threat
 
-        def place(rows: Tensor, change: Tensor) -> Tensor:
-            return threat[rows].project(x[rows] + change, x[rows])
+        def apply(rows: Tensor, perturbation: Tensor) -> Tensor:
+            return threat[rows].project(x[rows] + perturbation, x[rows])
 
-        change = to_the_border(problem, place, self.steps, self.candidates, self.overshoot)
-        return threat.project(x + change, x)
+        perturbation = cross_boundary(problem, apply, self.steps, self.candidates, self.overshoot)
+        return threat.project(x + perturbation, x)
 
 
-def to_the_border(
-    problem: Problem, place: Callable[[Tensor, Tensor], Tensor], steps: int, candidates: int, overshoot: float
+def cross_boundary(
+    problem: Problem, apply: Callable[[Tensor, Tensor], Tensor], steps: int, candidates: int, overshoot: float
 ) -> Tensor:
-    """The changes that bring the examples over the nearest borders, and a little further, (N, *S).
+    """The perturbations that move the examples across the nearest decision boundaries, (N, *S).
 
-    Where the adversary's view says that the goal is reached and the deployed function does not, or not on most draws, the whole
-    change grows: such an example is not done.
+    An example that reaches the goal in the adversary's view, but not on the deployed function (or not on most draws of it),
+    is not done: its whole perturbation is enlarged.
 
     Args:
         problem: The examples.
-        place: Where changes lead, rows (M,) and changes (M, *S) -> points (M, *S).
-        steps: The most steps.
-        candidates: How many parts of the goal compete.
-        overshoot: By which share the changes go further.
+        apply: Maps rows (M,) and perturbations (M, *S) to points (M, *S).
+        steps: Largest number of steps.
+        candidates: Number of parts of the goal among which the nearest boundary is chosen.
+        overshoot: The share by which the perturbations are lengthened.
     """
-    change = torch.zeros_like(problem.x)
-    left = torch.arange(len(problem), device=problem.x.device)
+    perturbation = torch.zeros_like(problem.x)
+    rows = torch.arange(len(problem), device=problem.x.device)
     for _ in problem.steps(steps):
-        left = left[problem.unsolved[left]]
-        if not len(left):
+        rows = rows[problem.unsolved[rows]]
+        if not len(rows):
             break
-        some, points = problem[left], place(left, (1 + overshoot) * change[left])
-        step, seen, reached = nearest_border(some, points, candidates)
-        change[left] += step
-        early = reached.nonzero().squeeze(1)
-        early = early[~some[early].reliably_reached(points[early])]
-        change[left[early]] *= _FURTHER
-        going = seen & ~reached
-        going[early] = True
-        left = left[going]
-    return (1 + overshoot) * change
+        active, points = problem[rows], apply(rows, (1 + overshoot) * perturbation[rows])
+        step, has_boundary, reached = nearest_boundary(active, points, candidates)
+        perturbation[rows] += step
+        unconfirmed = reached.nonzero().squeeze(1)
+        unconfirmed = unconfirmed[~active[unconfirmed].reliably_reached(points[unconfirmed])]
+        perturbation[rows[unconfirmed]] *= _GROWTH
+        continues = has_boundary & ~reached
+        continues[unconfirmed] = True
+        rows = rows[continues]
+    return (1 + overshoot) * perturbation
 
 
-def nearest_border(problem: Problem, x_adv: Tensor, candidates: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The shortest step from `x_adv` to a border of the goal, were the model linear, measured as the threat measures.
+def nearest_boundary(problem: Problem, x_adv: Tensor, candidates: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The shortest step from `x_adv` to a decision boundary of the linearised model, in the norm of the threat.
 
-    Coordinates that the box holds fast do not count: unlike in the paper, which knows no box, the border is sought with the
-    others. Otherwise most of a step would be cut off, and the border come nearer for ever.
+    Unlike in the paper, which has no box, coordinates that the box blocks are left out of the linear model. Otherwise the
+    clamp would remove most of a step, and the iterates would approach the boundary without reaching it.
 
     Returns:
-        The step, (N, *S), zero where the view says that the goal is reached, or where no border is in sight; whether one is,
-        (N,) bool; whether it says so, (N,) bool.
+        The step, (N, *S): zero where the goal is reached in the adversary's view, and where no gradient leads to a
+        boundary. Whether one does, (N,) bool. Whether the goal is reached in the view, (N,) bool.
     """
 
-    def edges(out: Out, ref: Tensor) -> Iterator[Tensor]:
+    def margins(out: Out, ref: Tensor) -> Iterator[Tensor]:
         return (goal.boundary_margin(out, part) for goal, part in problem.goal.parts(out, ref)[:candidates])
 
     step = zero = torch.zeros_like(x_adv)
     shortest = torch.full((len(problem),), torch.inf, dtype=x_adv.dtype, device=x_adv.device)
     reached = torch.zeros_like(problem.unsolved)
-    for edge, grad in problem.gradients(x_adv, edges):
-        down = problem.threat.movable(-grad, x_adv)
-        unit = problem.threat.move(down, zero, problem.x, 1.0)
-        # A tie is a border that one has to leave; where there is no gradient the quotient is infinite or no number.
-        length = torch.where(edge == 0, torch.finfo(edge.dtype).resolution, edge / dot(down, unit))
-        reached |= edge < 0
+    for margin, grad in problem.gradients(x_adv, margins):
+        descent = problem.threat.movable(-grad, x_adv)
+        unit = problem.threat.move(descent, zero, problem.x, 1.0)
+        # At a tie the point lies on the boundary and has to leave it; without a gradient the quotient is infinite or NaN.
+        length = torch.where(margin == 0, torch.finfo(margin.dtype).resolution, margin / dot(descent, unit))
+        reached |= margin < 0
         shorter = (length > 0) & (length < shortest)
         shortest = torch.where(shorter, length, shortest)
         step = torch.where(expand_rows(shorter, x_adv), as_rows(length, x_adv) * unit, step)
-    seen = shortest < torch.inf
-    return torch.where(expand_rows(seen & ~reached, x_adv), step, 0), seen, reached
+    has_boundary = shortest < torch.inf
+    return torch.where(expand_rows(has_boundary & ~reached, x_adv), step, 0), has_boundary, reached

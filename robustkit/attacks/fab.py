@@ -1,4 +1,4 @@
-"""Fast adaptive boundary attack: a walk along the border, from outside, towards the input."""
+"""The fast adaptive boundary attack: a walk along the decision boundary towards the input."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from robustkit._engine.field_checks import at_least, not_negative, positive
-from robustkit._engine.tensors import as_rows, dot, expand_rows
+from robustkit._engine.tensors import as_rows, dot
 from robustkit.attack import Attack
 from robustkit.attacks._boundary import DecisionBoundary
+from robustkit.attacks._descent import BestPoint
 from robustkit.attacks._hyperplane import move_length, project_to_hyperplane
 from robustkit.errors import ArgumentError
 from robustkit.losses import margin
@@ -20,30 +21,30 @@ from robustkit.threats import L2, Linf, Threat
 
 __all__ = ["FAB", "boundary_walk"]
 
-_TINY = 1e-8  # a move so short has no direction
-_CROWDED = 0.8  # of the examples still walk: the others are let go
+_MIN_LENGTH = 1e-8  # lower limit on the length of a move, which is divided by
+_COMPACT_BELOW = 0.8  # solved examples leave the batch once fewer than this share of it are unsolved
 
 
 @final
 @dataclass(frozen=True)
 class FAB(Attack):
-    """Projects onto the border of the linearised model, from the iterate and from x, and goes between the two.
+    """Projects both the iterate and x onto the boundary of the linearised model, and steps to a point between the two.
 
-    It looks for a small change, not for the largest loss inside a budget: `keep="smallest"` shows what it is made for. What is
-    on the way may lie far outside of the budget. That is its strength: where a model is flat around x, as nets with thresholds
-    in their first layer are, only the border itself shows the way along it.
+    It minimises the size of the perturbation, so it is at its best under `keep="smallest"`. Iterates may lie far outside the
+    budget. This is its strength: where a model is flat around x, as networks with thresholds in their first layer are, only
+    the gradient at the boundary shows a way along it.
 
     Attributes:
-        steps: Of a walk along the border of one part of the goal; each is one pass, forward and back.
-        parts: How many parts of the goal, the likeliest at x, are tried; each has a walk of its own, from x.
-        bias: How much of a step goes to the projection of x, at most (alpha_max).
-        overshoot: By which factor moves onto the border are made longer (eta).
-        pull: Where the goal is reached, the share of the change that is kept (beta).
+        steps: Steps of the walk along the boundary of one part of the goal; each is one forward and one backward pass.
+        parts: Number of parts of the goal, likeliest at x first; each has a walk of its own, which starts at x.
+        bias: Largest weight of the projection of x in a step (alpha_max).
+        overshoot: Factor on moves onto the boundary (eta).
+        pull: Share of the perturbation that is kept after a success (beta).
 
     Source: Croce & Hein 2020, "Minimally distorted adversarial examples with a fast adaptive boundary attack", algorithm 1
-        (https://arxiv.org/abs/1907.02044), in its targeted form. There: 100 steps, pull 0.9. Here the way back and the next
-        projection use the gradient at the point that reached the goal, so that a step is one pass and not two, and there is no
-        final search: on the way back the next steps find the border.
+        (https://arxiv.org/abs/1907.02044), in its targeted form. There: 100 steps, pull 0.9. Here the backward step and the
+        next projection use the gradient at the successful point, so that a step is one pass and not two; and there is no
+        final search, because the steps after a backward step find the boundary again.
     """
 
     serves: ClassVar[tuple[type[Threat], ...]] = (Linf, L2)
@@ -59,53 +60,47 @@ class FAB(Attack):
         at_least(1, steps=self.steps, parts=self.parts)
         positive(pull=self.pull)
         not_negative(bias=self.bias, overshoot=self.overshoot)
-        for name, value, rule in (
+        for name, value, in_range in (
             ("bias", self.bias, self.bias <= 1),
             ("pull", self.pull, self.pull < 1),
             ("overshoot", self.overshoot, self.overshoot >= 1),
         ):
-            if not rule:
+            if not in_range:
                 raise ArgumentError(
                     f"{name}={value!r} is out of its range: bias is at most 1, pull below 1, overshoot at least 1"
                 )
 
     def run(self, problem: Problem) -> Tensor:
-        """One walk for each part, from x."""
-        x_adv, smallest = problem.x, torch.full((len(problem),), torch.inf, dtype=problem.x.dtype, device=problem.x.device)
+        """One boundary walk for each part of the goal, from x."""
+        best = BestPoint(problem.x)
         goal = problem.goal.with_surrogate(margin)
         for part, ref in goal.parts(problem.predict(problem.x), problem.ref)[: self.parts]:
-            points, size = boundary_walk(problem.with_surrogate(DecisionBoundary(part), ref), self.steps, self)
-            nearer = size < smallest
-            x_adv, smallest = torch.where(expand_rows(nearer, x_adv), points, x_adv), torch.minimum(size, smallest)
-        return problem.threat.project(x_adv, problem.x)
+            best.update(*boundary_walk(problem.with_surrogate(DecisionBoundary(part), ref), self.steps, self))
+        return problem.threat.project(best.x_adv, problem.x)
 
 
-def boundary_walk(problem: Problem, steps: int, how: FAB) -> tuple[Tensor, Tensor]:
-    """The nearest points beyond the border that a walk comes to, (N, *S), and how far they are, (N,); x and infinite if none.
+def boundary_walk(problem: Problem, steps: int, config: FAB) -> tuple[Tensor, Tensor]:
+    """The smallest perturbations beyond the boundary on a walk along it: points (N, *S) and sizes (N,); x and inf if none.
 
-    The loss that the problem follows has to be an edge: what it is above, the border is at zero.
+    The loss of the problem must be a signed margin: positive before the boundary, zero on it, negative beyond it.
     """
-    found, rows = problem.x.clone(), torch.arange(len(problem), device=problem.x.device)
-    smallest = torch.full((len(problem),), torch.inf, dtype=problem.x.dtype, device=problem.x.device)
-    at = problem.x
+    best, rows = BestPoint(problem.x), torch.arange(len(problem), device=problem.x.device)
+    x_adv = problem.x
     for _ in problem.steps(steps):
-        still = problem.unsolved.nonzero().squeeze(1)
-        if len(still) < _CROWDED * len(rows):
-            problem, rows, at = problem[still], rows[still], at[still]
+        unsolved = problem.unsolved.nonzero().squeeze(1)
+        if len(unsolved) < _COMPACT_BELOW * len(rows):
+            problem, rows, x_adv = problem[unsolved], rows[unsolved], x_adv[unsolved]
         x, threat = problem.x, problem.threat
-        edge, grad = problem.loss_and_grad(at)
-        reached, size = edge < 0, move_length(threat, at - x)
-        nearer = (reached & (size < smallest[rows])).nonzero().squeeze(1)
-        found[rows[nearer]], smallest[rows[nearer]] = at[nearer], size[nearer]
-        # The edge of a linear model at two points: at x, and at the iterate, which goes back part of the way if it is beyond.
-        drawn = reached.to(x) * (1 - how.pull)
-        slope = dot(grad, x - at)
-        back = torch.lerp(at, x, as_rows(drawn, x))
-        one, two = (
-            project_to_hyperplane(threat, back, grad, edge + drawn * slope),
-            project_to_hyperplane(threat, x, grad, edge + slope),
-        )
-        length = [move_length(threat, move).clamp(min=_TINY) for move in (one, two)]
-        share = as_rows((length[0] / (length[0] + length[1])).clamp(max=how.bias), x)
-        at = threat.clamp(torch.lerp(back, x, share) + how.overshoot * torch.lerp(one, two, share))
-    return found, smallest
+        boundary_margin, grad = problem.loss_and_grad(x_adv)
+        beyond, size = boundary_margin < 0, move_length(threat, x_adv - x)
+        best.update(x_adv, torch.where(beyond, size, torch.inf), rows)
+        # Backward step: iterates beyond the boundary go part of the way to x.
+        back = beyond.to(x) * (1 - config.pull)
+        change_to_x = dot(grad, x - x_adv)  # of the linear model
+        start = torch.lerp(x_adv, x, as_rows(back, x))
+        from_start = project_to_hyperplane(threat, start, grad, boundary_margin + back * change_to_x)
+        from_x = project_to_hyperplane(threat, x, grad, boundary_margin + change_to_x)
+        start_length, x_length = (move_length(threat, move).clamp(min=_MIN_LENGTH) for move in (from_start, from_x))
+        alpha = as_rows((start_length / (start_length + x_length)).clamp(max=config.bias), x)
+        x_adv = threat.clamp(torch.lerp(start, x, alpha) + config.overshoot * torch.lerp(from_start, from_x, alpha))
+    return best.x_adv, best.loss

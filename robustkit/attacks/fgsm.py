@@ -16,12 +16,12 @@ __all__ = ["FGSM"]
 @final
 @dataclass(frozen=True)
 class FGSM(Attack):
-    """The point of the threat set where the linearised loss is smallest: x - eps * sign(grad) for Linf, cut to the box.
+    """Minimises the linearised loss over the threat set: x - eps * sign(grad) for Linf, clamped to the box.
 
-    Targeted FGSM is FGSM with `goal=ClassifyAs()`. It is the weakest gradient attack there is: a model that resists it
-    has shown little.
+    Targeted FGSM is FGSM with `goal=ClassifyAs()`. It is the weakest gradient attack: resisting it alone is no evidence of
+    robustness.
 
-    Source: Goodfellow et al. 2015, section 4 (https://arxiv.org/abs/1412.6572); unlike there, for every threat.
+    Source: Goodfellow et al. 2015, section 4 (https://arxiv.org/abs/1412.6572), there for Linf only.
     """
 
     def run(self, problem: Problem) -> Tensor:

@@ -1,4 +1,4 @@
-"""Iterative FGSM along an average of the gradients so far."""
+"""Momentum iterative FGSM."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["MIFGSM"]
 @final
 @dataclass(frozen=True)
 class MIFGSM(Attack):
-    """Iterative FGSM with momentum: directions that persist add up, those that oscillate cancel.
+    """Iterative FGSM along an accumulated, L1-normalised gradient: persistent directions add up, oscillations cancel.
 
     Attributes:
         steps: Number of steps.
-        reach: Length of the whole path in budgets; each step is reach / steps of the budget.
-        decay: Weight of the past; 0 is iterative FGSM.
+        reach: Length of the whole path in budgets: each step is reach / steps of the budget.
+        decay: Weight of the accumulated gradient (mu of the paper); 0 is iterative FGSM.
 
     Source: Dong et al. 2018, algorithm 1 (https://arxiv.org/abs/1710.06081): 10 steps, reach 1, decay 1.
     """
@@ -39,11 +39,11 @@ class MIFGSM(Attack):
         not_negative(decay=self.decay)
 
     def run(self, problem: Problem) -> Tensor:
-        """The loop of the paper."""
+        """Algorithm 1."""
         x, threat = problem.x, problem.threat
-        x_adv, velocity = x, torch.zeros_like(x)
+        x_adv, momentum = x, torch.zeros_like(x)
         for _ in problem.steps(self.steps):
             _, grad = problem.loss_and_grad(x_adv)
-            velocity = self.decay * velocity + grad / as_rows(norm(grad, 1).clamp(min=torch.finfo(grad.dtype).tiny), grad)
-            x_adv = threat.project(threat.step(-velocity, x_adv, x, self.reach / self.steps), x)
+            momentum = self.decay * momentum + grad / as_rows(norm(grad, 1).clamp(min=torch.finfo(grad.dtype).tiny), grad)
+            x_adv = threat.project(threat.step(-momentum, x_adv, x, self.reach / self.steps), x)
         return x_adv

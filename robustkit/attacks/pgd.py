@@ -1,4 +1,4 @@
-"""Projected gradient descent, and with it iterative FGSM."""
+"""Projected gradient descent; without a random start it is iterative FGSM."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import final
 
 from torch import Tensor
 
-from robustkit._engine.field_checks import at_least, positive
+from robustkit._engine.field_checks import at_least, positive, positive_or_none
 from robustkit.attack import Attack
 from robustkit.problem import Problem
 
@@ -17,18 +17,18 @@ __all__ = ["PGD"]
 @final
 @dataclass(frozen=True)
 class PGD(Attack):
-    """Steps against the gradient of the loss, each followed by a projection on the threat set.
+    """Steps against the gradient of the loss, each projected onto the threat set.
 
     `PGD(random_start=False)` is iterative FGSM, also called BIM (Kurakin et al. 2017, section 2.2).
 
     Attributes:
         steps: Number of steps.
-        reach: Length of the whole path in budgets; each step is reach / steps of the budget. The default lets the path
-            cross the ball from any start whatever the number of steps.
+        reach: Length of the whole path in budgets: each step is reach / steps of the budget. The default path can cross
+            the ball from any start, whatever the number of steps.
         step_size: Length of each step in input units; overrides `reach`.
         random_start: Start from a random point of the threat set instead of x.
 
-    Source: Madry et al. 2018, section 2.1 (https://arxiv.org/abs/1706.06083); 40 steps of 0.01 for eps = 0.3 there.
+    Source: Madry et al. 2018, section 2.1 (https://arxiv.org/abs/1706.06083): 40 steps of 0.01 for eps = 0.3.
     """
 
     steps: int = 40
@@ -38,10 +38,11 @@ class PGD(Attack):
 
     def __post_init__(self) -> None:
         at_least(1, steps=self.steps)
-        positive(reach=self.reach, step_size=self.step_size)
+        positive(reach=self.reach)
+        positive_or_none(step_size=self.step_size)
 
     def run(self, problem: Problem) -> Tensor:
-        """The loop of the paper."""
+        """The iteration of section 2.1."""
         x, threat = problem.x, problem.threat
         x_adv = problem.start() if self.random_start else x
         for _ in problem.steps(self.steps):

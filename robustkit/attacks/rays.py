@@ -1,4 +1,4 @@
-"""Search for the shortest ray to another decision, by the decisions alone."""
+"""RayS: a search for the shortest ray to another decision, by decisions alone."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from robustkit.threats import L2, Linf, Threat
 
 __all__ = ["RayS"]
 
-_FAR = 1000.0  # budgets that a ray is followed where no box ends it
+_UNBOUNDED_RADIUS = 1000.0  # in budgets: the length of a ray where there is no box
 
 
 @final
 @dataclass(frozen=True)
 class RayS(Attack):
-    """Rays from x along vectors of signs; blocks of signs are flipped, and a flip stays if the goal is reached sooner.
+    """Searches over sign vectors for the ray from x on which the goal is reached soonest, by flipping blocks of signs.
 
-    It sees only whether the goal is reached, never a loss, and draws no random numbers. It looks for a small change: a point
-    beyond the budget is asked, but never kept, and `keep="smallest"` shows what it is made for.
+    It uses only whether the goal is reached, never a loss, and draws no random numbers. It minimises the size of the
+    perturbation, so it is at its best under `keep="smallest"`: points beyond the budget are queried, but never kept.
 
-    Taken from the paper: the fast check at the best radius, which most flips do not pass, before a binary search for the new
-    one; the hierarchical search, each stage with twice as many blocks of half the size; each ray is cut to the box coordinate
-    by coordinate. As in the authors' code the first vector is all ones with its only block flipped, and the stage of single
-    coordinates is repeated until the queries are spent.
+    As in the paper: each flip is first checked at the best radius, where most fail, before a binary search for its own
+    radius; the search is hierarchical, each stage with twice as many blocks of half the size; each ray is clamped to the box
+    coordinate by coordinate. As in the authors' code, the first query flips the only block of a vector of ones, and the
+    stage of single coordinates is repeated until the queries are used up.
 
-    Here it is otherwise: the binary search ends at a share of the budget (there: 0.001 in Euclidean length); while no ray has
-    reached the goal every flip stays, so that all ones come up too (there: never); L2 is served by the same rays, which is an
-    extension: they are as long in every coordinate, so that in L2 even the best is longer than needed.
+    Unlike in the paper: the binary search ends at a share of the budget (there: 0.001 in Euclidean length). Until a ray
+    reaches the goal, every flip is kept, so that the vector of ones is queried too (there: never). L2 is supported, with the
+    same rays: they change every coordinate equally, so even the best one is longer than needed in L2.
 
     Attributes:
-        queries: The forwards of an example that is never solved, judging by the caller not included.
-        tolerance: Where the binary search ends, in budgets.
+        queries: Forward passes of an example that is never solved, without the evaluation by the caller.
+        tolerance: Width at which the binary search ends, in budgets.
 
     Source: Chen & Gu 2020, "RayS: a ray searching method for hard-label adversarial attack", section 3
         (https://arxiv.org/abs/2006.12792), there with 10,000 queries.
@@ -55,48 +55,49 @@ class RayS(Attack):
         positive(tolerance=self.tolerance)
 
     def run(self, problem: Problem) -> Tensor:
-        """The loops of the paper turned inside out: with each query, every example asks its own next question."""
+        """The nested loops of the paper as one loop over queries, in which each example is at its own place."""
         x, threat = problem.x, problem.threat
-        widest, blocks = _widest(threat, x), _blocks(flatten_rows(x).shape[1], self.queries + 1).to(x.device)
-        tolerance = self.tolerance * torch.as_tensor(threat.budget).to(widest)
-        sign, best, low = torch.ones_like(x), torch.full_like(widest, torch.inf), torch.zeros_like(widest)
-        tried, searching = torch.zeros_like(problem.ids), torch.zeros_like(problem.unsolved)
-        ray = _flipped(sign, blocks[tried])
+        max_radius, blocks = _max_radius(threat, x), _blocks(flatten_rows(x).shape[1], self.queries + 1).to(x.device)
+        tolerance = self.tolerance * torch.as_tensor(threat.budget).to(max_radius)
+        signs, radius = torch.ones_like(x), torch.full_like(max_radius, torch.inf)  # of the best ray
+        lower = torch.zeros_like(max_radius)  # of the binary search
+        block, bisecting = torch.zeros_like(problem.ids), torch.zeros_like(problem.unsolved)
+        candidate = _flip_block(signs, blocks[block])
         for _ in problem.steps(self.queries):
-            radius = torch.where(searching, (low + best) / 2, torch.minimum(best, widest))
-            reached = problem.success(threat.clamp(threat.move(ray, x, x, radius)))
-            nearer = reached & (radius < best)
-            sign = torch.where(expand_rows(nearer | best.isinf(), x), ray, sign)
-            best = torch.where(nearer, radius, best)
-            low = torch.where(searching & ~reached, radius, low)
-            searching = (searching | reached) & (best - low > tolerance)
-            low = torch.where(searching, low, 0)
-            tried += ~searching
-            ray = torch.where(expand_rows(searching, x), ray, _flipped(sign, blocks[tried]))
-        return threat.clamp(threat.move(sign, x, x, torch.minimum(best, widest)))
+            tried = torch.where(bisecting, (lower + radius) / 2, torch.minimum(radius, max_radius))
+            success = problem.success(threat.clamp(threat.move(candidate, x, x, tried)))
+            shorter = success & (tried < radius)
+            signs = torch.where(expand_rows(shorter | radius.isinf(), x), candidate, signs)
+            radius = torch.where(shorter, tried, radius)
+            lower = torch.where(bisecting & ~success, tried, lower)
+            bisecting = (bisecting | success) & (radius - lower > tolerance)
+            lower = torch.where(bisecting, lower, 0)
+            block += ~bisecting
+            candidate = torch.where(expand_rows(bisecting, x), candidate, _flip_block(signs, blocks[block]))
+        return threat.clamp(threat.move(signs, x, x, torch.minimum(radius, max_radius)))
 
 
-def _widest(threat: Threat, x: Tensor) -> Tensor:
-    """The radius at which every ray from anywhere ends in a corner of the box, (N,); some finite one where there is no box."""
-    end, zero = torch.full_like(x, torch.inf), torch.zeros_like(x)
-    width = abs_max(threat.clamp(end) - threat.clamp(-end))
-    step = abs_max(threat.move(zero + 1, zero, x, 1.0))
-    return torch.where(width.isfinite(), width / step, _FAR * torch.as_tensor(threat.budget).to(x))
+def _max_radius(threat: Threat, x: Tensor) -> Tensor:
+    """The radius, (N,), at which every ray from any point has reached a corner of the box; finite also without a box."""
+    infinite, zero = torch.full_like(x, torch.inf), torch.zeros_like(x)
+    width = abs_max(threat.clamp(infinite) - threat.clamp(-infinite))
+    unit = abs_max(threat.move(zero + 1, zero, x, 1.0))
+    return torch.where(width.isfinite(), width / unit, _UNBOUNDED_RADIUS * torch.as_tensor(threat.budget).to(x))
 
 
-def _blocks(length: int, count: int) -> Tensor:
-    """The first blocks of `length` coordinates, stage by stage: first and last coordinate, that excluded, (count, 2)."""
-    found: list[tuple[int, int]] = []
-    size, parts = length, 1
-    while len(found) < count:
-        found += [(first, min(first + size, length)) for first in range(0, length, size)]
+def _blocks(size: int, count: int) -> Tensor:
+    """The first `count` blocks of `size` coordinates, stage by stage: (count, 2), first coordinate and one past the last."""
+    blocks: list[tuple[int, int]] = []
+    length, parts = size, 1
+    while len(blocks) < count:
+        blocks += [(first, min(first + length, size)) for first in range(0, size, length)]
         parts *= 2
-        size = -(-length // parts)
-    return torch.tensor(found[:count])
+        length = -(-size // parts)
+    return torch.tensor(blocks[:count])
 
 
-def _flipped(sign: Tensor, block: Tensor) -> Tensor:
-    """`sign` (N, *S) with the signs of one block of each turned, (N, 2)."""
-    at = torch.arange(flatten_rows(sign).shape[1], device=sign.device)
-    inside = (at >= block[:, :1]) & (at < block[:, 1:])
-    return torch.where(inside, -flatten_rows(sign), flatten_rows(sign)).reshape(sign.shape)
+def _flip_block(signs: Tensor, block: Tensor) -> Tensor:
+    """`signs` (N, *S) with the signs of one block per example, (N, 2), flipped."""
+    index = torch.arange(flatten_rows(signs).shape[1], device=signs.device)
+    inside = (index >= block[:, :1]) & (index < block[:, 1:])
+    return torch.where(inside, -flatten_rows(signs), flatten_rows(signs)).reshape(signs.shape)

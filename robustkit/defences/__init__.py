@@ -1,4 +1,4 @@
-"""Defences, one file each; each says how it can be differentiated."""
+"""Defences, one per file, each with the views by which it can be differentiated."""
 
 from robustkit.defences.gaussian_noise import GaussianNoise
 from robustkit.defences.jpeg_like import JPEGLike

@@ -1,16 +1,15 @@
-"""Random noise on every pixel."""
+"""Additive Gaussian noise on every value of the input."""
 
 from __future__ import annotations
 
-import math
 from typing import final
 
 import torch
 from torch import Tensor
 
+from robustkit._engine.field_checks import positive
 from robustkit._engine.noise import Noise
 from robustkit.defence import Defence
-from robustkit.errors import ArgumentError
 from robustkit.target import Fn
 
 __all__ = ["GaussianNoise"]
@@ -18,39 +17,38 @@ __all__ = ["GaussianNoise"]
 
 @final
 class GaussianNoise(Defence):
-    """Normal noise of a standard deviation `sigma` is added to each value; nothing is cut off.
+    """Add normal noise of standard deviation `sigma` to each value, without clipping.
 
-    Its derivative is that of the identity, but a gradient at one draw tells of that draw only: average several, by `draws` of
-    `guard` or by `robustkit.adaptive.eot`. It answers with one draw. Who asks several and lets them vote has randomised
-    smoothing, and with it a certificate; this has none.
+    The derivative is that of the identity, but the gradient of one draw belongs to that draw alone: average several, by
+    `draws` of `guard` or by `robustkit.adaptive.eot`. Each output is one draw. Randomised smoothing, a vote over many draws,
+    gives a certificate; this defence does not.
 
     Args:
         sigma: The standard deviation, in input units.
 
     Raises:
-        ArgumentError: `sigma` is no number above zero.
+        ArgumentError: `sigma` is not a finite number above zero.
 
-    Source: Cohen, Rosenfeld & Kolter 2019, eq. 1 without the vote (https://arxiv.org/abs/1902.02918). Broken where it stands
-        alone as all that is random: Athalye, Carlini & Wagner 2018, section 4.2 (https://arxiv.org/abs/1802.00420).
+    Source: Cohen, Rosenfeld & Kolter 2019, eq. 1 without the vote (https://arxiv.org/abs/1902.02918). Broken, like other
+        defences by randomness alone: Athalye, Carlini & Wagner 2018, section 4.2 (https://arxiv.org/abs/1802.00420).
     """
 
     stochastic = True
 
     def __init__(self, sigma: float = 0.25) -> None:
         super().__init__()
-        if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not 0 < sigma < math.inf:
-            raise ArgumentError(f"sigma={sigma!r} must be a number above zero")
+        positive(sigma=sigma)
         self.sigma = sigma
 
     def forward(self, x: Tensor, noise: Noise | None = None) -> Tensor:
         """x + sigma * noise, (N, *S) -> (N, *S)."""
-        drawn = torch.randn_like(x) if noise is None else noise.at("pixels").normal(*x.shape[1:]).to(x)
-        return x + self.sigma * drawn
+        normal = torch.randn_like(x) if noise is None else noise.at("pixels").normal(*x.shape[1:]).to(x)
+        return x + self.sigma * normal
 
     def views(self) -> dict[str, Fn]:
-        """ "exact": itself."""
+        """ "exact": the defence itself."""
         return {"exact": self.forward}
 
     def extra_repr(self) -> str:
-        """What is printed between the brackets."""
+        """The arguments, for `repr`."""
         return f"sigma={self.sigma}"

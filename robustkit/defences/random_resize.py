@@ -1,4 +1,4 @@
-"""Images shrunk to a random size and put at a random place on black."""
+"""Random resizing and padding of images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from robustkit._engine.noise import Noise
 from robustkit.defence import Defence
-from robustkit.defences._images import images
+from robustkit.defences._images import checked_images
 from robustkit.errors import ArgumentError
 from robustkit.target import Fn
 
@@ -18,23 +18,23 @@ __all__ = ["RandomResize"]
 
 @final
 class RandomResize(Defence):
-    """Each image is shrunk to a random share of its sides and padded with zeros, at a random place, to the size it had.
+    """Shrink each image by a random factor and pad it with zeros, at a random position, to its original size.
 
-    It can be differentiated as it is, but a gradient at one draw tells of that draw only: average several, by `draws` of
-    `guard` or by `robustkit.adaptive.eot`.
+    It is differentiable, but the gradient of one draw belongs to that draw alone: average several, by `draws` of `guard` or
+    by `robustkit.adaptive.eot`.
 
-    The source enlarges images of 299 pixels to 299 up to 330 and pads them to 331, which is what its network takes. Here the
-    output has the size of the input, so that any network can stand behind it: with `low=0.9` the image fills the same share
-    of the frame as there. Sizes and places are whole pixels, drawn for each image; sides are in proportion. Between pixels it
-    is interpolated linearly, without a filter against aliasing.
+    It differs from the source, which enlarges images of 299 pixels to 299-330 pixels and pads them to the 331 pixels of its
+    network. Here the output has the size of the input, so that it fits any network; with `low=0.9` the image fills the same
+    share of the frame as there. Sizes and positions are whole pixels, drawn per image; the aspect ratio is kept.
+    Interpolation is bilinear, without antialiasing.
 
     Args:
-        low: The smallest share of the sides.
-        high: The largest; 1 is the image as it is.
+        low: The smallest scale factor of the sides.
+        high: The largest scale factor; 1 keeps the size.
 
     Raises:
-        ArgumentError: It does not hold that 0 < low <= high <= 1.
-        ShapeError: When called: the inputs are no images.
+        ArgumentError: Not 0 < low <= high <= 1.
+        ShapeError: When called: the inputs are not images.
 
     Source: Xie et al. 2018, section 3 (https://arxiv.org/abs/1711.01991). Broken by Athalye, Carlini & Wagner 2018, who
         average gradients over draws (https://arxiv.org/abs/1802.00420).
@@ -51,33 +51,33 @@ class RandomResize(Defence):
 
     def forward(self, x: Tensor, noise: Noise | None = None) -> Tensor:
         """The images resized and padded, (N, C, H, W) -> (N, C, H, W)."""
-        sides = images(x).shape[2:]
-        drawn = torch.rand(len(x), 3, device=x.device) if noise is None else noise.at("size and place").uniform(3)
-        share = self.low + (self.high - self.low) * drawn[:, 0].double()
-        down, across = (
-            _shrinking(side, share, place.double()).to(x).unsqueeze(1)
-            for side, place in zip(sides, drawn[:, 1:].unbind(1), strict=True)
+        sides = checked_images(x).shape[2:]
+        uniform = torch.rand(len(x), 3, device=x.device) if noise is None else noise.at("size and place").uniform(3)
+        scale = self.low + (self.high - self.low) * uniform[:, 0].double()
+        rows, columns = (
+            _resize_matrix(side, scale, position.double()).to(x).unsqueeze(1)
+            for side, position in zip(sides, uniform[:, 1:].unbind(1), strict=True)
         )
-        return down @ x @ across.mT
+        return rows @ x @ columns.mT
 
     def views(self) -> dict[str, Fn]:
-        """ "exact": itself."""
+        """ "exact": the defence itself."""
         return {"exact": self.forward}
 
     def extra_repr(self) -> str:
-        """What is printed between the brackets."""
+        """The arguments, for `repr`."""
         return f"low={self.low}, high={self.high}"
 
 
-def _shrinking(side: int, share: Tensor, place: Tensor) -> Tensor:
-    """What one side goes through, as a matrix for each image, (N,), (N,) -> (N, side, side); rows of zeros are padding.
+def _resize_matrix(side: int, scale: Tensor, position: Tensor) -> Tensor:
+    """Resizing and padding along one side as a matrix per image, (N,), (N,) -> (N, side, side); zero rows are padding.
 
-    Resizing is linear, so a product says it all: no loop over the sizes, and the same rounding whatever the batch.
+    Resizing is linear, so one matrix product does it without a loop over sizes, and its rounding does not depend on the batch.
     """
-    size = (share * side).round().clamp(min=1)[:, None, None]
-    first = (place[:, None, None] * (side - size + 1)).floor()
-    old = torch.arange(side, device=share.device, dtype=torch.float64)
-    new = old[:, None] - first  # which pixel of the shrunk image stands here, (N, side, 1)
-    source = (new + 0.5) * side / size - 0.5  # within the image, since it only shrinks
-    weights = (1 - (source - old).abs()).clamp(min=0)
-    return torch.where((new >= 0) & (new < size), weights, 0)
+    size = (scale * side).round().clamp(min=1)[:, None, None]
+    first = (position[:, None, None] * (side - size + 1)).floor()
+    pixel = torch.arange(side, device=scale.device, dtype=torch.float64)
+    resized_pixel = pixel[:, None] - first  # the index within the resized image, (N, side, 1)
+    source = (resized_pixel + 0.5) * side / size - 0.5  # within the image, since the scale is at most 1
+    weights = (1 - (source - pixel).abs()).clamp(min=0)
+    return torch.where((resized_pixel >= 0) & (resized_pixel < size), weights, 0)

@@ -1,4 +1,4 @@
-"""WHAT SUCCESS IS: a loss that attacks descend, and the fact that they want to bring about. One file a kind of model."""
+"""Goals: a loss that attacks minimise, and the condition that counts as success; one file per kind of model."""
 
 from robustkit.goals.classification import ClassifyAs, Misclassify, least_likely
 from robustkit.goals.goal import Goal, Out

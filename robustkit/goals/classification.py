@@ -1,4 +1,4 @@
-"""Goals on the logits of a classifier: any wrong class, or one wanted class."""
+"""Goals on the logits of a classifier: misclassification (untargeted), or one target class (targeted)."""
 
 from __future__ import annotations
 
@@ -22,83 +22,83 @@ __all__ = ["ClassifyAs", "Misclassify", "least_likely"]
 @final
 @dataclass(frozen=True, repr=False)
 class Misclassify(Goal):
-    """Any class but the right one. `ref`: the right classes, (N,) int64.
+    """Any class but the true one (untargeted). `ref`: the true classes, (N,) int64.
 
     Attributes:
-        surrogate: The loss whose growth the attack follows; success does not depend on it.
+        surrogate: The loss that the attack maximises; success does not depend on it.
     """
 
     surrogate: Loss = cross_entropy
     counts_if_already_true: ClassVar[bool] = True
 
     def loss(self, out: Out, ref: Tensor) -> Tensor:
-        """Minus the surrogate of the right class, (N,)."""
+        """Minus the surrogate loss of the true class, (N,)."""
         return -self.surrogate(out, ref)
 
     def success(self, out: Out, ref: Tensor) -> Tensor:
-        """Where another class comes first, or a logit is NaN or infinite: that is no right answer, whatever class comes first.
+        """Where another class is predicted, or a logit is NaN or infinite: such an output counts as wrong, (N,) bool.
 
-        Of classes that share the first place the one of the lowest number comes first, as `argmax` has it.
+        Where several classes are tied, the one with the lowest index is predicted, as by `argmax`.
         """
-        return ~_first(logits_of(out, ref), ref)
+        return ~_predicted_as(logits_of(out, ref), ref)
 
     def with_surrogate(self, surrogate: Loss) -> Goal:
-        """Another surrogate."""
+        """The same goal with another surrogate loss."""
         return Misclassify(surrogate)
 
     def predicted_ref(self, out: Out, ref: Tensor) -> Tensor:
-        """The classes that come first, (N,) int64."""
+        """The predicted classes, (N,) int64."""
         return logits_of(out, ref).argmax(1)
 
     def boundary_margin(self, out: Out, ref: Tensor) -> Tensor:
-        """How far the right class is ahead of the strongest other."""
+        """The logit of the true class minus the largest other logit, (N,)."""
         return -margin(out, ref)
 
     def parts(self, out: Out, ref: Tensor) -> list[tuple[Goal, Tensor]]:
-        """One `ClassifyAs` for each rank among the wrong classes, that of the largest logit first."""
+        """One `ClassifyAs` for each rank among the other classes, the largest logit first."""
         others = logits_of(out, ref).scatter(1, ref.unsqueeze(1), -torch.inf).argsort(1, descending=True)[:, :-1]
         return [(ClassifyAs().with_surrogate(self.surrogate), column) for column in others.unbind(1)]
 
     def check(self, out: Out, ref: Tensor) -> None:
-        """Refuse outputs that are no logits, and labels that are no classes of theirs."""
+        """Refuse outputs that are not logits, and labels outside [0, C)."""
         _check_classes(out, ref)
 
 
 @final
 @dataclass(frozen=True, repr=False)
 class ClassifyAs(Goal):
-    """One wanted class. `ref`: the wanted classes, (N,) int64.
+    """One target class (targeted). `ref`: the target classes, (N,) int64.
 
     Attributes:
-        surrogate: The loss whose fall the attack follows; success does not depend on it.
+        surrogate: The loss that the attack minimises; success does not depend on it.
     """
 
     surrogate: Loss = cross_entropy
 
     def loss(self, out: Out, ref: Tensor) -> Tensor:
-        """The surrogate of the wanted class, (N,)."""
+        """The surrogate loss of the target class, (N,)."""
         return self.surrogate(out, ref)
 
     def success(self, out: Out, ref: Tensor) -> Tensor:
-        """Where the wanted class comes first and every logit is a finite number."""
-        return _first(logits_of(out, ref), ref)
+        """Where the target class is predicted and every logit is finite, (N,) bool."""
+        return _predicted_as(logits_of(out, ref), ref)
 
     def with_surrogate(self, surrogate: Loss) -> Goal:
-        """Another surrogate, in its form for one wanted class."""
+        """The same goal with another surrogate loss, in its targeted form."""
         return ClassifyAs(targeted(surrogate))
 
     def boundary_margin(self, out: Out, ref: Tensor) -> Tensor:
-        """How far the wanted class is behind the strongest other."""
+        """The largest other logit minus the logit of the target class, (N,)."""
         return margin(out, ref)
 
     def check(self, out: Out, ref: Tensor) -> None:
-        """Refuse outputs that are no logits, and wanted classes that are no classes of theirs."""
+        """Refuse outputs that are not logits, and target classes outside [0, C)."""
         _check_classes(out, ref)
 
 
-def _first(logits: Tensor, ref: Tensor) -> Tensor:
-    """Where the class `ref` comes first and every logit is a finite number, (N,) bool."""
-    return (logits.argmax(1) == ref) & (abs_max(logits) < torch.inf)  # of what is no number the largest is none either
+def _predicted_as(logits: Tensor, ref: Tensor) -> Tensor:
+    """Where the class `ref` is predicted and every logit is finite, (N,) bool."""
+    return (logits.argmax(1) == ref) & (abs_max(logits) < torch.inf)  # abs_max is NaN where a logit is, so this is False
 
 
 def _check_classes(out: Out, ref: Tensor) -> None:
@@ -111,12 +111,12 @@ def _check_classes(out: Out, ref: Tensor) -> None:
 
 
 def least_likely(model: Callable[[Tensor], Tensor], x: Tensor, *, batch_size: int = 128) -> Tensor:
-    """The class that the model finds least likely for each x: the wanted class of a hard targeted attack.
+    """The class that the model finds least likely for each x, as the target class of a hard targeted attack.
 
     Args:
-        model: A classifier, (N, *S) -> logits (N, C); a module is held in evaluation mode.
+        model: A classifier, (N, *S) -> logits (N, C); a module is run in evaluation mode.
         x: Inputs, (N, *S).
-        batch_size: The most inputs that go through the model at once.
+        batch_size: The largest batch for the model.
 
     Returns:
         Shape (N,), int64.

@@ -1,4 +1,4 @@
-"""WHAT SUCCESS IS: a loss that attacks descend, and the fact that they want to bring about."""
+"""The interface of goals: a loss that attacks minimise, and the condition that counts as success."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from robustkit.losses import Loss
 
 __all__ = ["Goal", "Out"]
 
-Out = Any  # what a target returns: a tensor (N, ...) or a tuple of such; only the goal knows which
+Out = Any  # the output of a target: a tensor (N, ...) or a tuple of such; only the goal interprets it
 
 
 class Goal(ABC):
-    """What an adversary wants of a model's output, compared with a reference.
+    """What the adversary wants of the model's output, relative to a reference.
 
-    The reference `ref` comes with the call: labels, wanted classes, embeddings, images, one row an example. Goals hold
-    no data, so they index, batch and print. Concrete goals are frozen dataclasses.
+    The reference `ref` is an argument of every method: labels, target classes, embeddings or images, one row per example.
+    Goals hold no data, so they can be used on any batch and printed. Goals are frozen dataclasses.
 
     Attributes:
-        met_before: True where an input on which the goal holds without any change counts as a success of size zero
-            (a classifier that is wrong anyway). Other goals attack such inputs like all others.
-        vanishes_at_x: True where the gradient is zero at the unchanged input by mathematics (a distance to the
-            output itself), so that a zero there is no sign of a masked gradient. Such goals need a random start.
+        counts_if_already_true: True if an input that reaches the goal without a perturbation counts as a success of size
+            zero (a misclassified clean input). Other goals attack such inputs like all others.
+        vanishes_at_x: True if the gradient is zero at the clean input by definition (a distance to the clean output), so
+            that a zero gradient there does not indicate gradient masking. Such goals need a random start.
     """
 
     counts_if_already_true: ClassVar[bool] = False
@@ -33,47 +33,47 @@ class Goal(ABC):
 
     @abstractmethod
     def loss(self, out: Out, ref: Tensor) -> Tensor:
-        """What attacks descend, (N,)."""
+        """The loss that attacks minimise, (N,)."""
 
     @abstractmethod
     def success(self, out: Out, ref: Tensor) -> Tensor:
         """Whether the goal is reached, (N,) bool."""
 
     def parts(self, out: Out, ref: Tensor) -> list[tuple[Goal, Tensor]]:
-        """Sub-goals any of which is enough, each with its reference (N,), likeliest first; by default the goal itself.
+        """Sub-goals, each sufficient for this one, with their references (N,), most likely first; by default the goal itself.
 
-        Attacks that try one direction after another work through this, so that none needs to know what a label is.
+        Attacks with targeted restarts use this instead of labels.
         """
         return [(self, ref)]
 
     def with_surrogate(self, surrogate: Loss) -> Goal:
-        """The same goal with another loss to follow; by default itself, which knows but one."""
+        """The same goal with another surrogate loss; by default the goal itself, which has only one loss."""
         return self
 
     def predicted_ref(self, out: Out, ref: Tensor) -> Tensor:
-        """The reference with the model's own answer `out` in the place of the truth; by default `ref`, which is no truth.
+        """The reference with the model's prediction in place of the true label; by default `ref`, where it is not a label.
 
-        What is learned against it asks for a change of the answer, whether the answer was right or wrong.
+        Universal attacks learn against it to change the prediction, whether it was right or wrong.
         """
         return ref
 
     def boundary_margin(self, out: Out, ref: Tensor) -> Tensor:
-        """How far the output is from the goal, (N,): above zero before it is reached, zero at the border; by default the loss.
+        """The margin to the decision boundary, (N,): positive until the goal is reached, zero on the boundary.
 
-        For attacks that look for the border. Goals whose loss is not zero there have to say something else.
+        By default the loss. Goals whose loss is not zero on the boundary have to override it.
         """
         return self.loss(out, ref)
 
     def __repr__(self) -> str:
-        """The recipe: functions by their names, so that it reads the same in every process."""
+        """The fields that are not at their default; functions by name, so that it is the same in every process."""
         values = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]  # type: ignore[arg-type]
-        given = [f"{name}={getattr(value, '__name__', repr(value))}" for name, value in values]
-        return f"{type(self).__name__}({', '.join(given)})"
+        arguments = [f"{name}={getattr(value, '__name__', repr(value))}" for name, value in values]
+        return f"{type(self).__name__}({', '.join(arguments)})"
 
     def check(self, out: Out, ref: Tensor) -> None:
-        """Refuse an output or a reference that this goal cannot read; called once a run, so it may be thorough.
+        """Refuse an output or a reference that this goal cannot interpret; called once per run, so it may be slow.
 
         Raises:
-            ShapeError: With what came and what was expected.
+            ShapeError: The message holds what was given and what was expected.
         """
         return

@@ -1,5 +1,5 @@
-"""Other libraries: their attacks under our interface, ours under theirs, and whether the two agree.
+"""Use other libraries: convert their attacks to ours and ours to theirs, and compare the results.
 
 `robustkit.interop.foolbox` and `robustkit.interop.art` convert in both directions; `robustkit.interop.crosscheck` runs the
-same attack through every library that is installed and compares the images.
+same attack in every installed library and compares the adversarial images.
 """

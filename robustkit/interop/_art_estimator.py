@@ -1,4 +1,4 @@
-"""A torch model as a classifier of ART, and a classifier of ART as a target of ours."""
+"""Wrap a torch model as an ART classifier, and an ART classifier as a `Target`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from robustkit.target import Target
 
 __all__ = ["bounds_of", "channels_last", "classifier_of", "is_torch", "target_of"]
 
-# Any in this file: what belongs to ART, which is optional, so a type checker may not find it.
+# Any in this file: ART is optional, so a type checker may not find its types.
 
 
 def classifier_of(model: nn.Module, x: Tensor, classes: int, bounds: tuple[float, float] | None) -> Any:
-    """`model` as a `PyTorchClassifier` for inputs like `x` (N, *S), on the device of these."""
-    # The sum, not the mean: ART adds 1e-7 to the length of a gradient, which must not be made small by the batch.
+    """Wrap `model` as a `PyTorchClassifier` for inputs of the shape and on the device of `x` (N, *S)."""
+    # The sum, not the mean: ART adds 1e-7 to the norm of a gradient, and the mean would shrink gradients by the batch size.
     return load_art()[1].PyTorchClassifier(
         model,
         loss=nn.CrossEntropyLoss(reduction="sum"),
@@ -34,15 +34,15 @@ def classifier_of(model: nn.Module, x: Tensor, classes: int, bounds: tuple[float
 
 
 def is_torch(estimator: Any) -> bool:
-    """Whether torch can differentiate this classifier of ART."""
+    """Return whether torch can differentiate this ART classifier."""
     return isinstance(estimator, load_art()[1].PyTorchClassifier)
 
 
 def bounds_of(estimator: Any, default: tuple[float, float] | None) -> tuple[float, float] | None:
-    """Lowest and highest valid input of a classifier; `default` where it names none.
+    """Return the lowest and highest valid input of an ART classifier; `default` if it has no `clip_values`.
 
     Raises:
-        ArgumentError: The bounds differ from value to value.
+        ArgumentError: The bounds differ between features.
     """
     if estimator.clip_values is None:
         return default
@@ -50,88 +50,94 @@ def bounds_of(estimator: Any, default: tuple[float, float] | None) -> tuple[floa
     if len(low) != 1 or len(high) != 1:
         raise ArgumentError(
             f"clip_values of the estimator run from {low} to {high}: they must be one lowest and one highest value for all "
-            "features; scale the inputs, with the scaling inside the model"
+            "features; rescale the inputs and put the rescaling inside the model"
         )
     return low[0], high[0]
 
 
 def target_of(estimator: Any, batch_size: int) -> Target:
-    """A classifier of ART with everything before and after its model: judged on what it predicts, held, differentiable."""
+    """Wrap an ART classifier, with its preprocessing and postprocessing, as a `Target`.
+
+    Success is judged on what the classifier predicts. Gradients go through its preprocessing where torch can differentiate.
+    """
     if not is_torch(estimator):
-        return Target(Predicted(estimator), batch_size=batch_size)
-    held, answer = module_of(estimator._model, *estimator.preprocessing_operations), Answer(estimator)
-    # Smoothed predictions and filters of the output are numpy; ART's own attacks do not look through them either.
+        return Target(Predictions(estimator), batch_size=batch_size)
+    module, logits = module_of(estimator._model, *estimator.preprocessing_operations), PreprocessedLogits(estimator)
+    # Smoothing and output filters run in numpy; ART's own attacks do not differentiate them either.
     if type(estimator).predict is not load_art()[1].PyTorchClassifier.predict:
-        return Target(Predicted(estimator), held, {"model": answer}, batch_size=batch_size)
+        return Target(Predictions(estimator), module, {"model": logits}, batch_size=batch_size)
     if any(step.apply_predict for step in estimator.postprocessing_defences or []):
-        return Target(Filtered(answer), held, {"model": answer}, batch_size=batch_size)
-    return Target(answer, held, batch_size=batch_size)
+        return Target(PostprocessedLogits(logits), module, {"model": logits}, batch_size=batch_size)
+    return Target(logits, module, batch_size=batch_size)
 
 
 @final
 @dataclass(frozen=True)
-class Predicted:
-    """What any classifier predicts, without a derivative."""
+class Predictions:
+    """The output of `predict` of any ART classifier; not differentiable."""
 
     estimator: Any
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, *S) -> (N, C)."""
-        scores = self.estimator.predict(_outward(self.estimator, x).cpu().numpy(), batch_size=len(x))
+        scores = self.estimator.predict(_to_estimator_layout(self.estimator, x).cpu().numpy(), batch_size=len(x))
         return torch.as_tensor(scores, dtype=x.dtype, device=x.device)
 
 
 @final
 @dataclass(frozen=True)
-class Answer:
-    """The outputs of a `PyTorchClassifier`, its preprocessing included: exact values, and the derivative that ART promises.
+class PreprocessedLogits:
+    """The logits of a `PyTorchClassifier` after its preprocessing: exact values, and the gradient that ART documents.
 
-    ART's torch preprocessors promise `estimate_forward`, which ART itself follows in its numpy path alone; numpy ones
-    promise `estimate_gradient`.
+    That is the gradient of `estimate_forward` for torch preprocessors (ART itself uses it only in its numpy path), and
+    `estimate_gradient` for numpy preprocessors.
     """
 
     estimator: Any
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, *S) -> (N, C)."""
-        estimator, z = self.estimator, _outward(self.estimator, x).to(self.estimator.device)
+        estimator, z = self.estimator, _to_estimator_layout(self.estimator, x).to(self.estimator.device)
         if not estimator.all_framework_preprocessing:
-            z = _Preprocessed.apply(z, estimator)  # type: ignore[no-untyped-call]
+            z = _NumpyPreprocessing.apply(z, estimator)  # type: ignore[no-untyped-call]
         else:
             for step in estimator.preprocessing_operations:
-                z = _prepared(step, z) if step.apply_predict else z
+                z = _preprocess(step, z) if step.apply_predict else z
         out: Tensor = estimator._model(z)[-1]
         return out.to(x)
 
 
 @final
 @dataclass(frozen=True)
-class Filtered:
-    """The outputs of a `PyTorchClassifier` after its postprocessing; `predict` itself would draw random numbers."""
+class PostprocessedLogits:
+    """The outputs of a `PyTorchClassifier` after its postprocessing; not differentiable.
 
-    answer: Answer
+    `predict` is not called: it would draw random numbers.
+    """
+
+    logits: PreprocessedLogits
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, *S) -> (N, C)."""
-        scores = self.answer(x).detach().cpu().numpy()
-        return torch.as_tensor(self.answer.estimator._apply_postprocessing(preds=scores, fit=False)).to(x)
+        scores = self.logits(x).detach().cpu().numpy()
+        return torch.as_tensor(self.logits.estimator._apply_postprocessing(preds=scores, fit=False)).to(x)
 
 
-def _prepared(step: Any, x: Tensor) -> Tensor:
-    """One torch preprocessor; with the derivative of its `estimate_forward` where it has one of its own."""
+def _preprocess(step: Any, x: Tensor) -> Tensor:
+    """Apply one torch preprocessor; the gradient is that of its `estimate_forward` if it overrides that method."""
     base = import_module("art.defences.preprocessor.preprocessor").PreprocessorPyTorch
 
     def forward(x: Tensor) -> Any:
         return step.forward(x, None)[0]
 
-    own = type(step).estimate_forward is not base.estimate_forward
-    z: Tensor = (bpda(forward, step.estimate_forward) if own else forward)(x)
+    overrides = type(step).estimate_forward is not base.estimate_forward
+    z: Tensor = (bpda(forward, step.estimate_forward) if overrides else forward)(x)
     return z
 
 
 @final
-class _Preprocessed(torch.autograd.Function):
-    """What numpy preprocessors make of an input, and the derivative that they estimate."""
+class _NumpyPreprocessing(torch.autograd.Function):
+    """The output of numpy preprocessors, with the gradient that they estimate."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, estimator: Any) -> Tensor:
@@ -140,16 +146,16 @@ class _Preprocessed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        with torch.enable_grad():  # a torch preprocessor beside a numpy one is asked for its own
+        with torch.enable_grad():  # a torch preprocessor in the same list needs autograd
             estimated = ctx.estimator._apply_preprocessing_gradient(ctx.x, grads[0].detach().cpu().numpy())
         return torch.as_tensor(estimated).to(grads[0]), None
 
 
-def _outward(estimator: Any, x: Tensor) -> Tensor:
-    """Images as the estimator wants them; inside this package channels come first."""
+def _to_estimator_layout(estimator: Any, x: Tensor) -> Tensor:
+    """Convert images (N, C, H, W) to the estimator's layout; other inputs are returned as they are."""
     return x.movedim(1, -1) if channels_last(estimator) and x.dim() == 4 else x
 
 
 def channels_last(estimator: Any) -> bool:
-    """Whether images are (N, H, W, C) for this estimator."""
+    """Return whether this estimator takes images (N, H, W, C)."""
     return not getattr(estimator, "channels_first", True)

@@ -1,4 +1,4 @@
-"""Our attacks and defences in the shape of ART's; the classes are made only where ART is installed."""
+"""Wrap our attacks and defences in classes of ART, which are created only where ART is installed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from robustkit._engine.best_so_far import check_keep
+from robustkit._engine.field_checks import at_least
 from robustkit._engine.state_guard import fork_rng, frozen
 from robustkit.attack import Attack
 from robustkit.defence import Defence
@@ -24,13 +25,13 @@ from robustkit.threats import L1, L2, Linf, Threat
 
 __all__ = ["NORMS", "attack_class", "preprocessor_class"]
 
-# Any in this file: what belongs to ART, which is optional, so a type checker may not find it.
+# Any in this file: ART is optional, so a type checker may not find its types.
 
-NORMS: Mapping[type[Threat], float] = MappingProxyType({Linf: np.inf, L2: 2, L1: 1})  # of the threats that ART knows too
+NORMS: Mapping[type[Threat], float] = MappingProxyType({Linf: np.inf, L2: 2, L1: 1})  # the threats that ART supports
 
 
 def attack_class(access: str) -> Any:
-    """The kind of ART attack that sees a classifier's gradients ("white"), or its outputs alone."""
+    """Return an ART attack class that requires gradients of the classifier (access "white") or only its outputs."""
     base, estimators = import_module("art.attacks.attack"), import_module("art.estimators.estimator")
     mixin = import_module("art.estimators.classification.classifier").ClassifierMixin
     gradients = (estimators.LossGradientsMixin,) if access == "white" else ()
@@ -66,7 +67,7 @@ def attack_class(access: str) -> Any:
 
         @property
         def norm(self) -> float | None:
-            """Of the threat, where ART has it too; asked by tools that must not mix norms."""
+            """The norm of the threat, None if ART does not support it; ART reads it where norms must not be mixed."""
             return NORMS.get(type(self.threat))
 
         @property
@@ -80,7 +81,7 @@ def attack_class(access: str) -> Any:
             self.goal = (ClassifyAs if targeted else Misclassify)(self.goal.surrogate)
 
         def set_params(self, **kwargs: Any) -> None:
-            """All of them, or none where one is refused."""
+            """Set all parameters; if one is refused, none is changed."""
             before = dict(vars(self))
             try:
                 super().set_params(**kwargs)
@@ -90,67 +91,70 @@ def attack_class(access: str) -> Any:
                 raise
 
         def _check_params(self) -> None:
-            _check(self)
+            _check_parameters(self)
 
         def generate(self, x: Any, y: Any = None, mask: Any = None) -> Any:
             if mask is not None and not np.all(mask):
-                raise ArgumentError("mask has zeros: parts of an input cannot be spared here; leave the mask away")
+                raise ArgumentError("mask has zeros: masked inputs are not supported; leave out the mask")
             return _generate(self, x, y)
 
     return RobustkitAttack
 
 
-def _check(art: Any) -> None:
-    """Refuse what cannot be run; asked by ART whenever a parameter is set."""
-    if not isinstance(art.attack, Attack) or not isinstance(art.threat, Threat):
-        raise ArgumentError(f"attack={art.attack!r} and threat={art.threat!r} must be ours, such as PGD() and Linf(8 / 255)")
-    if not isinstance(art.goal, Misclassify | ClassifyAs):
-        raise ArgumentError(f"goal={art.goal!r} must be Misclassify(...) or ClassifyAs(...): ART's classifiers know no other")
-    check_keep(art.keep)
-    for name, kind, rule in (("seed", SupportsIndex, "a whole number"), ("verbose", bool, "True or False")):
-        if not isinstance(getattr(art, name), kind):
-            raise ArgumentError(f"{name}={getattr(art, name)!r} must be {rule}")
-    if isinstance(art.batch_size, bool) or not isinstance(art.batch_size, int) or art.batch_size < 1:
-        raise ArgumentError(f"batch_size={art.batch_size!r} must be a whole number, at least 1")
-    if art.attack.access == "white" and not is_torch(art.estimator):
+def _check_parameters(adapter: Any) -> None:
+    """Raise ArgumentError for parameters that cannot be run; ART calls this whenever a parameter is set."""
+    if not isinstance(adapter.attack, Attack) or not isinstance(adapter.threat, Threat):
         raise ArgumentError(
-            f"attack={art.attack!r} needs gradients in torch, and the estimator is a {type(art.estimator).__name__}: give a "
-            "PyTorchClassifier, or an attack that asks for outputs alone"
+            f"attack={adapter.attack!r} and threat={adapter.threat!r} must be robustkit objects, such as PGD() and Linf(8 / 255)"
         )
-    art.threat = replace(art.threat, bounds=bounds_of(art.estimator, art.threat.bounds))
-    art.attack.check(art.threat)
+    if not isinstance(adapter.goal, Misclassify | ClassifyAs):
+        raise ArgumentError(
+            f"goal={adapter.goal!r} must be Misclassify(...) or ClassifyAs(...): ART's classifiers support no other"
+        )
+    check_keep(adapter.keep)
+    for name, kind, rule in (("seed", SupportsIndex, "a whole number"), ("verbose", bool, "True or False")):
+        if not isinstance(getattr(adapter, name), kind):
+            raise ArgumentError(f"{name}={getattr(adapter, name)!r} must be {rule}")
+    at_least(1, batch_size=adapter.batch_size)
+    if adapter.attack.access == "white" and not is_torch(adapter.estimator):
+        raise ArgumentError(
+            f"attack={adapter.attack!r} needs gradients in torch, and the estimator is a {type(adapter.estimator).__name__}: give a "
+            "PyTorchClassifier, or an attack that needs only outputs"
+        )
+    adapter.threat = replace(adapter.threat, bounds=bounds_of(adapter.estimator, adapter.threat.bounds))
+    adapter.attack.check(adapter.threat)
 
 
-def _generate(art: Any, x: Any, y: Any) -> Any:
-    """The adversarial images, float32 in the shape of x."""
-    if y is None and art.targeted:
-        raise ArgumentError("y=None: a targeted attack needs the wanted classes")
-    images = torch.from_numpy(np.array(x, dtype=np.float32)).to(getattr(art.estimator, "device", "cpu"))
-    last = channels_last(art.estimator) and images.dim() == 4
-    images, target = images.movedim(-1, 1) if last else images, target_of(art.estimator, art.batch_size)
-    ref = _predicted(target, images) if y is None else _classes(y, len(images)).to(images.device)
-    result = art.attack(target, images, ref, goal=art.goal, threat=art.threat, seed=art.seed, keep=art.keep)
+def _generate(adapter: Any, x: Any, y: Any) -> Any:
+    """Return the adversarial images, float32 in the shape of x."""
+    if y is None and adapter.targeted:
+        raise ArgumentError("y=None: a targeted attack needs target classes; give them as y")
+    images = torch.from_numpy(np.array(x, dtype=np.float32)).to(getattr(adapter.estimator, "device", "cpu"))
+    last = channels_last(adapter.estimator) and images.dim() == 4
+    images, target = images.movedim(-1, 1) if last else images, target_of(adapter.estimator, adapter.batch_size)
+    ref = _predict_classes(target, images) if y is None else _class_indices(y, len(images)).to(images.device)
+    result = adapter.attack(target, images, ref, goal=adapter.goal, threat=adapter.threat, seed=adapter.seed, keep=adapter.keep)
     return np.ascontiguousarray((result.x_adv.movedim(1, -1) if last else result.x_adv).cpu().numpy())
 
 
-def _predicted(target: Target, x: Tensor) -> Tensor:
-    """The classes that the target finds, (N,) int64."""
+def _predict_classes(target: Target, x: Tensor) -> Tensor:
+    """Return the classes that the target predicts, (N,) int64."""
     size = target.batch_size
     with torch.no_grad(), target.frozen(), fork_rng(0):
-        found = [target.fn(x[i : i + size]).argmax(1) for i in range(0, len(x), size)]
-    return torch.cat([torch.zeros(0, dtype=torch.int64, device=x.device), *found])
+        classes = [target.fn(x[i : i + size]).argmax(1) for i in range(0, len(x), size)]
+    return torch.cat([torch.zeros(0, dtype=torch.int64, device=x.device), *classes])
 
 
-def _classes(y: Any, n: int) -> Tensor:
-    """Classes of whatever form ART allows: numbers (N,) or (N, 1), one-hot or scores (N, C). (N,) int64."""
+def _class_indices(y: Any, n: int) -> Tensor:
+    """Convert labels in any form that ART allows, indices (N,) or (N, 1), one-hot or scores (N, C), to (N,) int64."""
     y = np.asarray(y)
     if y.shape[:1] != (n,) or y.ndim > 2:
-        raise ShapeError(f"y has shape {y.shape} for {n} inputs; it must hold a class (N,) or a row of scores (N, C) for each")
+        raise ShapeError(f"y has shape {y.shape} for {n} inputs; it must hold a class (N,) or scores (N, C) for each")
     return torch.from_numpy(y.argmax(1) if y.ndim == 2 and y.shape[1] > 1 else y.reshape(n).astype(np.int64))
 
 
 def preprocessor_class() -> Any:
-    """The kind of ART preprocessor that does what a defence of ours does."""
+    """Return an ART preprocessor class that applies a `Defence`."""
     base = import_module("art.defences.preprocessor.preprocessor").PreprocessorPyTorch
 
     class RobustkitPreprocessor(base):  # type: ignore[misc, valid-type]
@@ -163,12 +167,12 @@ def preprocessor_class() -> Any:
 
         @property
         def device(self) -> torch.device:
-            """Where the defence lies: ART moves arrays there in its numpy path."""
+            """The device of the defence; ART moves arrays there in its numpy path."""
             parts = [*self.defence.parameters(), *self.defence.buffers()]
             return parts[0].device if parts else torch.device("cpu")
 
         def forward(self, x: Tensor, y: Any = None) -> tuple[Tensor, Any]:
-            # ART differentiates `forward` and never asks `estimate_forward` on this path: the view has to be in here.
+            # ART differentiates `forward` on this path and never calls `estimate_forward`, so the view must be applied here.
             with frozen(self.defence, "eval"):
                 return (self._view if torch.is_grad_enabled() and x.requires_grad else self.defence)(x), y
 

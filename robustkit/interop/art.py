@@ -1,4 +1,4 @@
-"""Attacks of IBM's Adversarial Robustness Toolbox under our interface; our attacks and defences under its own."""
+"""Convert attacks of the Adversarial Robustness Toolbox (ART) to ours, and our attacks and defences to ART's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from robustkit.errors import ArgumentError, ShapeError
 from robustkit.goals import ClassifyAs, Goal, Misclassify
 from robustkit.interop._art_estimator import classifier_of
 from robustkit.interop._attack_to_art import NORMS, attack_class, preprocessor_class
-from robustkit.interop._problem_module import ProblemModule, SomeRowsError, by_budget, finite
+from robustkit.interop._problem_module import PartialBatchError, ProblemModule, group_by_eps, replace_non_finite
 from robustkit.interop.peers import load_art
 from robustkit.problem import Problem
 from robustkit.threats import Pixels, Threat
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ArtAttack", "from_art", "preprocessor", "to_art"]
 
-# Any in this file: what belongs to ART, which is optional, so a type checker may not find it.
+# Any in this file: ART is optional, so a type checker may not find its types.
 
-_MOST = 128  # rows at once in ART's predictions, where an attack does not say otherwise
+_MAX_BATCH = 128  # the batch size of ART's predictions where an attack sets none
 
 
 def to_art(
@@ -48,71 +48,70 @@ def to_art(
     keep: Keep = "first",
     batch_size: int = 128,
 ) -> EvasionAttack:
-    """One of our attacks as an ART attack: `to_art(PGD(), classifier, threat=Linf(8 / 255)).generate(x, y)`.
+    """Convert an attack to an ART attack: `to_art(PGD(), classifier, threat=Linf(8 / 255)).generate(x, y)`.
 
-    ART's tools take it like one of their own, `AdversarialTrainer` among them. `generate` takes and gives float32 arrays;
-    y holds classes or one-hot rows, None stands for what the estimator predicts. Equal calls give equal results.
+    The result works in ART's tools, for example in `AdversarialTrainer`. `generate` takes and returns float32 arrays; y holds
+    class indices or one-hot rows, and None means the estimator's own predictions. Equal calls give equal results.
 
-    The whole estimator is attacked, and success is judged on what it predicts. Gradients go through the preprocessing: of
-    a torch preprocessor with an `estimate_forward` of its own they are the derivative of that (ART's attacks ignore it),
-    of a numpy preprocessor what its `estimate_gradient` says. Afterwards the training flags, parameters and their
-    gradients are as before.
+    The whole estimator is attacked, and success is judged on its predictions. Gradients go through the preprocessing: for a
+    torch preprocessor that overrides `estimate_forward` they are the gradient of that method (ART's attacks ignore it), for
+    a numpy preprocessor they are its `estimate_gradient`. Training flags, parameters and their gradients are restored.
 
-    `set_params` knows attack, threat, goal, eps (the threat's), targeted (True is the goal `ClassifyAs`, False
-    `Misclassify`, with the surrogate that the goal has), seed, keep, batch_size and verbose (which says nothing here).
+    `set_params` accepts attack, threat, goal, eps (of the threat), targeted (True sets the goal `ClassifyAs`, False
+    `Misclassify`, with the surrogate of the current goal), seed, keep, batch_size and verbose (without effect).
 
     Args:
         attack: The attack.
         estimator: A classifier of ART: a `PyTorchClassifier`, or any for attacks that see outputs alone.
-        threat: What may change; the estimator's `clip_values`, where it has them, take the place of its bounds.
+        threat: The threat model; its bounds are replaced by the estimator's `clip_values` if it has any.
         goal: `Misclassify` or `ClassifyAs`, with any surrogate.
         seed: Any integer.
-        keep: Which iterate comes back.
-        batch_size: The most images that go through the model at once.
+        keep: Which iterate is returned.
+        batch_size: The largest number of images in one model call.
 
     Returns:
-        An `art.attacks.attack.EvasionAttack`. Its `generate` refuses a `mask` with zeros in it.
+        An `art.attacks.attack.EvasionAttack`. Its `generate` refuses a `mask` that contains zeros.
 
     Raises:
-        ArgumentError: A value outside its range, an attack that does not serve the threat, or one that needs gradients of
-            an estimator that has none in torch.
+        ArgumentError: A value is out of range, the attack does not support the threat, or it needs gradients and the
+            estimator has none in torch.
         MissingExtraError: ART is not installed.
     """
     load_art()
     if not isinstance(attack, Attack):
-        raise ArgumentError(f"attack={attack!r} must be ours, such as PGD()")
+        raise ArgumentError(f"attack={attack!r} must be a robustkit attack, such as PGD()")
     try:
         adapter: EvasionAttack = attack_class(attack.access)(attack, estimator, threat, goal)
     except import_module("art.exceptions").EstimatorError as error:
-        raise ArgumentError(f"estimator={estimator!r} must be a classifier of ART, such as PyTorchClassifier") from error
+        raise ArgumentError(f"estimator={estimator!r} must be an ART classifier, such as PyTorchClassifier") from error
     adapter.set_params(seed=seed, keep=keep, batch_size=batch_size)
     return adapter
 
 
 def from_art(make: Callable[[PyTorchClassifier], EvasionAttack], *, one_by_one: bool = False) -> ArtAttack:
-    """An ART attack as one of ours: `from_art(lambda classifier: ProjectedGradientDescent(classifier, max_iter=40))`.
+    """Convert an ART attack to one of ours: `from_art(lambda classifier: ProjectedGradientDescent(classifier, max_iter=40))`.
 
-    `make` is called with a classifier that leads to the attacked model, for each batch and budget. The attack then is
-    asked for the goal (`targeted`) and, where it limits the norm of the threat, for its budget: `eps` becomes the
-    threat's, `eps_step` keeps its ratio to it, `th` of a `PixelAttack` becomes the number of pixels. One that cannot be
-    switched, such as `DeepFool`, is told no classes and starts from the predicted ones; for `ClassifyAs`, set `targeted` of
-    an attack that always wants a class (`SaliencyMapMethod`) in `make`.
+    `make` is called for each micro-batch and eps, with a classifier that wraps the attacked model. The attack's `targeted`
+    is then set from the goal. If the attack limits the norm of the threat, `eps` is set from the threat, `eps_step` keeps
+    its ratio to `eps`, and `th` of a `PixelAttack` is set to the number of pixels. An attack without a `targeted` parameter,
+    such as `DeepFool`, gets no labels and starts from the predicted classes; for `ClassifyAs` with an attack that is always
+    targeted (`SaliencyMapMethod`), set `targeted` in `make`.
 
-    ART's answer counts for nothing by itself: it is brought into the threat and judged anew. With `keep="last"` that
-    answer is what comes back; otherwise the images that it tries on the way compete too.
+    ART's own success report is not used: its result is projected into the threat and judged again. With `keep="last"` that
+    result is returned; otherwise the images that the attack queries on the way are candidates too.
 
-    A whole micro-batch is attacked at once. From the first question on that is about some of its examples alone, nobody
-    could say whose cost a question is, so the attack starts anew and takes one example after the other (what was spent
-    until then is counted). ART's random numbers then belong to the batch, not to the example: results repeat for the same
-    seed and micro-batches, but change with the size of these. With `one_by_one=True` they belong to the example, and every
-    law of `check_attack` holds; it is slow.
+    A whole micro-batch is attacked at once. If the attack queries only some of its examples, queries cannot be charged to
+    examples; the attack is then restarted on one example at a time (queries made before count). In batch mode ART's random
+    numbers belong to the batch, not to the example: results are reproducible for the same seed and micro-batches, but
+    depend on the micro-batch size. With `one_by_one=True` they belong to the example, and every law of `check_attack`
+    holds; this is slow.
 
     Args:
-        make: Builds the attack, PyTorchClassifier -> EvasionAttack; the class of an attack will do.
+        make: Builds the attack, PyTorchClassifier -> EvasionAttack; an attack class works too.
         one_by_one: Attack each example alone from the start.
 
     Raises:
-        ArgumentError: `make` is no function.
+        ArgumentError: `make` is not callable.
         MissingExtraError: ART is not installed.
     """
     load_art()
@@ -122,20 +121,20 @@ def from_art(make: Callable[[PyTorchClassifier], EvasionAttack], *, one_by_one: 
 
 
 def preprocessor(defence: Defence, *, apply_fit: bool = False) -> PreprocessorPyTorch:
-    """A defence as an ART preprocessor, for `PyTorchClassifier(..., preprocessing_defences=[preprocessor(Quantise(8))])`.
+    """Convert a defence to an ART preprocessor: `PyTorchClassifier(..., preprocessing_defences=[preprocessor(Quantise(8))])`.
 
-    Predictions go through the defence itself; where ART differentiates, it gets the defence's first view. ART's torch
-    path differentiates `forward` and ignores `estimate_forward`, which is where its own documentation has such a rule
-    written: rounding written that way looks unbroken. Here the rule is inside `forward`, so ART's attacks follow it too.
-    The defence is held in evaluation mode and its parameters get no gradients. It is not moved: put it on the
-    classifier's device.
+    Predictions use the defence itself; where ART differentiates, it uses the defence's first view. ART's documentation puts
+    such a view into `estimate_forward`, but its torch path differentiates `forward` and ignores `estimate_forward`, so that a
+    rounding defence written that way masks the gradient and looks robust. Here the view is inside `forward`, so ART's
+    attacks use it. The defence is kept in evaluation mode and its parameters get no gradients. It is not moved: put it on
+    the classifier's device.
 
     Args:
         defence: The defence.
-        apply_fit: Whether `fit` trains the model behind it.
+        apply_fit: Whether the defence is also applied when `fit` trains the model.
 
     Raises:
-        ArgumentError: `defence` is no `Defence`, or names no views.
+        ArgumentError: `defence` is not a `Defence`, or has no views.
         MissingExtraError: ART is not installed.
     """
     load_art()
@@ -148,8 +147,8 @@ def preprocessor(defence: Defence, *, apply_fit: bool = False) -> PreprocessorPy
 class ArtAttack(Attack):
     """An attack of ART, with every query counted; made by `from_art`.
 
-    It serves the goals `Misclassify` and `ClassifyAs` with ART's own losses (a surrogate is not looked at, and the
-    target's `draws` are not averaged). An attack with a `norm` serves the threat of that norm, others any. ART computes in
+    It supports the goals `Misclassify` and `ClassifyAs` with ART's own losses (the goal's surrogate and the target's `draws`
+    are ignored). An attack with a `norm` supports the threat of that norm, other attacks support any. ART computes in
     float32.
 
     Attributes:
@@ -161,79 +160,90 @@ class ArtAttack(Attack):
     one_by_one: bool = False
 
     def __repr__(self) -> str:
-        """The recipe: functions by their names, so that it reads the same in every process."""
+        """The recipe, with functions by name, so that it is the same in every process."""
         return f"ArtAttack(make={getattr(self.make, '__qualname__', repr(self.make))}, one_by_one={self.one_by_one})"
 
     def run(self, problem: Problem) -> Tensor:
-        """ART's answer for the open examples, those of one budget together; x where it is not a number."""
+        """Return ART's result for the unsolved examples, grouped by eps; x where the result is not finite."""
         if not isinstance(problem.goal, Misclassify | ClassifyAs):
-            raise ArgumentError(f"goal={problem.goal!r} must be Misclassify() or ClassifyAs(): ART's attacks serve no other")
-        x_adv, classes, apart = problem.x.clone(), 0, self.one_by_one
-        parts = [(eps, rows[i : i + _MOST]) for eps, rows in by_budget(problem) for i in range(0, len(rows), _MOST)]
-        for eps, rows in parts:
-            classes = classes or _classes(problem[rows[:1]])
-            if not apart and len(rows) > 1:
+            raise ArgumentError(f"goal={problem.goal!r} must be Misclassify() or ClassifyAs(): ART's attacks support no other")
+        x_adv, classes, one_by_one = problem.x.clone(), 0, self.one_by_one
+        batches = [
+            (eps, rows[i : i + _MAX_BATCH]) for eps, rows in group_by_eps(problem) for i in range(0, len(rows), _MAX_BATCH)
+        ]
+        for eps, rows in batches:
+            classes = classes or _count_classes(problem[rows[:1]])
+            if not one_by_one and len(rows) > 1:
                 try:
-                    x_adv[rows] = self._ask(problem[rows], eps, classes)
+                    x_adv[rows] = self._generate(problem[rows], eps, classes)
                     continue
-                except SomeRowsError:
-                    apart = True
+                except PartialBatchError:
+                    one_by_one = True
             for row in rows[problem.unsolved[rows]].unsqueeze(1):
                 with fork_rng(problem.noise("art", int(problem.ids[row])).key):
-                    x_adv[row] = self._ask(problem[row], eps, classes)
-        return finite(x_adv, problem.x)
+                    x_adv[row] = self._generate(problem[row], eps, classes)
+        return replace_non_finite(x_adv, problem.x)
 
-    def _ask(self, problem: Problem, eps: float, classes: int) -> Tensor:
+    def _generate(self, problem: Problem, eps: float, classes: int) -> Tensor:
         x, ref = problem.x.cpu().float().numpy(), problem.ref.cpu().numpy()
         attack = self.make(classifier_of(ProblemModule(problem), problem.x, classes, problem.threat.bounds))
-        told = _set(attack, problem, eps, self.make)
-        with warnings.catch_warnings(), patch.object(np.random, "RandomState", _State):
+        pass_labels = _configure(attack, problem, eps, self.make)
+        with warnings.catch_warnings(), patch.object(np.random, "RandomState", _SeededState):
             warnings.simplefilter("ignore", DeprecationWarning)  # of numpy, about what ART does to tensors
-            found = attack.generate(x.copy(), np.eye(classes, dtype=np.float32)[ref] if told else None)
-        if not isinstance(found, np.ndarray) or found.shape != x.shape:
-            raise ShapeError(f"{attack!r} gave {getattr(found, 'shape', type(found).__name__)} for inputs {x.shape}")
-        # What it left alone stays as it was bit for bit, also where x does not fit into float32.
-        return torch.where(torch.from_numpy(found == x).to(problem.x.device), problem.x, torch.from_numpy(found).to(problem.x))
+            x_adv = attack.generate(x.copy(), np.eye(classes, dtype=np.float32)[ref] if pass_labels else None)
+        if not isinstance(x_adv, np.ndarray) or x_adv.shape != x.shape:
+            raise ShapeError(
+                f"{attack!r} returned {getattr(x_adv, 'shape', type(x_adv).__name__)} for inputs {x.shape}; it must return that shape"
+            )
+        # Unchanged coordinates are taken from problem.x, which may not be representable in float32.
+        return torch.where(torch.from_numpy(x_adv == x).to(problem.x.device), problem.x, torch.from_numpy(x_adv).to(problem.x))
 
 
 @final
-class _State(np.random.RandomState):
-    """Seeded from the global generator: some attacks (`HopSkipJump`) take theirs anew from the operating system."""
+class _SeededState(np.random.RandomState):
+    """A RandomState seeded from the global generator; some attacks (`HopSkipJump`) seed theirs from the operating system."""
 
     def __init__(self, seed: Any = None) -> None:
         super().__init__(np.random.randint(2**32, dtype=np.uint32) if seed is None else seed)
 
 
-def _classes(problem: Problem) -> int:
-    """How many classes the model has: one look at its output."""
+def _count_classes(problem: Problem) -> int:
+    """Return the number of classes; costs one forward pass."""
     return int(problem.predict(problem.x).shape[1])
 
 
-def _set(attack: Any, problem: Problem, eps: float, make: Any) -> bool:
-    """Bring an attack to the goal and the budget of the problem, or refuse it; whether it is to be told the classes."""
+def _configure(attack: Any, problem: Problem, eps: float, make: Any) -> bool:
+    """Set the goal and eps of an ART attack and return whether `generate` is given labels.
+
+    Raises:
+        ArgumentError: The attack does not support the goal or the threat.
+        PartialBatchError: The attack does not accept the whole batch at once.
+    """
     if not isinstance(attack, import_module("art.attacks.attack").EvasionAttack):
-        raise ArgumentError(f"make={make!r} gave {attack!r}; it must give an instance of an ART evasion attack")
+        raise ArgumentError(f"make={make!r} returned {attack!r}; it must return an instance of an ART evasion attack")
     if isinstance(getattr(attack, "attacks", None), list | tuple):
-        raise ArgumentError(f"{attack!r} holds attacks whose goal and budget nobody can set from outside; give them one by one")
-    known, wanted = attack.attack_params, isinstance(problem.goal, ClassifyAs)
-    params: dict[str, Any] = {"verbose": False, "targeted": wanted}
-    if "targeted" not in known and bool(attack.targeted) != wanted:
-        raise ArgumentError(f"goal={problem.goal!r} is not served by {attack!r}; choose another attack")
-    norm, served = getattr(attack, "norm", None), NORMS.get(type(problem.threat))
+        raise ArgumentError(f"{attack!r} contains attacks whose goal and eps cannot be set; give them one by one")
+    known, targeted = attack.attack_params, isinstance(problem.goal, ClassifyAs)
+    params: dict[str, Any] = {"verbose": False, "targeted": targeted}
+    if "targeted" not in known and bool(attack.targeted) != targeted:
+        raise ArgumentError(f"goal={problem.goal!r} is not supported by {attack!r}; choose another attack")
+    norm, threat_norm = getattr(attack, "norm", None), NORMS.get(type(problem.threat))
     norm = np.inf if norm == "inf" else norm
-    if norm in NORMS.values() and norm != served:
-        raise ArgumentError(f"threat={problem.threat!r} is not what {attack!r} limits, which is the norm {norm}")
-    if norm is not None and norm == served and "eps" in known:
+    if norm in NORMS.values() and norm != threat_norm:
+        raise ArgumentError(
+            f"threat={problem.threat!r} does not match {attack!r}, which limits the norm {norm}; choose another"
+        )
+    if norm is not None and norm == threat_norm and "eps" in known:
         params |= {"eps": eps}
         if "eps_step" in known and isinstance(attack.eps, int | float):
             params |= {"eps_step": attack.eps_step * (eps / attack.eps)}
     if isinstance(problem.threat, Pixels) and "th" in known and type(attack).__name__ == "PixelAttack":
         params |= {"th": int(eps)}
     attack.set_params(**{name: value for name, value in params.items() if name in known})
-    if len(problem) > 1 and "batch_size" in known:  # with one example it is a matter of speed alone
+    if len(problem) > 1 and "batch_size" in known:  # for one example it only affects speed
         try:
             attack.set_params(batch_size=len(problem))
         except ValueError as error:
-            raise SomeRowsError(f"{attack!r} takes no {len(problem)} examples at once") from error
-    # What has no such switch may take y for the wanted class always, and would then work to keep the right one.
-    return wanted or "targeted" in known
+            raise PartialBatchError(f"{attack!r} does not accept {len(problem)} examples at once") from error
+    # An attack without this parameter may always take y as the target class: given the label, it would aim at that.
+    return targeted or "targeted" in known

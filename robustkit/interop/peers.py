@@ -1,4 +1,4 @@
-"""The libraries that are compared with, each imported only when it is asked for."""
+"""Import other libraries, each only when it is needed."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import nn
 
 from robustkit.errors import ArgumentError, MissingExtraError
 
-__all__ = ["gradients_kept", "load_art", "load_autoattack", "load_foolbox", "load_torchattacks"]
+__all__ = ["load_art", "load_autoattack", "load_foolbox", "load_torchattacks", "restore_gradients"]
 
-# The modules come back as Any: the libraries are optional, so a type checker may not find them.
+# Modules are typed as Any: the libraries are optional, so a type checker may not find them.
 
 
 def load_foolbox() -> Any:
-    """The module `foolbox`.
+    """Import the module `foolbox`.
 
     Raises:
         MissingExtraError: It is not installed, or its import fails.
     """
     before = os.environ.get("GIT_PYTHON_REFRESH")
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # foolbox imports GitPython, which fails where there is no git
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # foolbox imports GitPython, which fails where git is not installed
     try:
         return _load("foolbox", "foolbox", "foolbox")[0]
     finally:
@@ -34,7 +34,7 @@ def load_foolbox() -> Any:
 
 
 def load_art() -> tuple[Any, Any]:
-    """The modules `art.attacks.evasion` and `art.estimators.classification`.
+    """Import the modules `art.attacks.evasion` and `art.estimators.classification`.
 
     Raises:
         MissingExtraError: It is not installed, or its import fails.
@@ -46,7 +46,7 @@ def load_art() -> tuple[Any, Any]:
 
 
 def load_torchattacks() -> Any:
-    """The module `torchattacks`. It is in no extra, since it forces old versions of other packages on everybody.
+    """Import the module `torchattacks`. It is in no extra, because it requires old versions of other packages.
 
     Raises:
         ArgumentError: It is not installed, or its import fails.
@@ -60,7 +60,7 @@ def load_torchattacks() -> Any:
 
 
 def load_autoattack() -> Any:
-    """The module `pyautoattack`.
+    """Import the module `pyautoattack`.
 
     Raises:
         MissingExtraError: It is not installed, or its import fails.
@@ -69,8 +69,8 @@ def load_autoattack() -> Any:
 
 
 @contextmanager
-def gradients_kept(model: nn.Module) -> Iterator[None]:
-    """The gradients of the parameters as they were: some libraries clear them, some add to them."""
+def restore_gradients(model: nn.Module) -> Iterator[None]:
+    """Restore the parameters' `.grad` afterwards: some libraries clear it, some add to it."""
     before = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
         for parameter, _ in before:
@@ -84,7 +84,7 @@ def gradients_kept(model: nn.Module) -> Iterator[None]:
 def _load(package: str, extra: str, *modules: str) -> list[Any]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of deprecated names that the libraries themselves import
+            warnings.simplefilter("ignore")  # about deprecated names that the libraries import
             return [import_module(name) for name in modules]
     except Exception as error:
         raise MissingExtraError(package, extra, error) from error

@@ -121,7 +121,7 @@ def step_gains(kind: type[Threat], case: ThreatCase) -> None:
     rounding = norm(case.grad, 1) * case.tolerance
     assert (gain >= -rounding).all()
     if isinstance(case.threat, L1 | Pixels):
-        room = case.threat._room(case.grad, x_adv) > 1e-3
+        room = case.threat._room_in_box(case.grad, x_adv) > 1e-3
         movable = ((case.grad.flatten(1) != 0) & room).any(1)
         assert ((gain > 0) | ~movable | (gain.abs() <= rounding)).all()
 

@@ -1,4 +1,4 @@
-"""WHAT MAY CHANGE: a ball of some norm around each input, cut with the box of valid inputs. One file a norm."""
+"""Threat models: a ball of some norm around each input, intersected with the box of valid inputs; one file per norm."""
 
 from robustkit.threats.l1 import L1
 from robustkit.threats.l2 import L2

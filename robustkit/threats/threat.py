@@ -1,4 +1,4 @@
-"""WHAT MAY CHANGE: the set of inputs that an adversary may choose from, around each x."""
+"""The interface of threat models: the set of inputs that an adversary may choose from, around each clean input x."""
 
 from __future__ import annotations
 
@@ -16,20 +16,23 @@ from robustkit.errors import ArgumentError
 
 __all__ = ["Threat"]
 
-_ROUNDING = 2.0**-24  # of one float32 operation on numbers of size one
+_FLOAT32_ROUNDING = 2.0**-24  # the largest relative error of one float32 operation
 
 
 @dataclass(frozen=True, eq=False)
 class Threat(ABC):
-    """A ball around each x, cut with the box of valid inputs.
+    """The intersection of a ball around each x with the box of valid inputs.
 
-    `project` brings any point inside; `steepest` jumps from x to the best point for a linear function, the whole budget at
-    once; `step` walks a fraction of the budget from any point (`move` the same by a length), possibly out of the ball, to be
-    projected afterwards; `sample` draws a random point.
+    `project` maps any point into the set. `steepest` returns the maximiser of a linear function over the set. `step` moves
+    from any point by a fraction of the budget (`move` by a length); the result may be outside the ball and is projected
+    afterwards. `sample` draws a random point.
 
     Attributes:
-        eps: The budget in input units; one number, or one number an example, shape (N,).
-        bounds: Lowest and highest valid input value, or None where every real number is valid (latent spaces).
+        eps: The budget in input units; one number, or one number per example, shape (N,).
+        bounds: The lowest and highest valid input value, or None if every real number is valid (latent spaces).
+
+    Raises:
+        ArgumentError: `eps` or `bounds` is out of range.
     """
 
     eps: float | Tensor
@@ -47,41 +50,41 @@ class Threat(ABC):
             rule = f"above {low:g}" + (f" and at most {high:g}" if math.isfinite(high) else " and finite")
             raise ArgumentError(
                 f"eps={self.eps!r} of {type(self).__name__} must be a number {rule} for bounds={self.bounds}; "
-                "eps is in input units, so divide by 255 where it was meant for byte images"
+                "eps is in input units, so divide by 255 if it was meant for byte images"
             )
 
     def _eps_range(self) -> tuple[float, float]:
-        """The open lower and closed upper end of a sensible budget."""
+        """The valid range of eps: open at the lower end, closed at the upper end."""
         return 0.0, math.inf
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other) or not isinstance(other, Threat):
             return False
-        one, two = torch.as_tensor(self.eps), torch.as_tensor(other.eps)
-        return one.shape == two.shape and bool((one == two).all()) and self.bounds == other.bounds
+        eps, other_eps = torch.as_tensor(self.eps), torch.as_tensor(other.eps)
+        return eps.shape == other_eps.shape and bool((eps == other_eps).all()) and self.bounds == other.bounds
 
     def __hash__(self) -> int:
         return hash((type(self), self.bounds))
 
     @abstractmethod
     def size(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """How much of a budget each change takes, computed in float64, (N, *S), (N, *S) -> (N,)."""
+        """The size of each perturbation in the unit of eps, (N, *S), (N, *S) -> (N,) float64."""
 
     @abstractmethod
     def slack(self, x: Tensor) -> Tensor:
-        """What one float32 rounding of every coordinate may add to `size`, (N,) float64."""
+        """The most that one float32 rounding of every coordinate can add to `size`, (N,) float64."""
 
     @abstractmethod
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """A point of the threat set near `x_adv`: into ball and box together."""
+        """A point of the threat set, in both ball and box, near `x_adv`."""
 
     @abstractmethod
     def steepest(self, grad: Tensor, x: Tensor) -> Tensor:
-        """The point of the threat set that raises the linear function with gradient `grad` most."""
+        """The point of the threat set that maximises the linear function with gradient `grad`."""
 
     @abstractmethod
     def move(self, grad: Tensor, x_adv: Tensor, x: Tensor, length: float | Tensor) -> Tensor:
-        """A move of the given length (input units) from `x_adv` that raises the linear function with gradient `grad`."""
+        """Move from `x_adv` by a length in input units so that the linear function with gradient `grad` increases."""
 
     @abstractmethod
     def sample(self, x: Tensor, noise: Noise) -> Tensor:
@@ -89,22 +92,22 @@ class Threat(ABC):
 
     @property
     def budget(self) -> float | Tensor:
-        """The length of a move of the whole budget, in input units."""
+        """The length of a step that uses the whole budget, in input units."""
         return self.eps
 
     @final
     @property
     def free(self) -> Threat:
-        """The same ball, of its largest budget, around zero and without a box: where a change that serves all examples lives.
+        """The same ball without a box, with the largest eps of all examples: the set of universal perturbations.
 
         Raises:
-            ArgumentError: A threat that needs its box.
+            ArgumentError: The threat needs its box.
         """
         return replace(self, eps=float(torch.as_tensor(self.eps, dtype=torch.float64).max()), bounds=None)
 
     @final
     def movable(self, grad: Tensor, x: Tensor) -> Tensor:
-        """`grad` without the coordinates in which `x`, at the edge of the box, could only leave it by following it."""
+        """`grad` with zeros where `x` lies on a face of the box and a step along `grad` would leave the box."""
         if self.bounds is None:
             return grad
         low, high = self.bounds
@@ -112,13 +115,13 @@ class Threat(ABC):
 
     @final
     def step(self, grad: Tensor, x_adv: Tensor, x: Tensor, fraction: float, length: float | None = None) -> Tensor:
-        """A move of `fraction` of the budget, or of `length` in input units, that raises the linear function `grad`."""
-        # One product of Python floats: other libraries form the step so, and float32 would round it twice.
+        """Move by `fraction` of the budget, or by `length` in input units, so that the linear function `grad` increases."""
+        # One product of Python floats, as in other libraries; in float32 it would be rounded twice.
         return self.move(grad, x_adv, x, fraction * self.budget if length is None else length)
 
     @final
     def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """Whether each x_adv lies in the box and, but for float32 rounding, in the ball, (N,) bool."""
+        """Whether each x_adv lies in the box and, up to float32 rounding (`slack`), in the ball, (N,) bool."""
         inside = self.size(x_adv, x) <= torch.as_tensor(self.eps, dtype=torch.float64, device=x.device) + self.slack(x)
         if self.bounds is not None:
             inside &= (flatten_rows(x_adv) >= self.bounds[0]).all(1) & (flatten_rows(x_adv) <= self.bounds[1]).all(1)
@@ -131,20 +134,21 @@ class Threat(ABC):
 
     @final
     def __getitem__(self, rows: Tensor | slice) -> Threat:
-        """The threat for some of the examples."""
+        """The threat for the examples `rows`."""
         return replace(self, eps=self.eps[rows]) if isinstance(self.eps, Tensor) and self.eps.dim() else self
 
     @final
     def _rounding(self, x: Tensor) -> Tensor:
-        """One float32 rounding of the data range, (N,) float64."""
+        """The largest float32 rounding error of one coordinate, (N,) float64."""
         if self.bounds is None:
-            return (abs_max(x).double() + 2 * self._eps_column(x)[:, 0]) * _ROUNDING
+            return (abs_max(x).double() + 2 * self._eps_column(x)[:, 0]) * _FLOAT32_ROUNDING
         low, high = self.bounds
-        return torch.full((len(x),), max(high - low, -low, high) * _ROUNDING, dtype=torch.float64, device=x.device)
+        largest = max(high - low, -low, high)
+        return torch.full((len(x),), largest * _FLOAT32_ROUNDING, dtype=torch.float64, device=x.device)
 
     @final
-    def _room(self, grad: Tensor, x: Tensor) -> Tensor:
-        """How far each coordinate can move in the direction of `grad` inside the box, (N, D) float64."""
+    def _room_in_box(self, grad: Tensor, x: Tensor) -> Tensor:
+        """The distance of each coordinate to the face of the box in the direction of `grad`, (N, D) float64."""
         x = flatten_rows(x).double()
         if self.bounds is None:
             return torch.full_like(x, torch.inf)
@@ -152,8 +156,10 @@ class Threat(ABC):
 
     @final
     def _eps_row(self, x: Tensor) -> float | Tensor:
+        """eps as a number or (N,), in the dtype of x."""
         return self.eps.to(x) if isinstance(self.eps, Tensor) else self.eps
 
     @final
     def _eps_column(self, x: Tensor) -> Tensor:
+        """eps as a column, (N, 1) float64."""
         return torch.as_tensor(self.eps, dtype=torch.float64, device=x.device).reshape(-1, 1).expand(len(x), 1)

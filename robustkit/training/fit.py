@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from robustkit._engine.field_checks import at_least
 from robustkit._engine.state_guard import fork_rng, frozen
 from robustkit.errors import ArgumentError
 
@@ -69,8 +70,7 @@ def fit(
     Raises:
         ArgumentError: `epochs` is below 1, or the loader gave no batch.
     """
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise ArgumentError(f"epochs={epochs!r} must be a whole number, at least 1")
+    at_least(1, epochs=epochs)
     history: list[Epoch] = []
     seeds = itertools.count(seed << 32)
     flags = [(part, part.training) for part in model.modules()]

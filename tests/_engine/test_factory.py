@@ -1,4 +1,4 @@
-"""Functions by name: files, modules, and errors that say which of the two is wrong."""
+"""Functions named by file or module, and the errors of wrong names."""
 
 import dataclasses
 import pickle
@@ -12,7 +12,7 @@ from robustkit.errors import ArgumentError
 
 @pytest.fixture(autouse=True)
 def _clean():
-    """Modules that a test imports are forgotten after it."""
+    """Remove the modules that a test imports."""
     before = set(sys.modules)
     yield
     for name in set(sys.modules) - before:
@@ -33,15 +33,15 @@ def test_a_module_in_the_current_folder_is_found(tmp_path, monkeypatch):
     assert sys.path == before
 
 
-def test_files_of_one_name_do_not_meet(tmp_path):
+def test_files_of_equal_names_do_not_collide(tmp_path):
     functions = []
     for number in (1, 2):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "model.py").write_text(f"class Number:\n    value = {number}\n")
         functions.append(load_factory(f"{tmp_path}/{number}/model.py:Number"))
-    made = [function() for function in functions]
-    assert [number.value for number in made] == [1, 2]
-    assert [number.value for number in pickle.loads(pickle.dumps(made))] == [1, 2]
+    numbers = [function() for function in functions]
+    assert [number.value for number in numbers] == [1, 2]
+    assert [number.value for number in pickle.loads(pickle.dumps(numbers))] == [1, 2]
 
 
 def test_a_file_may_define_dataclasses(tmp_path):
@@ -51,8 +51,8 @@ def test_a_file_may_define_dataclasses(tmp_path):
     assert dataclasses.asdict(load_factory(f"{tmp_path}/m.py:Point")()) == {"x": 3}
 
 
-# What goes wrong after the import: then the module stays.
-OF_THE_FUNCTION = (
+# Errors after the import: the module stays in sys.modules.
+AFTER_IMPORT = (
     "has no function made",
     "has no function made; it has other",
     "raised ZeroDivisionError",
@@ -61,7 +61,7 @@ OF_THE_FUNCTION = (
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("raise ValueError('two\\nlines')", "importing .* raised ValueError: two lines"),
         ("import sys\nsys.exit(3)", "raised SystemExit: 3"),
@@ -73,18 +73,18 @@ OF_THE_FUNCTION = (
         ("def made(needed): ...", "raised TypeError"),
     ],
 )
-def test_what_is_wrong_with_a_file_comes_in_one_line(content, told, tmp_path):
+def test_errors_of_a_file_are_reported_in_one_line(content, message, tmp_path):
     (tmp_path / "m.py").write_text(content)
-    before = set(sys.modules)  # other files of tests leave modules of theirs behind
-    with pytest.raises(ArgumentError, match=told) as caught:
+    before = set(sys.modules)  # other test files leave modules behind
+    with pytest.raises(ArgumentError, match=message) as caught:
         load_factory(f"{tmp_path}/m.py:made")()
     assert "\n" not in str(caught.value)
     imported = [name for name in set(sys.modules) - before if name.startswith("m_")]
-    assert bool(imported) == (told in OF_THE_FUNCTION), "a module whose import failed is forgotten, another is kept"
+    assert bool(imported) == (message in AFTER_IMPORT), "a module is removed if and only if its import failed"
 
 
 @pytest.mark.parametrize(
-    ("spec", "told"),
+    ("spec", "message"),
     [
         ("none.py:made", "there is no file none.py"),
         ("no_such_package:made", "there is no module no_such_package;"),
@@ -95,7 +95,7 @@ def test_what_is_wrong_with_a_file_comes_in_one_line(content, told, tmp_path):
         ("collections:not a name", "must be path/to/file.py:name"),
     ],
 )
-def test_a_wrong_spec_names_itself(spec, told):
-    with pytest.raises(ArgumentError, match=told) as caught:
+def test_a_wrong_spec_is_refused_by_name(spec, message):
+    with pytest.raises(ArgumentError, match=message) as caught:
         load_factory(spec)
     assert repr(spec) in str(caught.value)

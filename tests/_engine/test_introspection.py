@@ -1,4 +1,4 @@
-"""Wherever a user hides a model, it is found and held."""
+"""A model is found and frozen however it is wrapped."""
 
 import functools
 import random
@@ -76,7 +76,7 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-def test_the_model_is_held_and_its_statistics_are_safe(wrap):
+def test_the_model_is_found_and_its_statistics_are_restored(wrap):
     model = net()
     target = wrap(model)
     assert module_of(target) is model
@@ -86,7 +86,7 @@ def test_the_model_is_held_and_its_statistics_are_safe(wrap):
     assert [flag.name for flag in result.flags] == ["train-mode"]
 
 
-def test_views_are_held_too():
+def test_modules_of_views_are_found_too():
     model, view = net(), net()
     target = Target(model, views={"surrogate": lambda x: view(x)})
     assert set(target.module) == {model, view}
@@ -94,7 +94,7 @@ def test_views_are_held_too():
     assert torch.equal(view[1].running_mean, torch.zeros(2))
 
 
-def test_a_part_of_a_found_module_is_not_found_again():
+def test_a_submodule_of_a_found_module_is_not_listed_again():
     model = net()
     assert module_of(lambda x: model[1](model(x))) is model
     assert module_of(torch.sin) is None
@@ -104,19 +104,19 @@ def test_generators_are_found():
     class Noisy(nn.Module):
         def __init__(self):
             super().__init__()
-            self.predicted_ref, self.inner = torch.Generator(), nn.Identity()
+            self.generator, self.inner = torch.Generator(), nn.Identity()
             self.inner.rng = np.random.default_rng(0)
 
     noisy, python = Noisy(), random.Random(0)
-    assert set(map(id, generators_of(noisy))) == {id(noisy.predicted_ref), id(noisy.inner.rng)}
+    assert set(map(id, generators_of(noisy))) == {id(noisy.generator), id(noisy.inner.rng)}
     assert generators_of(lambda x: python.random()) == [python]
 
 
-def test_two_models_in_evaluation_mode_are_not_taken_for_one_in_training():
-    one, two = net().eval(), net().eval()
-    result = PGD(steps=1)(lambda x: one(x) + two(x), X, Y, threat=Linf(0.1))
+def test_two_models_in_evaluation_mode_raise_no_train_mode_flag():
+    first, second = net().eval(), net().eval()
+    result = PGD(steps=1)(lambda x: first(x) + second(x), X, Y, threat=Linf(0.1))
     assert result.flags == ()
-    assert not one.training
-    two.train()
-    result = PGD(steps=1)(lambda x: one(x) + two(x), X, Y, threat=Linf(0.1))
+    assert not first.training
+    second.train()
+    result = PGD(steps=1)(lambda x: first(x) + second(x), X, Y, threat=Linf(0.1))
     assert [flag.name for flag in result.flags] == ["train-mode"]

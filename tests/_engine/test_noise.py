@@ -20,14 +20,14 @@ KNOWN = [
 ]
 
 
-@pytest.mark.parametrize(("counter", "key", "answer"), KNOWN)
-def test_philox_gives_the_known_answers(counter, key, answer):
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
+def test_philox_agrees_with_the_reference_implementation(counter, key, expected):
     words = philox(tuple(torch.tensor([c]) for c in counter), key)
-    assert tuple(int(w) for w in words) == answer
+    assert tuple(int(w) for w in words) == expected
 
 
 def slow_philox(counter, key):
-    """The definition, in Python's own integers."""
+    """The definition, in Python integers."""
     c, k = list(counter), list(key)
     for _ in range(10):
         p0, p1 = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
@@ -44,7 +44,7 @@ def test_bits_are_philox_of_id_and_position(example, position, seed, purpose):
     assert int(noise.bits(10)[0, position]) == words[position % 4]
 
 
-def test_a_draw_belongs_to_its_example():
+def test_a_draw_depends_on_its_example_only():
     ids = torch.tensor([5, 2**40 + 1, 7])
     noise = Noise(1, ids).at("start", 0)
     rows = torch.tensor([2, 0])
@@ -72,6 +72,6 @@ def test_distributions():
     assert uniform.max() < 1
 
 
-def test_scalars_and_empties():
+def test_scalars_and_empty_batches():
     assert Noise(0, torch.arange(3)).uniform().shape == (3,)
     assert Noise(0, torch.arange(0)).normal(2, 2).shape == (0, 2, 2)

@@ -1,4 +1,4 @@
-"""Rows of an array inside an npz file: the same as from the whole array, in any order, and nothing is ever unpickled."""
+"""Rows of an npz array equal those of the array in memory, in any order; nothing is unpickled."""
 
 import gc
 import io
@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robustkit._engine.npz import Stored
+from robustkit._engine.npz import NpzArray
 from robustkit.data import load
 
 X = np.random.default_rng(0).random((300, 1, 4, 5), dtype=np.float32)
@@ -29,18 +29,18 @@ def files(request, tmp_path_factory):
 
 
 @given(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)), min_size=1, max_size=6))
-def test_any_rows_in_any_order_are_those_of_the_array(files, asked):
-    stored = Stored(files / "floats.npz", "x")
-    assert (stored.shape, stored.dtype, len(stored), stored.by_rows) == (X.shape, X.dtype, 300, True)
-    for ends in asked:
-        first, last = sorted(ends)
-        assert np.array_equal(stored.read(first, last), X[first:last])
+def test_rows_in_any_order_equal_those_of_the_array(files, ranges):
+    array = NpzArray(files / "floats.npz", "x")
+    assert (array.shape, array.dtype, len(array), array.row_major) == (X.shape, X.dtype, 300, True)
+    for pair in ranges:
+        first, last = sorted(pair)
+        assert np.array_equal(array.read(first, last), X[first:last])
 
 
 @pytest.mark.parametrize(("name", "whole"), [("floats", X), ("bytes", BYTES.transpose(0, 3, 1, 2) / np.float32(255))])
-def test_data_in_a_file_are_the_data_in_memory(files, name, whole):
+def test_data_in_a_file_equal_data_in_memory(files, name, whole):
     data, memory = load(f"npz:{files}/{name}.npz"), torch.from_numpy(whole.copy())
-    assert isinstance(data.source, Stored)
+    assert isinstance(data.source, NpzArray)
     assert torch.equal(data.x, memory)
     assert data.shape == memory.shape
     part = data.part(20, 270).part(5, 100)
@@ -52,14 +52,14 @@ def test_data_in_a_file_are_the_data_in_memory(files, name, whole):
     assert part.hash == in_memory.part(20, 270).part(5, 100).hash != data.hash
 
 
-def test_columns_first_cannot_be_read_by_rows_and_is_read_whole(files):
-    assert not Stored(files / "columns.npz", "x").by_rows
+def test_an_array_in_fortran_order_is_read_as_a_whole(files):
+    assert not NpzArray(files / "columns.npz", "x").row_major
     data = load(f"npz:{files}/columns.npz")
     assert isinstance(data.source, torch.Tensor)
     assert torch.equal(data.x, torch.from_numpy(X))
 
 
-def test_a_range_is_looked_at_to_the_last_image(files, tmp_path):
+def test_the_range_of_all_images_is_checked(files, tmp_path):
     for value in (np.nan, 1.5, -0.5, np.inf):
         wrong = X.copy()
         wrong[-1, 0, 3, 4] = value
@@ -86,4 +86,4 @@ def test_every_version_of_the_format_is_read(tmp_path, version):
     np.lib.format.write_array(buffer, X, version=version)
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
         archive.writestr("x.npy", buffer.getvalue())
-    assert np.array_equal(Stored(tmp_path / "x.npz", "x").read(7, 11), X[7:11])
+    assert np.array_equal(NpzArray(tmp_path / "x.npz", "x").read(7, 11), X[7:11])

@@ -1,4 +1,4 @@
-"""What the answers of a model show by themselves."""
+"""Checks of a model's outputs."""
 
 import math
 
@@ -18,7 +18,7 @@ SOUND = torch.tensor([[0.2, 0.3, 0.4], [1.0, -1.0, 0.0], [5.0, 0.0, 0.0], [0.25,
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_rows_that_hold_no_finite_number_are_found_in_tensors_and_in_pairs(value):
+def test_rows_that_are_not_finite_are_found_in_tensors_and_tuples(value):
     out = SOUND.clone()
     out[2, 1] = value
     assert non_finite_rows(out).tolist() == [False, False, True, False]
@@ -27,7 +27,7 @@ def test_rows_that_hold_no_finite_number_are_found_in_tensors_and_in_pairs(value
     assert check_first_output(out)[0] == Check("undefined-outputs", 1, 4, 0.0)
 
 
-def test_nothing_is_said_of_what_has_no_numbers_or_no_rows():
+def test_other_outputs_give_no_checks():
     assert not non_finite_rows(SOUND).any()
     for out in (None, "text", {"logits": SOUND}, torch.tensor(3.0), SOUND.long(), (SOUND, SOUND[:2])):
         assert not len(non_finite_rows(out))
@@ -35,22 +35,22 @@ def test_nothing_is_said_of_what_has_no_numbers_or_no_rows():
 
 
 def test_probabilities_are_rows_that_sum_to_one():
-    """Two numbers that happen to sum to one are some; a row that holds a negative number is none."""
+    """A row that sums to one by chance counts; a row with a negative entry does not."""
     assert are_probabilities(SOUND).tolist() == [False, False, False, True]
     assert are_probabilities(torch.tensor([[1.5, -0.5]])).tolist() == [False]
-    for kind in (torch.float32, torch.float16, torch.bfloat16):
-        assert are_probabilities((10 * torch.randn(50, 7)).softmax(1).to(kind)).all()
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert are_probabilities((10 * torch.randn(50, 7)).softmax(1).to(dtype)).all()
     assert check_first_output(SOUND) == [Check("probabilities", 1, 4)]
     assert check_first_output(SOUND[:3]) == []
 
 
-def test_ties_that_decide_are_counted_at_the_end():
+def test_ties_are_counted_in_the_final_output():
     assert check_final_output(SOUND, torch.tensor([True, False, True, False])) == [Check("tied-outputs", 2, 4, 0.01)]
     assert check_final_output(SOUND, torch.zeros(4, dtype=torch.bool)) == []
     assert check_final_output(SOUND / 0, torch.zeros(4, dtype=torch.bool)) == [Check("undefined-outputs", 4, 4, 0.0)]
 
 
-def test_a_model_that_fails_on_one_is_asked_about_two():
+def test_a_model_that_fails_on_a_batch_of_one_is_given_two_copies():
     def picky(x):
         if len(x) == 1:
             raise ValueError("one")
@@ -68,7 +68,7 @@ def test_a_model_that_fails_on_one_is_asked_about_two():
     assert error is None
 
 
-def test_a_model_that_fails_on_two_as_well_raises_what_it_raised_on_one():
+def test_a_model_that_fails_on_two_copies_raises_the_error_of_the_batch_of_one():
     def broken(x):
         raise ValueError(f"batch of {len(x)}")
 

@@ -9,7 +9,7 @@ from robustkit import L1, L2, ClassifyAs, Linf, Misclassify, Target
 from robustkit._engine.noise import Noise
 from robustkit.attack import Attack
 from robustkit.attacks import APGD
-from robustkit.attacks._apgd import Walk
+from robustkit.attacks._apgd import Trajectory
 from robustkit.errors import ArgumentError
 from robustkit.goals import Goal
 
@@ -20,8 +20,8 @@ Y = NET(X).argmax(1)
 
 
 @dataclass
-class Seen:
-    """A model that remembers every input it was asked about, in order."""
+class Recorder:
+    """A model that records every input, in order."""
 
     net: nn.Module
 
@@ -37,8 +37,8 @@ def start(threat, x, number=0, seed=0):
     return threat.sample(x, Noise(seed, torch.arange(len(x))).at("start", number))
 
 
-def by_hand(x, y, x_0, norm, eps, steps, checkpoints, rho=0.75):
-    """Algorithm 1 of the paper for one image, growing f, with nothing of the package in it. Iterates, and who halved when."""
+def reference_apgd(x, y, x_0, norm, eps, steps, checkpoints, rho=0.75):
+    """Algorithm 1 for one image, maximising f, independent of the package; conditions 1 and 2 at each checkpoint."""
 
     def f(point):
         point = point.detach().requires_grad_()
@@ -57,10 +57,10 @@ def by_hand(x, y, x_0, norm, eps, steps, checkpoints, rho=0.75):
     for k in range(steps):
         z = project(point + eta * (grad.sign() if norm is Linf else grad / grad.norm()))
         new = z if k == 0 else project(point + 0.75 * (z - point) + 0.25 * (point - previous))
-        previous, point, value_before = point, new, value
+        previous, point, last_value = point, new, value
         points.append(new)
         value, grad = f(new)
-        rises += value > value_before
+        rises += value > last_value
         if value > best:
             best, x_best, grad_best = value, new, grad
         if k + 1 in marks:
@@ -74,25 +74,25 @@ def by_hand(x, y, x_0, norm, eps, steps, checkpoints, rho=0.75):
 
 
 @pytest.mark.parametrize("threat", [Linf(0.4), L2(3.0), Linf(0.02)])
-def test_apgd_is_algorithm_1(threat):
-    """Iterate by iterate. The budgets are large, so that the loss does not just rise: lengths are halved, and once not."""
-    target, checkpoints = Seen(NET), [5, 9, 12, 14, 16, 18, 19, 20]  # of 20 steps, written out by hand
+def test_apgd_equals_algorithm_1(threat):
+    """Iterate by iterate. The budgets are large, so that some but not all checkpoints halve the step size."""
+    target, checkpoints = Recorder(NET), [5, 9, 12, 14, 16, 18, 19, 20]  # of 20 steps, written out by hand
     result = APGD(steps=20)(Target(target), X, Y, threat=threat, keep="last")
-    told = []
+    conditions = []
     for i in range(len(X)):
         x_0 = start(threat, X)[i]
-        points, x_best, halvings = by_hand(X[i], Y[i], x_0, type(threat), threat.eps, 20, checkpoints)
+        points, x_best, halvings = reference_apgd(X[i], Y[i], x_0, type(threat), threat.eps, 20, checkpoints)
         ours = torch.stack([inputs[i] for inputs in target.inputs[:21]])
         assert torch.allclose(ours, torch.stack(points), rtol=0, atol=1e-9)
         assert torch.allclose(result.x_adv[i], x_best, rtol=0, atol=1e-9)
-        told += halvings
-    assert any(one for one, _ in told)
-    assert not all(one or two for one, two in told)
+        conditions += halvings
+    assert any(one for one, _ in conditions)
+    assert not all(one or two for one, two in conditions)
 
 
 @dataclass(frozen=True)
-class _Told(Goal):
-    """A loss that says what it is told to, with some gradient."""
+class _Scripted(Goal):
+    """A loss with given values and some gradient."""
 
     values: object
 
@@ -103,67 +103,67 @@ class _Told(Goal):
         return torch.zeros(len(out), dtype=torch.bool)
 
 
-def test_condition_2_halves_where_nothing_came_of_many_falls():
-    """Most steps lower the loss, so condition 1 is silent; from the second window on the best is that of the first."""
+def test_condition_2_halves_where_the_best_loss_did_not_change():
+    """Most steps lower the loss, so condition 1 does not hold; from the second window on the best loss is that of the first."""
     values = [9.0, 5.0, 4.0, 3.0, 2.0, 1.0]  # the start, and the five steps up to the first checkpoint
-    values += [8.0, 7.0, 6.0, 5.0]  # up to the second: nothing came of it
-    values += [4.0, 3.0, 2.0]  # up to the third: nothing again, but the length is new; from the best, 1, the first rises
-    values += [8.0, 7.0]  # up to the fourth: nothing, and at a length that is not new
+    values += [8.0, 7.0, 6.0, 5.0]  # up to the second: no new best loss
+    values += [4.0, 3.0, 2.0]  # up to the third: none again, but the step size is new; from the best, 1, the first step rises
+    values += [8.0, 7.0]  # up to the fourth: none, at a step size that is not new
     x = torch.full((1, 3), 0.5)
-    lengths = moves(
-        APGD(steps=20, rho=0.5), lambda x: x, x, torch.zeros(1), goal=_Told(iter(values + [9.0] * 6)), threat=Linf(0.25)
+    step_sizes = step_sizes_of(
+        APGD(steps=20, rho=0.5), lambda x: x, x, torch.zeros(1), goal=_Scripted(iter(values + [9.0] * 6)), threat=Linf(0.25)
     )
-    assert lengths[:, 0].tolist()[:14] == [0.5] * 9 + [0.25] * 5
-    assert lengths[14, 0] == 0.125
+    assert step_sizes[:, 0].tolist()[:14] == [0.5] * 9 + [0.25] * 5
+    assert step_sizes[14, 0] == 0.125
 
 
-def moves(attack, *problem, **how):
-    """The length of each move that the attack asks for, (moves, N)."""
-    seen, move = [], Linf.move
+def step_sizes_of(attack, *problem, **options):
+    """The step size of each move of the attack, (moves, N)."""
+    step_sizes, move = [], Linf.move
 
-    def watched(self, grad, x_adv, x, length):
-        seen.append(length)
+    def recorded(self, grad, x_adv, x, length):
+        step_sizes.append(length)
         return move(self, grad, x_adv, x, length)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Linf, "move", watched)
-        attack(*problem, **how, keep="last")
-    return torch.stack(seen)
+        patch.setattr(Linf, "move", recorded)
+        attack(*problem, **options, keep="last")
+    return torch.stack(step_sizes)
 
 
-def test_the_length_never_grows_and_is_only_halved():
+def test_the_step_size_is_only_ever_halved():
     eps = torch.linspace(0.1, 0.5, 6, dtype=torch.float64)
-    lengths = moves(APGD(steps=40), NET, X, Y, threat=Linf(eps))
-    assert torch.allclose(lengths[0], 2 * eps)
-    ratios = lengths[1:] / lengths[:-1]
+    step_sizes = step_sizes_of(APGD(steps=40), NET, X, Y, threat=Linf(eps))
+    assert torch.allclose(step_sizes[0], 2 * eps)
+    ratios = step_sizes[1:] / step_sizes[:-1]
     assert ((ratios == 1) | (ratios == 0.5)).all()
-    assert (lengths[-1] < lengths[0]).all()
-    assert len({tuple(row) for row in ratios.T.tolist()}) > 1, "each example has its own"
+    assert (step_sizes[-1] < step_sizes[0]).all()
+    assert len({tuple(row) for row in ratios.T.tolist()}) > 1, "the step size is one per example"
 
 
-def test_checkpoints_of_the_paper():
+def test_checkpoints_are_those_of_the_paper():
     """Section 3.1: p = 0, 0.22, then 0.03 less each time down to 0.06; w = ceil(100 p)."""
     assert APGD().checkpoints == (22, 41, 57, 70, 80, 87, 93, 99)
 
 
-def test_checkpoints_of_few_steps_rise_within_them():
+def test_checkpoints_of_few_steps_increase_and_lie_within_them():
     for steps in range(1, 60):
-        marks = APGD(steps=steps).checkpoints
-        assert all(a < b for a, b in pairwise((0, *marks)))
-        assert marks[-1] <= steps
+        checkpoints = APGD(steps=steps).checkpoints
+        assert all(a < b for a, b in pairwise((0, *checkpoints)))
+        assert checkpoints[-1] <= steps
 
 
 @pytest.mark.parametrize("loss", ["cross-entropy", "margin", "dlr"])
-def test_the_best_of_all_points_comes_back(loss):
-    """By the loss that was followed, over all restarts."""
-    followed = Misclassify().with_surrogate({"margin": _margin, "dlr": _dlr}.get(loss, _cross_entropy))
-    target = Seen(NET)
+def test_the_best_of_all_points_is_returned(loss):
+    """By the loss that was minimised, over all restarts."""
+    surrogate = Misclassify().with_surrogate({"margin": _margin, "dlr": _dlr}.get(loss, _cross_entropy))
+    target = Recorder(NET)
     result = APGD(steps=9, loss=loss, restarts=3)(Target(target), X, Y, threat=L2(2.0), keep="last")
-    asked = target.inputs[1:31] if loss == "dlr" else target.inputs[:30]  # dlr asks about x itself before
-    losses = torch.stack([followed.loss(NET(x), Y) for x in asked])
-    assert torch.allclose(followed.loss(NET(result.x_adv), Y), losses.amin(0), rtol=0, atol=1e-12)
+    queried = target.inputs[1:31] if loss == "dlr" else target.inputs[:30]  # dlr queries x first
+    losses = torch.stack([surrogate.loss(NET(x), Y) for x in queried])
+    assert torch.allclose(surrogate.loss(NET(result.x_adv), Y), losses.amin(0), rtol=0, atol=1e-12)
     for number in range(3):
-        assert torch.equal(asked[10 * number], start(L2(2.0), X, number))
+        assert torch.equal(queried[10 * number], start(L2(2.0), X, number))
 
 
 def _margin(out, ref):
@@ -181,39 +181,38 @@ def _cross_entropy(out, ref):
     return -out.log_softmax(1)[torch.arange(len(out)), ref]
 
 
-def test_costs():
-    """A forward and a gradient for the start and each step; clean and verdict besides, and for dlr a look at x."""
-    for loss, looks in (("cross-entropy", 0), ("dlr", 1), ("targeted-dlr", 1)):
+def test_the_costs_are_counted():
+    """One forward and one backward pass per point; besides, the clean input, the evaluation and, for dlr, a query of x."""
+    for loss, queries_of_x in (("cross-entropy", 0), ("dlr", 1), ("targeted-dlr", 1)):
         result = APGD(steps=7, loss=loss, restarts=2, targets=1)(NET, X, Y, threat=Linf(1e-9))
         assert (result.backwards == 2 * 8).all()
-        assert (result.forwards == 1 + looks + 2 * 8 + 1).all()
+        assert (result.forwards == 1 + queries_of_x + 2 * 8 + 1).all()
 
 
 @dataclass(frozen=True)
 class _BackAfterSuccess(Attack):
-    """Goes over the border and back; tells what the walk made of it."""
+    """Crosses the boundary and returns; records the best point of the trajectory each time."""
 
-    told: list
+    records: list
 
     def run(self, problem):
-        walk = Walk(problem, problem.x)
-        there = 1 - problem.x
-        walk.to(there)
-        self.told.append((walk.best.x_adv.clone(), walk.best.loss.clone()))
-        walk.to(problem.x)
-        self.told.append((walk.best.x_adv, walk.best.loss))
-        return walk.best.x_adv
+        trajectory = Trajectory(problem, problem.x)
+        trajectory.move_to(1 - problem.x)
+        self.records.append((trajectory.best.x_adv.clone(), trajectory.best.loss.clone()))
+        trajectory.move_to(problem.x)
+        self.records.append((trajectory.best.x_adv, trajectory.best.loss))
+        return trajectory.best.x_adv
 
 
 @pytest.mark.parametrize("keep", ["first", "best"])
-def test_the_zero_of_solved_examples_is_not_taken_for_their_loss(keep):
-    """The cross-entropy of a wanted class is above zero, which would be the best of all."""
+def test_the_zero_returned_for_solved_examples_is_not_their_loss(keep):
+    """The cross-entropy of a target class is above zero, so zero would be the lowest loss."""
     net = nn.Linear(2, 2, bias=False)
     net.load_state_dict({"weight": torch.tensor([[1.0, 0.0], [0.0, 1.0]])})
-    x, told = torch.tensor([[0.8, 0.2]]), []
-    attack = _BackAfterSuccess(told)
+    x, records = torch.tensor([[0.8, 0.2]]), []
+    attack = _BackAfterSuccess(records)
     assert attack(net, x, torch.tensor([1]), goal=ClassifyAs(), threat=Linf(0.9), keep=keep).success.all()
-    (first, loss), (later, loss_later) = told
+    (first, loss), (later, loss_later) = records
     assert torch.equal(first, 1 - x)
     assert torch.equal(later, first)
     assert torch.equal(loss_later, loss)
@@ -222,29 +221,29 @@ def test_the_zero_of_solved_examples_is_not_taken_for_their_loss(keep):
 
 @pytest.mark.parametrize("threat", [Linf(0.2, bounds=None), L2(0.5, bounds=None), Linf(0.3)])
 def test_on_a_linear_model_the_optimum_is_reached(threat):
-    """Of the margin between two classes: budget times dual norm; inside a box coordinate by coordinate."""
+    """The margin between two classes gains budget times dual norm; inside a box coordinate by coordinate."""
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)).double()
     y = net(X).argmax(1)
-    way = (net[1].weight[1] - net[1].weight[0]).detach() * (1 - 2.0 * y.double()).unsqueeze(1)
+    direction = (net[1].weight[1] - net[1].weight[0]).detach() * (1 - 2.0 * y.double()).unsqueeze(1)
     result = APGD(steps=30, loss="margin")(net, X, y, threat=threat, keep="last")
-    gain = (way * (result.x_adv - X).flatten(1)).sum(1)
+    gain = (direction * (result.x_adv - X).flatten(1)).sum(1)
     if threat.bounds is None:
-        best = threat.eps * way.norm(1 if isinstance(threat, Linf) else 2, dim=1)
+        best = threat.eps * direction.norm(1 if isinstance(threat, Linf) else 2, dim=1)
     else:
-        best = (way.abs() * torch.where(way > 0, 1 - X.flatten(1), X.flatten(1)).clamp(max=threat.eps)).sum(1)
+        best = (direction.abs() * torch.where(direction > 0, 1 - X.flatten(1), X.flatten(1)).clamp(max=threat.eps)).sum(1)
     assert torch.allclose(gain, best, rtol=1e-6, atol=0)
 
 
-class _Bait(nn.Module):
-    """Class 1 is nearest and out of reach; class 2 is far behind, and reached at the far end of the second input alone."""
+class _Decoy(nn.Module):
+    """Class 1 has the smallest margin but is out of reach; class 2 has a large margin and is reached by the second input."""
 
     def forward(self, x):
         zero = torch.zeros_like(x[:, 0])
         return torch.stack([zero, 0.05 * x[:, 0].tanh() - 0.1, 10.2 * x[:, 1] - 10, zero - 20], 1)
 
 
-def test_a_class_that_only_runs_towards_it_reach():
-    net, x, y = _Bait(), torch.zeros(8, 2), torch.zeros(8, dtype=torch.int64)
+def test_only_targeted_runs_reach_the_second_class():
+    net, x, y = _Decoy(), torch.zeros(8, 2), torch.zeros(8, dtype=torch.int64)
     run = lambda **fields: APGD(steps=25, **fields)(net, x, y, threat=Linf(1.0, bounds=None))  # noqa: E731
     assert not run(loss="margin", restarts=3).success.any()
     assert not run(loss="dlr", restarts=3).success.any()
@@ -255,18 +254,18 @@ def test_a_class_that_only_runs_towards_it_reach():
     assert both.notes == ()
 
 
-def test_a_wanted_class_has_one_part():
-    net, x, wanted = _Bait(), torch.zeros(8, 2), torch.full((8,), 2)
+def test_a_targeted_goal_has_one_part():
+    net, x, target = _Decoy(), torch.zeros(8, 2), torch.full((8,), 2)
     for loss in ("dlr", "targeted-dlr"):
-        result = APGD(steps=25, loss=loss)(net, x, wanted, goal=ClassifyAs(), threat=Linf(1.0, bounds=None))
+        result = APGD(steps=25, loss=loss)(net, x, target, goal=ClassifyAs(), threat=Linf(1.0, bounds=None))
         assert result.success.all()
 
 
 @pytest.mark.parametrize(
-    ("classes", "loss", "goal", "told"),
+    ("classes", "loss", "goal", "note"),
     [
-        (2, "dlr", Misclassify(), "dlr needs more than the model's 2 classes: the margin was followed"),
-        (2, "targeted-dlr", Misclassify(), "targeted-dlr needs more than the model's 2 classes: the margin was followed"),
+        (2, "dlr", Misclassify(), "dlr needs more than the model's 2 classes: the margin was used"),
+        (2, "targeted-dlr", Misclassify(), "targeted-dlr needs more than the model's 2 classes: the margin was used"),
         (3, "dlr", Misclassify(), None),
         (3, "targeted-dlr", Misclassify(), "targeted-dlr towards one class needs more than the model's 3"),
         (3, "dlr", ClassifyAs(), "dlr towards one class needs more than the model's 3"),
@@ -274,8 +273,8 @@ def test_a_wanted_class_has_one_part():
         (2, "cross-entropy", Misclassify(), None),
     ],
 )
-def test_with_few_classes_it_says_which_loss_ran_and_works(classes, loss, goal, told):
-    """Linear classes: where one of the others can be reached, it is."""
+def test_with_few_classes_a_note_names_the_loss_that_was_used(classes, loss, goal, note):
+    """Linear classes: where another class can be reached, it is."""
     torch.manual_seed(classes)
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, classes)).double()
     y = net(X).argmax(1)
@@ -285,14 +284,14 @@ def test_with_few_classes_it_says_which_loss_ran_and_works(classes, loss, goal, 
     ref, eps = (y if goal == Misclassify() else (y + 1) % classes), 1.1 * needed.max().item()
     result = APGD(steps=15, loss=loss)(net, X, ref, goal=goal, threat=Linf(eps, bounds=None))
     assert goal == ClassifyAs() or result.success.all()
-    notes = [note.why for note in result.notes if note.name == "loss"]
-    assert len(notes) == (told is not None)
-    assert told is None or notes[0].startswith(told)
+    notes = [message.why for message in result.notes if message.name == "loss"]
+    assert len(notes) == (note is not None)
+    assert note is None or notes[0].startswith(note)
 
 
 @dataclass(frozen=True)
-class _Small(Goal):
-    """The first output below zero: a goal that knows one loss."""
+class _OneLoss(Goal):
+    """The first output is below zero: a goal that has one loss only."""
 
     def loss(self, out, ref):
         return out[:, 0]
@@ -302,15 +301,15 @@ class _Small(Goal):
 
 
 @pytest.mark.parametrize("loss", ["cross-entropy", "margin", "dlr", "targeted-dlr"])
-def test_a_goal_with_one_loss_keeps_to_it_and_a_note_says_so(loss):
+def test_a_goal_with_one_loss_keeps_it_which_is_noted(loss):
     x = torch.full((4, 3), 0.5)
-    result = APGD(steps=5, loss=loss)(lambda x: x - 0.3, x, torch.zeros(4), goal=_Small(), threat=Linf(0.25))
+    result = APGD(steps=5, loss=loss)(lambda x: x - 0.3, x, torch.zeros(4), goal=_OneLoss(), threat=Linf(0.25))
     assert result.success.all()
-    assert [note.why for note in result.notes] == [f"_Small() has a loss of its own, which was followed, not {loss}"]
+    assert [note.why for note in result.notes] == [f"_OneLoss() has a loss of its own, which was used instead of {loss}"]
 
 
 def test_restarts_try_new_starts():
-    """No gradient, and a success for those only whose start lies far enough: one of the starts of the example does or not."""
+    """Without a gradient, an example is solved if and only if one of its starts lies far enough."""
     net = lambda x: torch.stack([0.5 * torch.ones(len(x)), (x[:, 0] > 0.95).float()], 1)  # noqa: E731
     x, threat = torch.full((40, 1), 0.5), Linf(0.5)
     draws = torch.stack([start(threat, x, number)[:, 0] > 0.95 for number in range(6)])
@@ -319,17 +318,17 @@ def test_restarts_try_new_starts():
     assert 0 < int(draws[0].sum()) < int(draws.any(0).sum()) < 40
 
 
-def test_a_loss_that_is_no_number_is_never_the_best():
+def test_a_nan_loss_is_never_the_best():
     values = iter([float("nan"), 3.0, 2.0, float("nan"), float("nan")])
     x = torch.full((1, 3), 0.5)
-    target = Seen(nn.Identity())
-    result = APGD(steps=4)(Target(target), x, torch.zeros(1), goal=_Told(values), threat=Linf(0.25), keep="last")
+    target = Recorder(nn.Identity())
+    result = APGD(steps=4)(Target(target), x, torch.zeros(1), goal=_Scripted(values), threat=Linf(0.25), keep="last")
     assert torch.equal(result.x_adv, target.inputs[2])
 
 
-def test_bad_values_are_refused():
+def test_invalid_fields_are_refused():
     for fields in ({"steps": 0}, {"restarts": 0}, {"targets": 0}, {"rho": 0}, {"rho": 1.5}, {"momentum": 1.5}, {"loss": "ce"}):
         with pytest.raises(ArgumentError, match=f"{next(iter(fields))}="):
             APGD(**fields)
-    with pytest.raises(ArgumentError, match="it serves Linf, L2; for L1 there is L1APGD"):
+    with pytest.raises(ArgumentError, match="it supports Linf, L2; for L1 there is L1APGD"):
         APGD()(NET, X, Y, threat=L1(1.0))

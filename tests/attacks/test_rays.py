@@ -19,19 +19,19 @@ D = 24
 
 
 class Recorder(nn.Module):
-    """A model that remembers what it was asked."""
+    """A model that records its inputs."""
 
     def __init__(self, net):
         super().__init__()
-        self.net, self.asked = net, []
+        self.net, self.inputs = net, []
 
     def forward(self, x):
-        self.asked.append(x.clone())
+        self.inputs.append(x.clone())
         return self.net(x)
 
 
 class Decisions(nn.Module):
-    """A model that shows the decided class only."""
+    """A model that returns only the predicted class."""
 
     def __init__(self, net):
         super().__init__()
@@ -41,23 +41,23 @@ class Decisions(nn.Module):
         return nn.functional.one_hot(self.net(x).argmax(1), 3).to(x)
 
 
-class SpentError(Exception):
+class OutOfQueriesError(Exception):
     pass
 
 
-def by_hand(image, reached, queries, unit, width, tolerance, box):
-    """The nested loops of the paper for one image: the points that it asks, the best radius and signs.
+def reference_rays(image, is_success, queries, unit, width, tolerance, box):
+    """The nested loops of the paper for one image: the queried points, the best radius and the best signs.
 
-    `reached`: whether a class is what is wanted; `unit`: how far each coordinate moves on a ray of length one.
+    `is_success`: whether a predicted class is a success; `unit`: the move of each coordinate on a ray of length one.
     """
-    asked = []
+    queried = []
 
-    def decided(sign, radius):
-        if len(asked) == queries:
-            raise SpentError
+    def query(sign, radius):
+        if len(queried) == queries:
+            raise OutOfQueriesError
         point = (image.flatten() + radius * unit * torch.tensor(sign, dtype=torch.float64)).clamp(*box).reshape(image.shape)
-        asked.append(point)
-        return reached(int(NET(point[None])[0].argmax()))
+        queried.append(point)
+        return is_success(int(NET(point[None])[0].argmax()))
 
     signs, best = [1.0] * image.numel(), math.inf
     stage, block = 0, 0
@@ -67,12 +67,12 @@ def by_hand(image, reached, queries, unit, width, tolerance, box):
             first, last = block * size, min(len(signs), (block + 1) * size)
             trial = [-s if first <= j < last else s for j, s in enumerate(signs)]
             radius = min(best, width / unit)
-            if decided(trial, radius):
+            if query(trial, radius):
                 signs, low = (trial, 0.0) if radius < best else (signs, 0.0)
                 best = radius
                 while best - low > tolerance:
                     middle = (low + best) / 2
-                    if decided(trial, middle):
+                    if query(trial, middle):
                         signs, best = trial, middle
                     else:
                         low = middle
@@ -81,29 +81,29 @@ def by_hand(image, reached, queries, unit, width, tolerance, box):
             block += 1
             if last == len(signs):
                 stage, block = stage + 1, 0
-    except SpentError:
-        return asked, best, signs
+    except OutOfQueriesError:
+        return queried, best, signs
 
 
 @pytest.mark.parametrize("bounds", [(0.0, 1.0), (-0.5, 1.5)])
 @pytest.mark.parametrize(("threat", "unit"), [(Linf, 1.0), (L2, D**-0.5)])
-@pytest.mark.parametrize("wanted", [False, True])
-def test_it_asks_what_the_loops_of_the_paper_ask(threat, unit, bounds, wanted):
-    """With a budget of the whole box nothing is projected, so that the last iterate is the best ray."""
+@pytest.mark.parametrize("targeted", [False, True])
+def test_the_queries_are_those_of_the_loops_of_the_paper(threat, unit, bounds, targeted):
+    """A budget of the whole box needs no projection, so the last iterate is the best ray."""
     net, queries, width = Recorder(NET), 150, bounds[1] - bounds[0]
     eps = width if threat is Linf else width * D**0.5
-    ref, goal = ((Y + 1) % 3, ClassifyAs()) if wanted else (Y, Misclassify())
+    ref, goal = ((Y + 1) % 3, ClassifyAs()) if targeted else (Y, Misclassify())
     result = RayS(queries=queries)(net, X, ref, goal=goal, threat=threat(eps, bounds), keep="last")
     for i, x in enumerate(X):
-        wish = (lambda seen, k=int(ref[i]): seen == k) if wanted else (lambda seen, k=int(ref[i]): seen != k)
-        asked, best, signs = by_hand(x, wish, queries, unit, width, 1e-3 * eps, bounds)
-        ours = torch.stack([points[i] for points in net.asked[:queries]])
-        torch.testing.assert_close(ours, torch.stack(asked), rtol=0, atol=1e-12)
+        is_success = (lambda label, k=int(ref[i]): label == k) if targeted else (lambda label, k=int(ref[i]): label != k)
+        queried, best, signs = reference_rays(x, is_success, queries, unit, width, 1e-3 * eps, bounds)
+        ours = torch.stack([points[i] for points in net.inputs[:queries]])
+        torch.testing.assert_close(ours, torch.stack(queried), rtol=0, atol=1e-12)
         last = x.flatten() + min(best, width / unit) * unit * torch.tensor(signs, dtype=torch.float64)
         torch.testing.assert_close(result.x_adv[i].flatten(), last.clamp(*bounds), rtol=0, atol=1e-12)
 
 
-def a_plane(seed, *, sparse=False):
+def random_hyperplane(seed):
     torch.manual_seed(seed)
     weight, x = torch.randn(2, 2, 3, dtype=torch.float64), torch.rand(8, 2, 2, 3, dtype=torch.float64)
     net = Halfspace(weight, 0.1)
@@ -113,9 +113,9 @@ def a_plane(seed, *, sparse=False):
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kind", [Linf, L2])
-def test_beside_a_hyperplane_the_radius_is_the_distance(kind, seed):
-    """Of all sign vectors the best is the sign of the weights: margin / |w|_1 in Linf, and the root of D times that in L2."""
-    net, x, y, distance = a_plane(seed)
+def test_for_a_hyperplane_the_radius_is_the_distance(kind, seed):
+    """The best sign vector is that of the weights: margin / |w|_1 in Linf, and sqrt(D) times that in L2."""
+    net, x, y, distance = random_hyperplane(seed)
     optimum = distance if kind is Linf else distance * 12**0.5
     result = RayS(queries=500, tolerance=1e-4)(net, x, y, threat=kind(2 * optimum, None), keep="smallest")
     assert result.success.all()
@@ -124,26 +124,26 @@ def test_beside_a_hyperplane_the_radius_is_the_distance(kind, seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_hyperplane_is_solved_exactly_where_the_budget_allows_it(seed):
-    net, x, y, distance = a_plane(seed)
+def test_a_hyperplane_is_crossed_if_and_only_if_the_budget_allows_it(seed):
+    net, x, y, distance = random_hyperplane(seed)
     share = torch.tensor([0.9, 0.97, 1.03, 1.1] * 2, dtype=torch.float64)
     result = RayS(queries=500)(net, x, y, threat=Linf(distance * share, None))
     assert torch.equal(result.success, share > 1)
 
 
 @pytest.mark.parametrize("keep", ["first", "smallest", "last"])
-def test_a_model_that_shows_its_decision_only_is_attacked_as_well(keep):
-    def nonsense(out, ref):
+def test_only_the_decision_of_the_model_matters(keep):
+    def nan_loss(out, ref):
         return out.sum(1) * torch.nan
 
     attack, threat = RayS(queries=120), Linf(0.3)
-    told = attack(NET, X, Y, threat=threat, keep=keep)
-    hidden = attack(Decisions(NET), X, Y, threat=threat, keep=keep)
-    blind = attack(NET, X, Y, goal=Misclassify(nonsense), threat=threat, keep=keep)
-    for other in (hidden, blind):
+    expected = attack(NET, X, Y, threat=threat, keep=keep)
+    by_decision = attack(Decisions(NET), X, Y, threat=threat, keep=keep)
+    by_nan_loss = attack(NET, X, Y, goal=Misclassify(nan_loss), threat=threat, keep=keep)
+    for other in (by_decision, by_nan_loss):
         for name in ("x_adv", "success", "size", "forwards"):
-            assert torch.equal(getattr(told, name), getattr(other, name)), name
-    assert told.success.any()
+            assert torch.equal(getattr(expected, name), getattr(other, name)), name
+    assert expected.success.any()
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 12, 64])
@@ -162,7 +162,7 @@ def test_each_stage_flips_every_coordinate_once_and_blocks_halve(length):
 
 @pytest.mark.parametrize("up", [True, False])
 @pytest.mark.parametrize("threat", [Linf(0.2), L2(0.2)])
-def test_of_a_single_number_both_directions_are_tried(threat, up):
+def test_both_directions_of_a_single_coordinate_are_tried(threat, up):
     def net(x):
         lead = (x[:, 0] - 0.6) if up else (0.4 - x[:, 0])
         return torch.stack([-lead, lead], 1)
@@ -172,7 +172,7 @@ def test_of_a_single_number_both_directions_are_tried(threat, up):
     assert abs(float(result.size) - 0.1) < 1e-3
 
 
-def test_a_failure_costs_the_queries_and_a_success_leaves():
+def test_a_failure_costs_all_queries_and_a_success_fewer():
     net = Counter(NET)
     result = RayS(queries=120)(net, X, Y, threat=Linf(0.19))
     assert int(result.forwards.sum()) == net.seen
@@ -181,16 +181,16 @@ def test_a_failure_costs_the_queries_and_a_success_leaves():
     assert 0 < result.success.sum() < len(X), result.success
 
 
-def test_rays_beyond_the_budget_are_asked_and_never_come_back():
+def test_points_beyond_the_budget_are_queried_but_never_returned():
     net, eps = Recorder(NET), torch.tensor([0.02, 0.05, 0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
     result = RayS(queries=60)(net, X, Y, threat=Linf(eps))
-    assert max(float((points - X).abs().max()) for points in net.asked if len(points) == len(X)) > 0.4
-    assert min(float(points.min()) for points in net.asked) >= 0
-    assert max(float(points.max()) for points in net.asked) <= 1
+    assert max(float((points - X).abs().max()) for points in net.inputs if len(points) == len(X)) > 0.4
+    assert min(float(points.min()) for points in net.inputs) >= 0
+    assert max(float(points.max()) for points in net.inputs) <= 1
     assert (result.size <= eps + 1e-7).all()
 
 
-def test_rows_of_a_table_are_served():
+def test_rows_of_a_table_are_supported():
     torch.manual_seed(3)
     net, x = nn.Linear(9, 3).double(), torch.rand(5, 9, dtype=torch.float64)
     flat = RayS(queries=80)(net, x, net(x).argmax(1), threat=Linf(0.2), keep="last")
@@ -201,11 +201,11 @@ def test_rows_of_a_table_are_served():
 
 
 @pytest.mark.parametrize("fields", [{"queries": 0}, {"queries": 2.0}, {"tolerance": 0.0}, {"tolerance": math.inf}])
-def test_senseless_fields_are_refused(fields):
+def test_invalid_fields_are_refused(fields):
     with pytest.raises(ArgumentError, match=next(iter(fields))):
         RayS(**fields)
 
 
-def test_threats_that_it_does_not_serve_are_refused():
-    with pytest.raises(ArgumentError, match="serves Linf, L2"):
+def test_unsupported_threats_are_refused():
+    with pytest.raises(ArgumentError, match="it supports Linf, L2"):
         RayS()(NET, X, Y, threat=L1(1.0))

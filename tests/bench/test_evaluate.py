@@ -80,7 +80,7 @@ def test_several_models_are_measured_side_by_side():
     other = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     both = evaluate({"mlp": NET, "linear": Target(other, batch_size=7)}, (X, Y), threat=Linf(0.1), attacks=["fgsm"])
     alone = [evaluate(net, (X, Y), threat=Linf(0.1), attacks=["fgsm"]) for net in (NET, other)]
-    assert [row["model"] for row in both.together] == ["mlp", "linear"]
+    assert [row["model"] for row in both.worst_case] == ["mlp", "linear"]
     for ours, theirs in zip(both.records, alone, strict=True):
         assert ours["robust_accuracy"] == theirs.records[0]["robust_accuracy"]
         assert ours["model_hash"] == theirs.records[0]["model_hash"]
@@ -161,7 +161,7 @@ def test_a_model_that_is_no_image_model_and_bounds_of_its_own():
     inside = (x.abs() < 1.7).all(1)
     attacks = [PGD(10), PGD(10, random_start=False)]
     sure = evaluate(net, (x[inside], y[inside]), threat=Linf(0.3, bounds=(-2.0, 2.0)), attacks=attacks)
-    assert sure.together[0]["robust_accuracy"] == pytest.approx((~breakable[inside]).double().mean().item())
+    assert sure.worst_case[0]["robust_accuracy"] == pytest.approx((~breakable[inside]).double().mean().item())
 
 
 def test_normalising_inside_the_model_is_the_same_as_outside():

@@ -1,4 +1,4 @@
-"""The noise is normal, of the right size, and belongs to the example where its source is given."""
+"""The noise is normal with standard deviation sigma, and keyed by example if a source is given."""
 
 import math
 
@@ -14,7 +14,7 @@ from robustkit.testing import check_defence
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_what_is_added_is_normal_with_the_deviation_sigma(given):
+def test_the_noise_is_normal_with_standard_deviation_sigma(given):
     torch.manual_seed(0)
     x = torch.rand(50, 3, 10, 10)
     added = (GaussianNoise(0.2)(x, noise=Noise(0, torch.arange(50)) if given else None) - x).flatten(1) / 0.2
@@ -22,16 +22,16 @@ def test_what_is_added_is_normal_with_the_deviation_sigma(given):
     assert abs(float(added.mean())) < 4 / math.sqrt(15_000)
     assert abs(float(added.var()) - 1) < 4 * math.sqrt(2 / 15_000)
     correlations = torch.corrcoef(added)[~torch.eye(50, dtype=torch.bool)]
-    assert float(correlations.abs().max()) < 5 / math.sqrt(300)  # rows draw for themselves
+    assert float(correlations.abs().max()) < 5 / math.sqrt(300)  # rows are independent
 
 
-def test_nothing_is_cut_off():
+def test_the_output_is_not_clipped():
     out = GaussianNoise(1.0)(torch.zeros(1, 1000))
     assert out.min() < -2
     assert out.max() > 2
 
 
-def test_given_its_source_the_noise_belongs_to_the_example():
+def test_noise_from_a_source_depends_on_the_example_only():
     x, noise = torch.rand(6, 1, 4, 4), Noise(3, torch.tensor([4, 8, 15, 16, 23, 42]))
     whole = GaussianNoise(0.1)(x, noise=noise)
     order = torch.tensor([5, 0, 3])
@@ -40,7 +40,7 @@ def test_given_its_source_the_noise_belongs_to_the_example():
     assert not torch.equal(GaussianNoise(0.1)(x, noise=noise.at("other")), whole)
 
 
-def test_without_a_source_the_global_generator_is_asked():
+def test_without_a_source_the_global_generator_is_used():
     x, defence = torch.rand(2, 3), GaussianNoise(0.1)
     torch.manual_seed(0)
     one, other = defence(x), defence(x)
@@ -55,8 +55,8 @@ def test_the_derivative_is_that_of_the_identity():
     assert torch.equal(torch.autograd.grad(GaussianNoise().views()["exact"](x).sum(), x)[0], torch.ones(2, 3))
 
 
-def test_a_success_is_one_on_most_draws():
-    """Logits (0, x - b): behind the noise the point b - m is fooled with the probability P(sigma n > m), in closed form."""
+def test_a_success_holds_on_most_draws():
+    """Logits (0, x - b): with the noise, b - m is misclassified with probability P(sigma n > m), in closed form."""
 
     def net(z):
         return torch.cat([torch.zeros(len(z), 1), z - 0.5], 1)
@@ -64,8 +64,8 @@ def test_a_success_is_one_on_most_draws():
     x, y = torch.linspace(0.1, 0.45, 8)[:, None], torch.zeros(8, dtype=torch.int64)
     result = PGD(steps=20)(GaussianNoise(0.05).guard(net, draws=5), x, y, threat=Linf(0.2))
     assert torch.equal(result.success[[0, 1, 2, 5, 6, 7]], torch.tensor([False, False, False, True, True, True]))
-    ahead = result.x_adv[:, 0].double() - 0.5
-    expected = torch.tensor(stats.norm.cdf(ahead.numpy() / 0.05))
+    margin = result.x_adv[:, 0].double() - 0.5
+    expected = torch.tensor(stats.norm.cdf(margin.numpy() / 0.05))
     assert ((result.rate - expected).abs() < 4 * (expected * (1 - expected) / 40).sqrt() + 0.02).all()
 
 
@@ -75,17 +75,17 @@ def test_it_obeys_the_laws(cases):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_the_type_is_kept(dtype):
+def test_the_dtype_is_preserved(dtype):
     x = torch.rand(2, 5).to(dtype)
     assert GaussianNoise()(x).dtype == dtype
     assert GaussianNoise()(x, noise=Noise(0, torch.arange(2))).dtype == dtype
 
 
 @pytest.mark.parametrize("sigma", [0, -0.1, math.inf, math.nan, "1", True, None])
-def test_what_is_no_deviation_is_refused(sigma):
+def test_an_invalid_sigma_is_refused(sigma):
     with pytest.raises(ArgumentError, match="sigma"):
         GaussianNoise(sigma)
 
 
-def test_the_recipe_is_readable():
+def test_repr():
     assert repr(GaussianNoise(0.25)) == "GaussianNoise(sigma=0.25)"

@@ -1,4 +1,4 @@
-"""Rounding: exact values, no derivative, and an attack that follows the identity instead breaks it."""
+"""Quantisation: exact values, zero derivative, and a BPDA attack that breaks it."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from robustkit.errors import ArgumentError
 
 
 @given(st.integers(2, 300), st.lists(st.floats(0, 1, width=32), min_size=1, max_size=9))
-def test_each_value_goes_to_the_nearest_level(levels, values):
+def test_each_value_is_rounded_to_the_nearest_level(levels, values):
     out = Quantise(levels)(torch.tensor(values)[None])[0]
     grid = torch.arange(levels, dtype=torch.float64) / (levels - 1)
     assert torch.equal(out, torch.tensor([(round(float(torch.tensor(v) * (levels - 1)))) for v in values]) / (levels - 1))
@@ -21,7 +21,7 @@ def test_each_value_goes_to_the_nearest_level(levels, values):
 
 
 @given(st.integers(2, 300))
-def test_doing_it_twice_is_doing_it_once(levels):
+def test_it_is_idempotent(levels):
     once = Quantise(levels)(torch.linspace(0, 1, 997))
     assert torch.equal(Quantise(levels)(once), once)
     assert len(once.unique()) == levels
@@ -29,33 +29,33 @@ def test_doing_it_twice_is_doing_it_once(levels):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_views_have_the_value_of_the_defence_and_the_derivative_that_they_name(dtype):
+def test_views_have_the_value_of_the_defence_and_their_own_derivative(dtype):
     defence, x = Quantise(4), torch.linspace(0.01, 0.99, 24, dtype=dtype).reshape(2, 3, 4).requires_grad_()
-    slopes = {}
+    grads = {}
     for name, view in defence.views().items():
         out = view(x)
         assert out.dtype == dtype
         assert torch.equal(out, defence(x))
-        (slopes[name],) = torch.autograd.grad(out.sum(), x)
-    assert list(slopes) == ["bpda", "exact"]
-    assert (slopes["bpda"] == 1).all()
-    assert (slopes["exact"] == 0).all()
+        (grads[name],) = torch.autograd.grad(out.sum(), x)
+    assert list(grads) == ["bpda", "exact"]
+    assert (grads["bpda"] == 1).all()
+    assert (grads["exact"] == 0).all()
 
 
-def test_rounding_hides_the_gradient_and_protects_hardly_anything():
+def test_the_exact_view_masks_the_gradient_and_bpda_breaks_the_defence():
     digits, net = data.load("mnist-5k").part(limit=60), zoo.load("mnist-cnn")
     guarded = Quantise(8).guard(net)
-    right = net(Quantise(8)(digits.x)).argmax(1) == digits.y
-    blind = PGD(steps=20)(guarded.seen("exact"), digits.x, digits.y, threat=Linf(0.3))
-    seeing = PGD(steps=20)(guarded, digits.x, digits.y, threat=Linf(0.3))
-    assert FLAT_GRADIENTS in [flag.name for flag in blind.flags]
-    assert not seeing.flags
-    assert int(blind.success.sum()) <= int((~right).sum()) + 12  # by the random start
-    assert seeing.success.float().mean() >= 0.95
-    assert torch.equal(seeing.success, net(Quantise(8)(seeing.x_adv)).argmax(1) != digits.y)
+    correct = net(Quantise(8)(digits.x)).argmax(1) == digits.y
+    masked = PGD(steps=20)(guarded.with_view("exact"), digits.x, digits.y, threat=Linf(0.3))
+    adaptive = PGD(steps=20)(guarded, digits.x, digits.y, threat=Linf(0.3))
+    assert FLAT_GRADIENTS in [flag.name for flag in masked.flags]
+    assert not adaptive.flags
+    assert int(masked.success.sum()) <= int((~correct).sum()) + 12  # by the random start
+    assert adaptive.success.float().mean() >= 0.95
+    assert torch.equal(adaptive.success, net(Quantise(8)(adaptive.x_adv)).argmax(1) != digits.y)
 
 
-def test_with_byte_levels_nothing_changes_on_byte_images():
+def test_byte_images_are_unchanged_with_256_levels():
     x = torch.arange(256).reshape(1, 1, 16, 16) / 255
     assert torch.equal(Quantise(256)(x), x)
     assert torch.equal(
@@ -70,5 +70,5 @@ def test_fewer_than_two_levels_are_refused(levels):
         Quantise(levels)
 
 
-def test_the_recipe_is_readable():
+def test_repr():
     assert repr(Quantise(16)) == "Quantise(levels=16)"

@@ -160,7 +160,7 @@ def test_rounding_looks_unbroken_in_art_and_is_not(trained):
     for classifier in (documented, ours, classifier_of(net, preprocessing_defences=[NumpyRounding()])):
         assert fooled(classifier, to_art(PGD(), classifier, threat=Linf(EPS)).generate(x, y), y) >= 0.95
     images, labels, guarded = torch.from_numpy(x), torch.from_numpy(y), Quantise(8).guard(net)
-    seeing, blind = (from_art(pgd)(guarded.seen(view), images, labels, threat=Linf(EPS)) for view in ("bpda", "exact"))
+    seeing, blind = (from_art(pgd)(guarded.with_view(view), images, labels, threat=Linf(EPS)) for view in ("bpda", "exact"))
     assert seeing.success.float().mean() >= 0.95
     assert torch.equal(seeing.success, net(Quantise(8)(seeing.x_adv)).argmax(1) != labels)
     assert not blind.success.any()

@@ -7,7 +7,7 @@ from torch import nn
 from robustkit import Linf, Misclassify, Target
 from robustkit._engine.best_so_far import BestSoFar
 from robustkit._engine.noise import Noise
-from robustkit.interop._problem_module import ProblemModule, SomeRowsError, by_budget, finite
+from robustkit.interop._problem_module import ProblemModule, PartialBatchError, group_by_eps, replace_non_finite
 from robustkit.problem import Problem
 
 
@@ -53,17 +53,17 @@ def test_the_type_of_the_problem_is_kept_inside_and_that_of_the_question_outside
 
 def test_some_of_them_alone_are_refused():
     problem, ledger, _, _ = problem_of()
-    with pytest.raises(SomeRowsError, match="4 points while 3 examples"):
+    with pytest.raises(PartialBatchError, match="4 points while 3 examples"):
         ProblemModule(problem)(torch.rand(4, 2, 3))
     assert not ledger.forwards.any()
 
 
 def test_budgets_come_one_after_the_other():
     problem, _, _, _ = problem_of(n=4, eps=torch.tensor([0.5, 0.25, 0.5, 0.125]))
-    assert [(eps, rows.tolist()) for eps, rows in by_budget(problem)] == [(0.125, [3]), (0.25, [1]), (0.5, [0, 2])]
+    assert [(eps, rows.tolist()) for eps, rows in group_by_eps(problem)] == [(0.125, [3]), (0.25, [1]), (0.5, [0, 2])]
 
 
 def test_an_image_with_anything_that_is_no_number_is_not_taken():
     x = torch.zeros(4, 2)
     found = torch.tensor([[1.0, 2.0], [1.0, torch.inf], [torch.nan, 2.0], [-torch.inf, 0.0]])
-    assert finite(found, x).tolist() == [[1, 2], [0, 0], [0, 0], [0, 0]]
+    assert replace_non_finite(found, x).tolist() == [[1, 2], [0, 0], [0, 0], [0, 0]]

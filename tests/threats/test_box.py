@@ -1,4 +1,4 @@
-"""The closed forms against general solvers from scipy, which know nothing of sorting."""
+"""The closed forms against general solvers of scipy."""
 
 import numpy as np
 import pytest
@@ -24,50 +24,50 @@ def row(array):
 
 
 @given(SEEDS, st.integers(1, 12))
-def test_l1_steepest_is_the_linear_program(seed, width):
+def test_l1_steepest_solves_the_linear_program(seed, width):
     weight, room, eps = problem(seed, width)
-    ours = l1_steepest(row(weight), row(room), row(eps))[0].numpy()
+    z = l1_steepest(row(weight), row(room), row(eps))[0].numpy()
     best = scipy.optimize.linprog(-weight, A_ub=np.ones((1, width)), b_ub=[eps], bounds=[(0, r) for r in room])
-    assert (ours >= 0).all()
-    assert (ours <= room).all()
-    assert ours.sum() <= eps * (1 + 1e-12)
-    assert weight @ ours == pytest.approx(-best.fun, rel=1e-7, abs=1e-12)
+    assert (z >= 0).all()
+    assert (z <= room).all()
+    assert z.sum() <= eps * (1 + 1e-12)
+    assert weight @ z == pytest.approx(-best.fun, rel=1e-7, abs=1e-12)
 
 
 @given(SEEDS, st.integers(1, 12))
-def test_l1_nearest_is_the_root_of_its_threshold(seed, width):
+def test_l1_nearest_agrees_with_a_root_finder_for_the_threshold(seed, width):
     size, room, eps = problem(seed, width)
-    ours = l1_nearest(row(size), row(room), row(eps))[0].numpy()
+    z = l1_nearest(row(size), row(room), row(eps))[0].numpy()
 
     def excess(threshold):
         return np.minimum((size - threshold).clip(0), room).sum() - eps
 
     threshold = scipy.optimize.brentq(excess, 0, size.max() + 1, xtol=1e-14) if excess(0) > 0 else 0.0
-    np.testing.assert_allclose(ours, np.minimum((size - threshold).clip(0), room), atol=1e-9 * (1 + size.max()))
+    np.testing.assert_allclose(z, np.minimum((size - threshold).clip(0), room), atol=1e-9 * (1 + size.max()))
 
 
 @given(SEEDS, st.integers(1, 5))
 def test_l1_nearest_is_nearest_among_random_feasible_points(seed, width):
     size, room, eps = problem(seed, width)
-    ours = l1_nearest(row(size), row(room), row(eps))[0].numpy()
+    z = l1_nearest(row(size), row(room), row(eps))[0].numpy()
     generator = np.random.default_rng(seed + 1)
     others = generator.uniform(0, 1, (500, width)) * room
     others *= np.minimum(1, eps / others.sum(1, keepdims=True).clip(1e-300))
-    assert (((others - size) ** 2).sum(1) >= ((ours - size) ** 2).sum() - 1e-12 * (1 + size.max() ** 2)).all()
+    assert (((others - size) ** 2).sum(1) >= ((z - size) ** 2).sum() - 1e-12 * (1 + size.max() ** 2)).all()
 
 
 @given(SEEDS, st.integers(1, 12))
-def test_l2_steepest_meets_the_optimality_conditions(seed, width):
+def test_l2_steepest_satisfies_the_optimality_conditions(seed, width):
     weight, room, eps = problem(seed, width)
-    ours = l2_steepest(row(weight), row(room), row(eps))[0].numpy()
-    assert (ours >= 0).all()
-    assert (ours <= room * (1 + 1e-12)).all()
-    assert (ours[weight == 0] == 0).all()
-    length, free = np.linalg.norm(ours), (ours < room * (1 - 1e-9)) & (weight > 0)
-    assert length <= eps * (1 + 1e-9)
-    if free.any():  # then the budget is spent, the free coordinates are parallel to the weights, the others beyond
-        assert length == pytest.approx(eps, rel=1e-9)
-        scale = ours[free] / weight[free]
+    z = l2_steepest(row(weight), row(room), row(eps))[0].numpy()
+    assert (z >= 0).all()
+    assert (z <= room * (1 + 1e-12)).all()
+    assert (z[weight == 0] == 0).all()
+    norm, free = np.linalg.norm(z), (z < room * (1 - 1e-9)) & (weight > 0)
+    assert norm <= eps * (1 + 1e-9)
+    if free.any():  # then the budget is spent, free coordinates are proportional to the weights and the others are saturated
+        assert norm == pytest.approx(eps, rel=1e-9)
+        scale = z[free] / weight[free]
         np.testing.assert_allclose(scale, scale[0], rtol=1e-6)
-        full = ~free & (weight > 0)
-        assert (room[full] <= scale[0] * weight[full] * (1 + 1e-6)).all()
+        saturated = ~free & (weight > 0)
+        assert (room[saturated] <= scale[0] * weight[saturated] * (1 + 1e-6)).all()

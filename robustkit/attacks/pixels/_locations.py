@@ -1,4 +1,4 @@
-"""What searches over the locations of images share: extreme colours, painting, asking, and a map of what a pixel does."""
+"""What searches over pixel locations share: extreme colours, painting, batched queries and a map of the effects of pixels."""
 
 from __future__ import annotations
 
@@ -13,131 +13,139 @@ from robustkit._engine.tensors import nan_to_inf
 from robustkit.problem import Problem
 from robustkit.threats import Threat
 
-__all__ = ["EffectMap", "answers", "corners", "extremes", "painted"]
+__all__ = ["EffectMap", "channel_bounds", "extreme_colours", "paint", "query_losses"]
 
-_GRID = 8  # so many locations along the longer side are asked first
-_REACH = 1.0  # what a location tells of another falls by a factor e over so many locations, in steps of the first grid / 4
-_DOUBT = 0.25  # so many answers about full changes weigh as much as the expectation that a pixel does nothing
-_CURIOSITY = 0.5  # how many typical effects a location without answers may be better than expected
-_LEAST = 0.02  # smallest change of colour that counts as one
+_GRID = 8  # locations of the first grid along the longer side
+_DECAY_LENGTH = 1.0  # distance at which the weight of an observation falls by a factor e, in steps of the first grid / 4
+_PRIOR_WEIGHT = 0.25  # weight of the prior mean zero, in observations at full contrast
+_EXPLORATION = 0.5  # bonus of a location without observations, in typical effects
+_MIN_CONTRAST = 0.02
 
 
-def corners(x: Tensor, threat: Threat) -> Tensor:
-    """The lowest and the highest colour, (2, C): written, not computed, so the ends of the range bit for bit."""
+def channel_bounds(x: Tensor, threat: Threat) -> Tensor:
+    """The lowest and the highest value of each channel, (2, C): copied, not computed, so bit for bit the bounds."""
     low, high = threat.bounds or (0.0, 1.0)
     return torch.tensor([low, high], dtype=x.dtype, device=x.device).unsqueeze(1).expand(2, x.shape[1])
 
 
-def extremes(x: Tensor, threat: Threat) -> Tensor:
-    """Colours at the ends of the range, (M, C): black, white, then each channel alone white, each channel alone black.
+def extreme_colours(x: Tensor, threat: Threat) -> Tensor:
+    """Colours with every channel at a bound, (M, C): black, white, each channel alone white, then each alone black.
 
-    With one channel two, with three all eight; with more the 2 C + 2 of these kinds, not all 2^C.
+    With one channel these are two, with three all eight; with more only these 2 C + 2, not all 2^C.
     """
-    low, high = corners(x, threat)
+    low, high = channel_bounds(x, threat)
     one = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
-    kinds = [torch.zeros_like(one[:1]), torch.ones_like(one[:1])]
+    is_high = [torch.zeros_like(one[:1]), torch.ones_like(one[:1])]
     if x.shape[1] > 1:
-        kinds += [one] if x.shape[1] == 2 else [one, ~one]
-    return torch.where(torch.cat(kinds), high, low)
+        is_high += [one] if x.shape[1] == 2 else [one, ~one]
+    return torch.where(torch.cat(is_high), high, low)
 
 
-def painted(x: Tensor, places: Tensor, colours: Tensor) -> Tensor:
-    """`x` (R, C, H, W) with the locations `places` (R, K), each named once, in the colours (R, K, C)."""
-    where = places.unsqueeze(1).expand(-1, x.shape[1], -1)
-    return x.flatten(2).scatter(2, where, colours.transpose(1, 2)).reshape(x.shape)
+def paint(x: Tensor, locations: Tensor, colours: Tensor) -> Tensor:
+    """`x` (R, C, H, W) with the pixels at `locations` (R, K), no two equal in a row, replaced by `colours` (R, K, C)."""
+    index = locations.unsqueeze(1).expand(-1, x.shape[1], -1)
+    return x.flatten(2).scatter(2, index, colours.transpose(1, 2)).reshape(x.shape)
 
 
-def answers(problem: Problem, count: int, points: Callable[[Tensor, slice], Tensor]) -> Tensor:
-    """The losses of `count` points of each example in float64, (N, count); infinite where an example left before.
+def query_losses(problem: Problem, count: int, points: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """The losses of `count` points per example, (N, count) float64; infinite for points after a success.
+
+    The first points of all examples are queried, then the next ones, in full batches: an example that is solved early costs
+    few queries.
 
     Args:
-        problem: The examples, at most `problem.most`.
-        count: How many points there are of each.
-        points: Given examples (R,) and a slice of the points, those points one example after the other, (R * M, *S).
+        problem: At most `problem.batch_size` examples.
+        count: The number of points per example.
+        points: Maps examples (R,) and a slice of M points to these points, one example after the other, (R * M, *S).
     """
-    out = torch.full((len(problem), count), torch.inf, dtype=torch.float64, device=problem.x.device)
-    done = 0
+    losses = torch.full((len(problem), count), torch.inf, dtype=torch.float64, device=problem.x.device)
+    repeated, shape, done = problem, (0, 0), 0
     while done < count:
         rows = problem.unsolved.nonzero().squeeze(1)
         if not len(rows):
             break
-        ahead = slice(done, min(count, done + max(1, problem.batch_size // len(rows))))
-        many = ahead.stop - done
-        loss = problem[rows.repeat_interleave(many)].loss(points(rows, ahead))
-        out[rows, ahead] = nan_to_inf(loss).reshape(len(rows), many)
-        done = ahead.stop
-    return out
+        chunk = slice(done, min(count, done + max(1, problem.batch_size // len(rows))))
+        size = chunk.stop - done
+        if shape != (len(rows), size):  # unsolved examples only become fewer: an equal number means the same ones
+            repeated, shape = problem[rows.repeat_interleave(size)], (len(rows), size)
+        losses[rows, chunk] = nan_to_inf(repeated.loss(points(rows, chunk))).reshape(shape)
+        done = chunk.stop
+    return losses
 
 
 @final
 class EffectMap:
-    """What black and white pixels were seen to do to the loss of each image, and what they are expected to do elsewhere.
+    """The observed effects of black and white pixels on the loss of each image, and the effects expected elsewhere.
 
-    A pixel counts by its effect: how much it lowers the loss. The effect is taken as proportional to the change of colour,
-    with a factor that is similar at nearby locations: the expectation is a weighted regression on the answers nearby,
-    drawn to zero where there are few. Candidates are numbered colour by colour: black at each of the H * W locations, then
-    white. All is computed one row at a time and in float64, so that no image depends on its batch.
+    The effect of a pixel is the decrease of the loss. It is modelled as proportional to the contrast, with a factor that is
+    similar at nearby locations: a weighted regression on nearby observations, shrunk to zero where there are few. Candidates
+    are numbered colour by colour: black at each of the H * W locations, then white. All sums are row by row and in float64,
+    so that no image depends on its batch.
 
     Attributes:
-        contrast: How far each candidate's colour is from the image's, mean over the channels, in widths of the range,
-            (N, 2 * H * W).
-        seen: The largest effect that was seen of each candidate, (N, 2 * H * W); minus infinity before any.
+        contrast: The distance of each candidate's colour from the pixel in the image: mean over the channels, in units of
+            the value range, (N, 2 * H * W).
+        observed: The largest observed effect of each candidate, (N, 2 * H * W); minus infinity before any.
     """
 
     def __init__(self, x: Tensor, threat: Threat) -> None:
         self._height, self._width = x.shape[2:]
-        colours, width = extremes(x, threat)[:2].double(), float(torch.as_tensor(threat.budget))
-        change = [(x.double() - colour[:, None, None]).abs().sum(1).flatten(1) / x.shape[1] / width for colour in colours]
-        self.contrast = torch.cat(change, 1).clamp(min=_LEAST)
-        self.seen = torch.full_like(self.contrast, -torch.inf)
-        self._pull, self._weight = torch.zeros_like(self.contrast), torch.zeros_like(self.contrast)
-        self._square, self._count = torch.zeros_like(self.contrast[:, 0]), 0
+        colours, value_range = extreme_colours(x, threat)[:2].double(), float(torch.as_tensor(threat.budget))
+        contrasts = [
+            (x.double() - colour[:, None, None]).abs().sum(1).flatten(1) / x.shape[1] / value_range for colour in colours
+        ]
+        self.contrast = torch.cat(contrasts, 1).clamp(min=_MIN_CONTRAST)
+        self.observed = torch.full_like(self.contrast, -torch.inf)
+        # Sums of effect * contrast and of contrast^2: the regression through the origin is their quotient.
+        self._product, self._weight = torch.zeros_like(self.contrast), torch.zeros_like(self.contrast)
+        self._square_sum, self._count = torch.zeros_like(self.contrast[:, 0]), 0
 
-    def narrow(self, rows: Tensor) -> None:
-        """Forget all but some of the images."""
-        self.contrast, self.seen, self._square = self.contrast[rows], self.seen[rows], self._square[rows]
-        self._pull, self._weight = self._pull[rows], self._weight[rows]
+    def keep(self, mask: Tensor) -> None:
+        """Drop all images but those of `mask`, (N,) bool."""
+        self.contrast, self.observed, self._square_sum = self.contrast[mask], self.observed[mask], self._square_sum[mask]
+        self._product, self._weight = self._product[mask], self._weight[mask]
 
-    def grid(self, both: bool) -> Tensor:
-        """Candidates spread over the images, the largest changes of colour first, (N, M).
+    def grid(self, both_colours: bool) -> Tensor:
+        """Candidates on a coarse grid, highest contrast first, (N, M).
 
         Args:
-            both: Black and white at each location, instead of the one that is further from its colour.
+            both_colours: Black and white at each location, instead of the one of higher contrast.
         """
         step = -(-max(self._height, self._width) // _GRID)
-        down, across = (torch.arange(min(step // 2, size - 1), size, step) for size in (self._height, self._width))
-        places = (down[:, None] * self._width + across).flatten().to(self.contrast.device)
-        every = torch.cat([places, places + self._height * self._width]).expand(len(self.contrast), -1)
-        if not both:
-            black, white = every[:, : len(places)], every[:, len(places) :]
-            every = torch.where(self.contrast.gather(1, black) >= self.contrast.gather(1, white), black, white)
-        return every.gather(1, self.contrast.gather(1, every).argsort(dim=1, descending=True, stable=True))
+        row, column = (torch.arange(min(step // 2, size - 1), size, step) for size in (self._height, self._width))
+        locations = (row[:, None] * self._width + column).flatten().to(self.contrast.device)
+        candidates = torch.cat([locations, locations + self._height * self._width]).expand(len(self.contrast), -1)
+        if not both_colours:
+            black, white = candidates[:, : len(locations)], candidates[:, len(locations) :]
+            black_is_further = self.contrast.gather(1, black) >= self.contrast.gather(1, white)
+            candidates = torch.where(black_is_further, black, white)
+        return candidates.gather(1, self.contrast.gather(1, candidates).argsort(dim=1, descending=True, stable=True))
 
-    def learn(self, candidates: Tensor, effects: Tensor) -> None:
-        """Take note of the effects of some candidates of each image, (N, M) and (N, M)."""
+    def update(self, candidates: Tensor, effects: Tensor) -> None:
+        """Add the observed effects, (N, M), of the candidates, (N, M), of each image."""
         contrast = self.contrast.gather(1, candidates)
-        self._pull.scatter_add_(1, candidates, effects * contrast)
+        self._product.scatter_add_(1, candidates, effects * contrast)
         self._weight.scatter_add_(1, candidates, contrast.square())
-        self.seen.scatter_reduce_(1, candidates, effects, "amax")
-        for column in effects.unbind(1):  # in this order for any number of rows
-            self._square += column.square()
+        self.observed.scatter_reduce_(1, candidates, effects, "amax")
+        for column in effects.unbind(1):  # a fixed order of summation, whatever the number of rows
+            self._square_sum += column.square()
         self._count += effects.shape[1]
 
     def acquisition(self) -> Tensor:
-        """How good each candidate may be: the expected effect, and more where little is known, (N, 2 * H * W)."""
-        weight = self._spread(self._weight) + _DOUBT
-        typical = (self._square / max(1, self._count)).sqrt().clamp(min=1e-300).unsqueeze(1)
-        return self.contrast * (self._spread(self._pull) / weight + _CURIOSITY * typical / weight.sqrt())
+        """The acquisition function: the expected effect plus a bonus for few observations nearby, (N, 2 * H * W)."""
+        weight = self._smooth(self._weight) + _PRIOR_WEIGHT
+        typical = (self._square_sum / max(1, self._count)).sqrt().clamp(min=1e-300).unsqueeze(1)
+        return self.contrast * (self._smooth(self._product) / weight + _EXPLORATION * typical / weight.sqrt())
 
-    def _spread(self, value: Tensor) -> Tensor:
-        """Each number shared with the locations around, less and less; sums in a fixed order."""
-        grid = value.reshape(len(value), 2, self._height, self._width)
-        reach = _REACH * max(1.0, max(self._height, self._width) / _GRID / 4)
+    def _smooth(self, values: Tensor) -> Tensor:
+        """The values convolved with an exponentially decaying kernel over the locations; sums in a fixed order."""
+        grid = values.reshape(len(values), 2, self._height, self._width)
+        decay_length = _DECAY_LENGTH * max(1.0, max(self._height, self._width) / _GRID / 4)
         for dim in (2, 3):
             total, size = grid.clone(), grid.shape[dim]
-            for far in range(1, min(round(4 * reach), size - 1) + 1):
-                share = math.exp(-far / reach)
-                total.narrow(dim, far, size - far).add_(grid.narrow(dim, 0, size - far), alpha=share)
-                total.narrow(dim, 0, size - far).add_(grid.narrow(dim, far, size - far), alpha=share)
+            for distance in range(1, min(round(4 * decay_length), size - 1) + 1):
+                weight = math.exp(-distance / decay_length)
+                total.narrow(dim, distance, size - distance).add_(grid.narrow(dim, 0, size - distance), alpha=weight)
+                total.narrow(dim, 0, size - distance).add_(grid.narrow(dim, distance, size - distance), alpha=weight)
             grid = total
         return grid.flatten(1)

@@ -1,1 +1,1 @@
-"""The standard evaluation: a cascade of attacks, an audit of its number, and an escalation where that fails."""
+"""The standard evaluation: a cascade of attacks, an audit of its result, and an escalation where the audit raises a flag."""

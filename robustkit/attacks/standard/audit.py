@@ -1,4 +1,4 @@
-"""Looks for the ways in which a model can look robust without being so."""
+"""Looks for the ways in which a model can look robust without being robust."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from torch import Tensor
 
 from robustkit._engine.field_checks import positive
 from robustkit.attack import Attack
-from robustkit.attacks.standard import attack_checks as trials
-from robustkit.attacks.standard import gradient_checks as probes
+from robustkit.attacks.standard import attack_checks, gradient_checks
 from robustkit.problem import Problem
 
 __all__ = ["Audit"]
@@ -19,13 +18,13 @@ __all__ = ["Audit"]
 @final
 @dataclass(frozen=True)
 class Audit(Attack):
-    """Not to break examples, but to find out whether a number may be believed; what it breaks counts all the same.
+    """Checks whether the robust accuracy of a run can be believed. Examples that a check breaks count as broken.
 
-    Each probe testifies in how many of so many cases something was so; `robustkit.flags` says when that is an alarm. Which
-    examples are asked, each decides by its own lot.
+    Each check records in how many of how many cases it was positive; `robustkit.flags` decides when this raises a flag. The
+    examples of a check are sampled independently of each other.
 
     Attributes:
-        share: Of the open examples, the share of which the dear questions are asked.
+        share: The share of the examples on which the expensive checks are run.
     """
 
     share: float = 0.25
@@ -34,13 +33,14 @@ class Audit(Attack):
         positive(share=self.share)
 
     def run(self, problem: Problem) -> Tensor:
-        """One probe after another."""
-        probes.answers(problem)
-        probes.ordinary(problem)
-        probes.agreement(problem, probes.chosen(problem, "agreement", 1.0))
-        probes.small_steps(problem, probes.chosen(problem, "small", 1.0))
-        trials.raw_runs(problem, probes.chosen(problem, "raw", self.share, left=False))
-        trials.unbounded(problem, probes.chosen(problem, "unbounded", self.share))
-        trials.binarised(problem, probes.chosen(problem, "binarised", self.share, left=False))
-        trials.survivors(problem, self.share)
+        """Run the checks one after another."""
+        sample = gradient_checks.sample_rows
+        gradient_checks.check_outputs(problem)
+        gradient_checks.check_input_range(problem)
+        gradient_checks.check_gradients(problem, sample(problem, "agreement", 1.0))
+        gradient_checks.check_derivative(problem, sample(problem, "small", 1.0))
+        attack_checks.check_monotonicity(problem, sample(problem, "raw", self.share, unsolved_only=False))
+        attack_checks.check_unbounded(problem, sample(problem, "unbounded", self.share))
+        attack_checks.check_binarised(problem, sample(problem, "binarised", self.share, unsolved_only=False))
+        attack_checks.check_gradient_free(problem, self.share)
         return problem.best

@@ -1,4 +1,4 @@
-"""How near each example has come to the goal, and runs that bring it nearer: what the stages of a cascade share."""
+"""The state that the stages of the cascade share: the best point of each example, and the descents that improve it."""
 
 from __future__ import annotations
 
@@ -8,62 +8,59 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from robustkit._engine.tensors import dot, expand_rows
+from robustkit._engine.tensors import dot
 from robustkit.attacks._boundary import DecisionBoundary
-from robustkit.attacks._cosine import cosine
+from robustkit.attacks._descent import BestPoint, cosine_decay, gradient_descent
 from robustkit.attacks.fab import FAB, boundary_walk
-from robustkit.attacks.standard.patch_search import search
+from robustkit.attacks.standard.patch_search import search_patches
 from robustkit.goals import Goal, Out
 from robustkit.losses import margin
 from robustkit.problem import Problem
 from robustkit.threats import L2, Threat
 
-__all__ = ["CascadeState", "Run", "descend"]
+__all__ = ["CascadeState", "DescentSpec", "descend"]
 
-_PARTS = 9  # of a goal, the likeliest ones, are looked at
+_MAX_PARTS = 9  # number of parts of the goal, likeliest first, that are ranked
 
 
 def descend(problem: Problem, x_adv: Tensor, steps: int, reach: float | Tensor | None = None) -> Tensor:
-    """Of the iterates of gradient descent with steps that shrink like a cosine, the one of lowest loss.
+    """The iterates of lowest loss of a gradient descent with a cosine schedule of step sizes, (N, *S).
 
-    Each step is cut to the box before it is brought into the ball. The other way round, what points out of the box takes part
-    in the shrinking, so that each step gives back some of what was won.
+    Each step is clamped to the box before it is projected onto the ball. In the other order, coordinates that point out of
+    the box take part in the shrinking, so that each step gives back a part of its gain.
 
     Args:
-        problem: What to descend on.
-        x_adv: Where to begin, (N, *S).
-        steps: How many.
-        reach: The first step in budgets; one number, or one an example, (N,). None for what suits the threat.
-
-    Returns:
-        Shape (N, *S).
+        problem: The examples and the loss.
+        x_adv: The first points, (N, *S).
+        steps: Number of steps, each one forward and one backward pass.
+        reach: The first step size in budgets: one number, or one per example, (N,). None for the default of the threat.
     """
     x, threat = problem.x, problem.threat
-    reach = _reach(threat) if reach is None else reach
-    best, lowest = x_adv, torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
-    for step in problem.steps(steps):
-        loss, grad = problem.loss_and_grad(x_adv)
-        lower = loss < lowest
-        best, lowest = torch.where(expand_rows(lower, x), x_adv, best), torch.where(lower, loss, lowest)
-        length = reach * cosine(step, steps) * threat.budget
-        x_adv = threat.project(threat.clamp(threat.move(-grad, x_adv, x, length)), x)
-    return best
+    first = _default_reach(threat) if reach is None else reach
+
+    def update(step: int, x_adv: Tensor, grad: Tensor) -> Tensor:
+        length = first * cosine_decay(step, steps) * threat.budget
+        return threat.project(threat.clamp(threat.move(-grad, x_adv, x, length)), x)
+
+    best = BestPoint(x_adv)
+    gradient_descent(problem, x_adv, problem.steps(steps), update, best.update)
+    return best.x_adv
 
 
-def _reach(threat: Threat) -> float:
-    """The first step of a descent in budgets that suits a threat; the last is next to nothing."""
+def _default_reach(threat: Threat) -> float:
+    """The first step size of a descent in budgets; the last one is close to zero."""
     return 3.0 if type(threat) is L2 else 2.0
 
 
-class Run(NamedTuple):
-    """A descent that is wanted.
+class DescentSpec(NamedTuple):
+    """A descent of some of the examples.
 
     Attributes:
-        rows: For which examples, (M,).
-        goal: Along which goal.
-        ref: With which reference, (M, ...).
-        x_adv: From where, (M, *S).
-        reach: With which first step, in budgets; None for what suits the threat.
+        rows: Indices of the examples, (M,).
+        goal: The goal whose loss is minimised.
+        ref: Its reference, (M, ...).
+        x_adv: The first points, (M, *S).
+        reach: The first step size in budgets; None for the default of the threat.
     """
 
     rows: Tensor
@@ -75,85 +72,102 @@ class Run(NamedTuple):
 
 @final
 class CascadeState:
-    """The examples of a problem, the nearest point to the goal that was found for each, and how near it is.
+    """The best point of each example so far, and the order in which the parts of the goal are attacked.
 
-    How near: the edge of the goal, as a share of that at x. It is the example's own, so that what is done for it depends on no
-    other example.
+    "Best" means the smallest boundary margin, and the ratio of this margin to that at x says how close an example is to being
+    solved. The ratio belongs to the example, so the effort spent on it does not depend on the other examples.
 
     Attributes:
         problem: The examples.
-        nearest: The points, (N, *S).
-        edge: The edge of the goal there, (N,).
-        clean: The edge at x, (N,).
-        skipped: For how many examples each stage was too dear.
+        budget: The largest cost of an example in forward passes, a gradient counted as two; None for no limit.
+        best: The best points, (N, *S); their `loss` is the boundary margin, (N,).
+        clean_margin: The boundary margin at x, (N,); infinite before `first_pass`.
+        skipped: The number of examples that could not afford a stage, by the name of the stage.
     """
 
     def __init__(self, problem: Problem, budget: int | None) -> None:
         self.problem, self.budget = problem, budget
-        self.nearest, self.boundary_margin = problem.x, torch.full((len(problem),), torch.inf, device=problem.x.device)
-        self.clean, self._seen = self.boundary_margin.clone(), torch.zeros_like(problem.unsolved)
+        self.clean_margin = torch.full((len(problem),), torch.inf, device=problem.x.device)
+        self.best = BestPoint(problem.x, self.clean_margin.clone())
         self.skipped: dict[str, int] = {}
+        self._ranked = torch.zeros_like(problem.unsolved)
         self._parts: list[tuple[Goal, Tensor]] = []
         self._order = torch.zeros(len(problem), 0, dtype=torch.int64, device=problem.x.device)
 
-    def look(self) -> None:
-        """Take the edges of the open examples at x, and order the parts of the goal.
+    def first_pass(self) -> None:
+        """Compute the boundary margins of the unsolved examples at x, and rank the parts of the goal.
 
-        They come in the order of how much of its edge a linear model would leave of each.
-
-        The budget takes from an edge at most what the steepest point of the threat set gains. Parts without any gradient come
-        last, in the order in which the goal names them.
+        Parts are ranked by margin / gain, where the gain is that of the steepest point of the threat set on the linearised
+        part: the smaller the ratio, the closer the part. Parts without a gradient come last, in the order of the goal.
         """
-        rows, found = self.rows("first-pass", 1 + 2 * _PARTS), []
+        rows, ratios = self.affordable_rows("first-pass", 1 + 2 * _MAX_PARTS), []
         if not len(rows):
             return
-        some = self.problem[rows]
-        goal = some.goal.with_surrogate(margin)
+        examples = self.problem[rows]
+        goal = examples.goal.with_surrogate(margin)
 
-        def edges(out: Out, ref: Tensor) -> Iterator[Tensor]:
-            self._parts = [(part, _spread(wanted, rows, self.problem.ref)) for part, wanted in goal.parts(out, ref)[:_PARTS]]
-            self.clean[rows] = goal.boundary_margin(out, ref).detach().to(self.clean)
-            return (part.boundary_margin(out, wanted[rows]) for part, wanted in self._parts)
+        def margins(out: Out, ref: Tensor) -> Iterator[Tensor]:
+            parts = goal.parts(out, ref)[:_MAX_PARTS]
+            self._parts = [(part, _scatter_rows(part_ref, rows, self.problem.ref)) for part, part_ref in parts]
+            self.clean_margin[rows] = goal.boundary_margin(out, ref).detach().to(self.clean_margin)
+            return (part.boundary_margin(out, part_ref[rows]) for part, part_ref in self._parts)
 
-        for edge, grad in some.gradients(some.x, edges):
-            gain = dot(-grad, some.threat.steepest(-grad, some.x) - some.x)
-            found.append(torch.where(gain > 0, edge / gain, torch.inf))
-        self._seen[rows] = True
-        closer = self._seen & (self.clean < self.boundary_margin)
-        self.nearest = torch.where(expand_rows(closer, self.nearest), self.problem.x, self.nearest)
-        self.boundary_margin = torch.where(closer, self.clean, self.boundary_margin)
-        self._order = torch.zeros(len(self.problem), len(found), dtype=torch.int64, device=rows.device)
-        self._order[rows] = torch.stack(found, 1).argsort(dim=1, stable=True)
+        for part_margin, grad in examples.gradients(examples.x, margins):
+            gain = dot(-grad, examples.threat.steepest(-grad, examples.x) - examples.x)
+            ratios.append(torch.where(gain > 0, part_margin / gain, torch.inf))
+        self._ranked[rows] = True
+        self.best.update(self.problem.x, self.clean_margin)
+        self._order = torch.zeros(len(self.problem), len(ratios), dtype=torch.int64, device=rows.device)
+        self._order[rows] = torch.stack(ratios, 1).argsort(dim=1, stable=True)
 
-    def rows(self, name: str, cost: int, within: float | None = None) -> Tensor:
-        """The open examples that can pay for a stage, as indices.
+    def affordable_rows(self, stage: str, cost: int, margin_ratio: float | None = None) -> Tensor:
+        """The indices of the unsolved examples that can afford a stage; the number of the others is recorded.
 
-        `within` a share of their first edge they must have come, where one is given; who has not been looked at has not.
+        Args:
+            stage: Name of the stage.
+            cost: Its cost per example in forward passes, a gradient counted as two.
+            margin_ratio: Only examples whose best margin is at most this share of their margin at x. None for all; otherwise
+                examples left out of the first pass are left out here too.
         """
-        problem, wanted = self.problem, self.problem.unsolved
-        if within is not None:
-            hopeless = (self.boundary_margin > within * self.clean) & (self.clean > 0)
-            wanted = wanted & self._seen & ~hopeless
+        problem, selected = self.problem, self.problem.unsolved
+        if margin_ratio is not None:
+            too_far = (self.best.loss > margin_ratio * self.clean_margin) & (self.clean_margin > 0)
+            selected = selected & self._ranked & ~too_far
         if self.budget is not None:
             affordable = problem.cost + cost <= self.budget
-            dear = int((wanted & ~affordable).sum())
-            if dear:
-                self.skipped[name] = max(dear, self.skipped.get(name, 0))
-            wanted = wanted & affordable
-        return wanted.nonzero().squeeze(1)
+            skipped = int((selected & ~affordable).sum())
+            if skipped:
+                self.skipped[stage] = max(skipped, self.skipped.get(stage, 0))
+            selected = selected & affordable
+        return selected.nonzero().squeeze(1)
 
-    def towards(self, rows: Tensor, rank: int | None, draw: int, share: float = 1.0) -> Iterator[Run]:
-        """Runs from random points towards the part of this rank of each example, one for each goal among the parts.
+    def descents_towards(self, rows: Tensor, rank: int | None, draw: int, reach_factor: float = 1.0) -> Iterator[DescentSpec]:
+        """Descents from random points towards one part of the goal per example, one descent for each goal among the parts.
 
-        `rank` None is the whole goal; the first step is a `share` of the usual one.
+        Args:
+            rows: Indices of the examples, (M,).
+            rank: Rank of the part; None for the whole goal.
+            draw: Number of the random start.
+            reach_factor: Factor on the default first step size.
         """
         if not len(rows):
             return
-        x_adv, reach = self.start(rows, draw), share * _reach(self.problem.threat)
+        x_adv, reach = self.problem[rows].start(draw), reach_factor * _default_reach(self.problem.threat)
         if rank is None:
-            yield Run(rows, self.problem.goal.with_surrogate(margin), self.problem.ref[rows], x_adv, reach)
+            yield DescentSpec(rows, self.problem.goal.with_surrogate(margin), self.problem.ref[rows], x_adv, reach)
             return
-        chosen = self._order[rows, rank]
+        part = self._order[rows, rank]
+        for goal, members in self._parts_by_goal():
+            refs = torch.stack([self._parts[number][1] for number in members])
+            position = torch.full((len(self._parts),), -1, device=rows.device)
+            position[members] = torch.arange(len(members), device=rows.device)
+            in_group = position[part] >= 0
+            if in_group.any():
+                ref = refs[position[part[in_group]], rows[in_group]]
+                yield DescentSpec(rows[in_group], goal, ref, x_adv[in_group], reach)
+
+    def _parts_by_goal(self) -> list[tuple[Goal, list[int]]]:
+        """The numbers of the parts that share a goal and differ in the reference alone."""
         groups: list[tuple[Goal, list[int]]] = []
         for number, (goal, _) in enumerate(self._parts):
             same = next((members for known, members in groups if known == goal), None)
@@ -161,92 +175,78 @@ class CascadeState:
                 groups.append((goal, [number]))
             else:
                 same.append(number)
-        for goal, members in groups:
-            refs = torch.stack([self._parts[number][1] for number in members])
-            place = torch.full((len(self._parts),), -1, device=rows.device)
-            place[members] = torch.arange(len(members), device=rows.device)
-            mine = place[chosen] >= 0
-            if mine.any():
-                yield Run(rows[mine], goal, refs[place[chosen[mine]], rows[mine]], x_adv[mine], reach)
-
-    @property
-    def parts(self) -> int:
-        """How many parts of the goal there are to pursue."""
-        return self._order.shape[1]
-
-    def start(self, rows: Tensor, draw: int) -> Tensor:
-        """Random points of the threat set; draws are numbered, so that none repeats."""
-        return self.problem[rows].start(draw)
-
-    def run(self, runs: Sequence[Run], steps: int) -> None:
-        """Descents, those of one goal side by side; of each example the point that comes nearest is kept."""
-        for group in self._side_by_side(runs):
-            some, x_adv = self._joined(group)
-            usual = _reach(some.threat)
-            reach = [torch.full((len(run.rows),), usual if run.reach is None else run.reach) for run in group]
-            self.take(group, descend(some, x_adv, steps, torch.cat(reach).to(some.x)))
-
-    def walk(self, runs: Sequence[Run], steps: int) -> None:
-        """Walks along the border, from x; where one has come beyond it, its nearest point is brought into the threat set."""
-        border = [run._replace(goal=DecisionBoundary(run.goal)) for run in runs]
-        for group in self._side_by_side(border):
-            some, _ = self._joined(group)
-            points, _ = boundary_walk(some, steps, FAB())
-            self.take(group, some.threat.project(points, some.x))
-
-    def _side_by_side(self, runs: Sequence[Run]) -> list[list[Run]]:
-        """Runs of one goal that may go through the model together."""
-        groups: list[list[Run]] = []
-        for run in runs:
-            same = next((group for group in groups if group[0].goal == run.goal and self._fits(group, run)), None)
-            if same is not None:
-                same.append(run)
-            elif len(run.rows):
-                groups.append([run])
         return groups
 
-    def _fits(self, group: Sequence[Run], run: Run) -> bool:
-        """Whether as many images may go through the model at once."""
-        return sum(len(one.rows) for one in (*group, run)) <= self.problem.batch_size
+    @property
+    def part_count(self) -> int:
+        """Number of parts of the goal that were ranked."""
+        return self._order.shape[1]
 
-    def _joined(self, group: Sequence[Run]) -> tuple[Problem, Tensor]:
-        """The examples of a group as one problem that follows their goal, and where they begin."""
-        some = self.problem[torch.cat([run.rows for run in group])]
-        x_adv = torch.cat([run.x_adv for run in group])
-        return some.with_surrogate(group[0].goal, torch.cat([run.ref for run in group])), x_adv
+    def run_descents(self, specs: Sequence[DescentSpec], steps: int) -> None:
+        """Run descents, those with the same goal in one batch, and update the best points."""
+        for group in self._batches(specs):
+            problem, x_adv = self._merged(group)
+            default = _default_reach(problem.threat)
+            reach = [torch.full((len(spec.rows),), default if spec.reach is None else spec.reach) for spec in group]
+            self.update_best(group, descend(problem, x_adv, steps, torch.cat(reach).to(problem.x)))
 
-    def take(self, group: Sequence[Run], points: Tensor) -> None:
-        """Ask at the points (M, *S) that runs have come to, all at once, and keep of each example the nearest."""
-        rows = torch.cat([run.rows for run in group])
-        sizes = [len(run.rows) for run in group]
-        for run, found, edge in zip(
-            group, torch.split(points, sizes), torch.split(self._edges(rows, points), sizes), strict=True
-        ):
-            self._keep(run.rows, found, edge)
+    def run_boundary_walks(self, specs: Sequence[DescentSpec], steps: int) -> None:
+        """Walk along the decision boundary from x; the points, projected onto the threat set, update the best points."""
+        walks = [spec._replace(goal=DecisionBoundary(spec.goal)) for spec in specs]
+        for group in self._batches(walks):
+            problem, _ = self._merged(group)
+            points, _ = boundary_walk(problem, steps, FAB())
+            self.update_best(group, problem.threat.project(points, problem.x))
 
-    def search(self, rows: Tensor, queries: int, share: float, draw: int) -> None:
-        """Change windows at random from the nearest points; who has gained nothing by half of the queries is let go.
+    def _batches(self, specs: Sequence[DescentSpec]) -> list[list[DescentSpec]]:
+        """Groups of descents with the same goal that fit into one batch of the model."""
+        groups: list[list[DescentSpec]] = []
+        for spec in specs:
+            same = next((group for group in groups if group[0].goal == spec.goal and self._fits(group, spec)), None)
+            if same is not None:
+                same.append(spec)
+            elif len(spec.rows):
+                groups.append([spec])
+        return groups
 
-        Where gradients work, windows have nothing to add.
+    def _fits(self, group: Sequence[DescentSpec], spec: DescentSpec) -> bool:
+        """Whether the group and one more descent fit into one batch of the model."""
+        return sum(len(member.rows) for member in (*group, spec)) <= self.problem.batch_size
+
+    def _merged(self, group: Sequence[DescentSpec]) -> tuple[Problem, Tensor]:
+        """The examples of a group as one problem with the loss of its goal, and the first points."""
+        problem = self.problem[torch.cat([spec.rows for spec in group])]
+        x_adv = torch.cat([spec.x_adv for spec in group])
+        return problem.with_surrogate(group[0].goal, torch.cat([spec.ref for spec in group])), x_adv
+
+    def update_best(self, group: Sequence[DescentSpec], points: Tensor) -> None:
+        """Query the end points (M, *S) of a group of descents in one batch, and update the best points."""
+        rows = torch.cat([spec.rows for spec in group])
+        sizes = [len(spec.rows) for spec in group]
+        margins = torch.split(self._boundary_margins(rows, points), sizes)
+        for spec, x_adv, boundary_margin in zip(group, torch.split(points, sizes), margins, strict=True):
+            self.best.update(x_adv, boundary_margin, spec.rows)
+
+    def search_patches(self, rows: Tensor, queries: int, patch_share: float, draw: int) -> None:
+        """Random search over square patches from the best points.
+
+        An example that has not improved within half of the queries is given up: where gradients work, patches add nothing.
         """
-        near = self.nearest[rows], self.boundary_margin[rows]
-        self._keep(rows, *search(self.problem, rows, near, queries, share, "windows", draw, patience=0.5))
+        best = self.best[rows]
+        search_patches(self.problem, rows, best, queries, patch_share, "windows", draw, patience=0.5)
+        self.best.update(best.x_adv, best.loss, rows)
 
-    def _edges(self, rows: Tensor, x_adv: Tensor) -> Tensor:
-        """The edges at points (M, *S) of the examples `rows` (M,), which are asked about all at once; infinite where solved."""
-        edges = torch.full((len(rows),), torch.inf, dtype=self.problem.x.dtype, device=rows.device)
-        left = self.problem.unsolved[rows].nonzero().squeeze(1)
-        if len(left):
-            some = self.problem[rows[left]]
-            edges[left] = some.goal.boundary_margin(some.predict(x_adv[left]), some.ref).to(edges)
-        return edges
-
-    def _keep(self, rows: Tensor, x_adv: Tensor, edge: Tensor) -> None:
-        nearer = edge < self.boundary_margin[rows]
-        self.nearest = self.nearest.index_copy(0, rows, torch.where(expand_rows(nearer, x_adv), x_adv, self.nearest[rows]))
-        self.boundary_margin[rows] = torch.where(nearer, edge.to(self.boundary_margin), self.boundary_margin[rows])
+    def _boundary_margins(self, rows: Tensor, x_adv: Tensor) -> Tensor:
+        """The boundary margins at points (M, *S) of the examples `rows` (M,), in one query; infinite for solved examples."""
+        margins = torch.full((len(rows),), torch.inf, dtype=self.problem.x.dtype, device=rows.device)
+        unsolved = self.problem.unsolved[rows].nonzero().squeeze(1)
+        if len(unsolved):
+            problem = self.problem[rows[unsolved]]
+            margins[unsolved] = problem.goal.boundary_margin(problem.predict(x_adv[unsolved]), problem.ref).to(margins)
+        return margins
 
 
-def _spread(wanted: Tensor, rows: Tensor, like: Tensor) -> Tensor:
-    """References of the examples `rows` in a tensor with a row for each of all examples."""
-    return torch.zeros(len(like), *wanted.shape[1:], dtype=wanted.dtype, device=wanted.device).index_copy(0, rows, wanted)
+def _scatter_rows(part_ref: Tensor, rows: Tensor, like: Tensor) -> Tensor:
+    """The references of the examples `rows`, placed in a tensor with one row for each row of `like`; zero elsewhere."""
+    placed = torch.zeros(len(like), *part_ref.shape[1:], dtype=part_ref.dtype, device=part_ref.device)
+    return placed.index_copy(0, rows, part_ref)

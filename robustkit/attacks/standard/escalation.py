@@ -1,4 +1,4 @@
-"""What is done where an alarm goes off: the mechanism that it points to, on every example that is left."""
+"""Stronger attacks on the unsolved examples where a flag says that the cascade may have missed successes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from robustkit._engine.tensors import nan_to_inf
-from robustkit.attacks._cosine import cosine
+from robustkit.attacks._descent import BestPoint, cosine_decay, gradient_descent
 from robustkit.attacks.rays import RayS
 from robustkit.attacks.square import Square
 from robustkit.attacks.standard.cascade import descend
-from robustkit.attacks.standard.patch_search import search
+from robustkit.attacks.standard.patch_search import search_patches
 from robustkit.attacks.standard.substitute import SubstituteConfig, train_substitute, transfer_attack
 from robustkit.flags import flags_and_notes
 from robustkit.goals import Goal, Out
@@ -23,23 +23,28 @@ from robustkit.losses import margin
 from robustkit.problem import Problem
 from robustkit.threats import L2, Linf
 
-__all__ = ["escalate", "reasons_to_escalate"]
+__all__ = ["SoftHinge", "escalate", "reasons_to_escalate"]
 
-_STEPS = 50  # of each further descent
-_DRAWS, _MANY, _FADING, _REACH = 2, 125, 0.95, 2.0  # of a random model: draws a step, steps, what stays of the mean, first step
-_VOTES, _CLEAR, _AGAIN = 16, 0.75, 6  # draws by which its points are compared; descents more where no point is as clear as that
-_TURNS = ((1500, 500), (5000, 5000))  # queries of scores and of decisions for each example; the second where the first helps
-_WINDOWS, _SHARE = 5000, 0.05  # queries of the search from the nearest point, and the share of a window
-_COPY = SubstituteConfig(points=64, steps=400, rounds=4, strikes=3, min_examples=100, deep=True, walk=True)
-_WORTH = 0.1  # of what was left a turn must break, for another one
-_JOINT, _WHOLE = 5, 100  # descents of a whole batch, and their steps
+_VIEW_STEPS = 50  # of the descent through each further view
+# On a random model: draws per step, steps, decay of the mean gradient, first step size in budgets.
+_EOT_DRAWS, _EOT_STEPS, _EOT_DECAY, _EOT_REACH = 2, 125, 0.95, 2.0
+# Draws by which points are compared; further descents for examples whose best success rate is below the second number.
+_VOTES, _CLEAR_RATE, _RETRIES = 16, 0.75, 6
+# Score and decision queries per example of each attempt; the second is made only where the first helps.
+_ATTEMPTS = ((1500, 500), (5000, 5000))
+_MIN_BROKEN = 0.1  # the share of the unsolved examples that an attempt must break for another one
+_PATCH_QUERIES, _PATCH_SHARE = 5000, 0.05
+_SUBSTITUTE = SubstituteConfig(
+    points=64, steps=400, rounds=4, attacks_per_round=3, min_examples=100, convolutional=True, query_every_step=True
+)
+_JOINT_ATTEMPTS, _JOINT_STEPS = 5, 100  # of whole batches; the first is the best points of the cascade as they are
 
 
 def reasons_to_escalate(problem: Problem) -> list[str]:
-    """Why a further search is called for, by name; empty where nothing calls for it."""
+    """The names of the flags and other conditions that call for an escalation; empty if there are none."""
     reasons = [flag.name for flag in flags_and_notes(problem.checks)[0]]
-    flat, asked = problem.flat[problem.unsolved].sum(), (problem.cost[problem.unsolved]).sum()
-    if 6 * flat > asked:  # about half of the gradient queries
+    flat, cost = problem.flat[problem.unsolved].sum(), (problem.cost[problem.unsolved]).sum()
+    if 6 * flat > cost:  # about half of the gradient queries: each costs three forward passes
         reasons.append("flat-gradients")
     if problem.stochastic:
         reasons.append("stochastic-target")
@@ -47,126 +52,143 @@ def reasons_to_escalate(problem: Problem) -> list[str]:
 
 
 def escalate(problem: Problem) -> Tensor | None:
-    """Points that a further search ends at, (N, *S), or None where there was no reason for one; a note tells what was done."""
-    reasons, left = reasons_to_escalate(problem), int(problem.unsolved.sum())
-    if not reasons or not (left or "batch-dependent" in reasons):
+    """Run the attacks that the flags call for, and add a note that lists them.
+
+    Returns:
+        The points of highest success rate on a random model, (N, *S); None otherwise, when successes are kept already.
+    """
+    reasons, unsolved = reasons_to_escalate(problem), int(problem.unsolved.sum())
+    if not reasons or not (unsolved or "batch-dependent" in reasons):
         return None
     x_adv = None
     with problem.stage("escalation"):
         if problem.stochastic:
-            x_adv, done = _select_by_vote(problem)
+            x_adv, attacks = _select_by_vote(problem)
         elif "batch-dependent" in reasons:
-            done = _joint_batch_attack(problem)
+            attacks = _joint_batch_attack(problem)
         else:
-            done = _further(problem)
-    why = f"{', '.join(reasons)}: tried {', '.join(done)}"
-    problem.add_note(
-        "escalated", why if problem.stochastic else f"{why}; {left} examples were left, now {int(problem.unsolved.sum())}"
-    )
+            attacks = _further_attacks(problem)
+    why = f"{', '.join(reasons)}: ran {', '.join(attacks)}"
+    if not problem.stochastic:
+        why += f"; {unsolved} examples were unsolved before, {int(problem.unsolved.sum())} after"
+    problem.add_note("escalated", why)
     return x_adv
 
 
-def _further(problem: Problem) -> list[str]:
-    """Other views, a copy, a search from where it is fooled, and searches that start from nothing."""
-    done = []
+def _further_attacks(problem: Problem) -> list[str]:
+    """Attack through other views, by transfer and without gradients; returns descriptions of the attacks."""
+    attacks = []
     for number, view in enumerate(problem.views[1:]):
-        through = problem.seen(view)
         goal = problem.goal.with_surrogate(margin)
-        problem.success(descend(through.with_surrogate(goal, problem.ref), problem.start(2001 + number), _STEPS))
-        done.append(f"view {view}")
-    for turn, (scores, decisions) in enumerate(_TURNS):
-        left = int(problem.unsolved.sum())
-        found = _without_gradients(problem, turn, scores, decisions)
-        done += found if turn == 0 else [f"all that once more with {scores} scores and {decisions} decisions of each"]
-        if not 0 < int(problem.unsolved.sum()) <= (1 - _WORTH) * left:
+        through_view = problem.with_view(view).with_surrogate(goal, problem.ref)
+        problem.success(descend(through_view, problem.start(2001 + number), _VIEW_STEPS))
+        attacks.append(f"view {view}")
+    for attempt, (scores, decisions) in enumerate(_ATTEMPTS):
+        before = int(problem.unsolved.sum())
+        done = _attack_without_gradients(problem, attempt, scores, decisions)
+        attacks += (
+            done if attempt == 0 else [f"the same again with {scores} score and {decisions} decision queries per example"]
+        )
+        if not 0 < int(problem.unsolved.sum()) <= (1 - _MIN_BROKEN) * before:
             break
-    return done
+    return attacks
 
 
-def _without_gradients(problem: Problem, turn: int, scores: int, decisions: int) -> list[str]:
-    done, copy = [], train_substitute(problem, _COPY, turn)
-    if copy is not None:
-        done.append(f"transfer from a copy taught at {_COPY.points} points of each example")
-        points = [problem.x, *transfer_attack(problem, copy, _COPY, turn)]
+def _attack_without_gradients(problem: Problem, attempt: int, scores: int, decisions: int) -> list[str]:
+    """Attack by transfer, patches, Square and RayS; returns descriptions of the attacks."""
+    attacks, substitute = [], train_substitute(problem, _SUBSTITUTE, attempt)
+    if substitute is not None:
+        attacks.append(f"transfer from a substitute model trained on {_SUBSTITUTE.points} points per example")
+        points = [problem.x, *transfer_attack(problem, substitute, _SUBSTITUTE, attempt)]
         if isinstance(problem.threat, Linf | L2):
-            _search(problem, points, turn)
-            done.append(f"{_WINDOWS} windows from the nearest of its points")
+            _search_from_best(problem, points, attempt)
+            attacks.append(f"{_PATCH_QUERIES} patches from the best of its points")
     for attack in (Square(queries=scores), RayS(queries=decisions)):
         if attack.supports(problem.threat) and problem.unsolved.any():
             problem.success(attack.run(problem))
-            done.append(repr(attack))
-    return done
+            attacks.append(repr(attack))
+    return attacks
 
 
-def _search(problem: Problem, points: list[Tensor], turn: int) -> None:
-    """Change windows at random from the point of each example that is nearest to the goal."""
-    left = problem.unsolved.nonzero().squeeze(1)
-    if not len(left):
+def _search_from_best(problem: Problem, points: list[Tensor], attempt: int) -> None:
+    """Search patches from the point of smallest boundary margin of each example among several, (N, *S) each."""
+    rows = problem.unsolved.nonzero().squeeze(1)
+    if not len(rows):
         return
-    edges = torch.stack([_edge(problem[left], x_adv[left]) for x_adv in points])
-    nearest = torch.stack([point[left] for point in points])[edges.argmin(0), torch.arange(len(left))]
-    search(problem, left, (nearest, edges.amin(0)), _WINDOWS, _SHARE, "windows", "escalation", turn)
+    margins = torch.stack([_boundary_margin(problem[rows], x_adv[rows]) for x_adv in points])
+    nearest = torch.stack([x_adv[rows] for x_adv in points])[margins.argmin(0), torch.arange(len(rows))]
+    best = BestPoint(nearest, margins.amin(0))
+    search_patches(problem, rows, best, _PATCH_QUERIES, _PATCH_SHARE, "windows", "escalation", attempt)
 
 
-def _edge(problem: Problem, x_adv: Tensor) -> Tensor:
+def _boundary_margin(problem: Problem, x_adv: Tensor) -> Tensor:
+    """The boundary margin at `x_adv` on the deployed function, (N,); infinite where it is NaN."""
     return nan_to_inf(problem.goal.boundary_margin(problem.predict(x_adv), problem.ref))
 
 
 def _select_by_vote(problem: Problem) -> tuple[Tensor, list[str]]:
-    """Of what averaged gradients and a copy find of a random model, the point of each example that succeeds most often.
+    """The point of each example that succeeds most often on a random model, (N, *S), and descriptions of the attacks.
 
-    Candidates compete on draws of their own, and the winner is scored by others when the run is judged.
+    Candidates are compared on draws of their own; the final evaluation of the selected point uses other draws.
     """
-    best, most = problem.x, torch.full((len(problem),), -1.0, device=problem.x.device)
+    # The loss is minus the success rate, so that any point is better than none.
+    best = BestPoint(problem.x, torch.full((len(problem),), 1.0, device=problem.x.device))
 
-    def compete(rows: Tensor, x_adv: Tensor) -> None:
+    def compare(rows: Tensor, x_adv: Tensor) -> None:
         rate = torch.stack([problem[rows].success(x_adv) for _ in range(_VOTES)]).float().mean(0)
-        better = rate > most[rows]
-        best[rows[better]], most[rows[better]] = x_adv[better], rate[better]
+        best.update(x_adv, -rate, rows)
 
-    best = best.clone()
-    everyone = torch.arange(len(problem), device=best.device)
-    for x_adv in _candidates(problem):
-        compete(everyone, x_adv)
-    for number in range(_AGAIN):
-        rows = (most < _CLEAR).nonzero().squeeze(1)
+    all_rows = torch.arange(len(problem), device=problem.x.device)
+    for x_adv in _random_model_candidates(problem):
+        compare(all_rows, x_adv)
+    for number in range(_RETRIES):
+        rows = (best.loss > -_CLEAR_RATE).nonzero().squeeze(1)
         if len(rows):
-            some = problem[rows].with_eot_draws(2 * _DRAWS)
-            start, reach = (some.start(2200 + number), _REACH) if number % 2 else (best[rows], 0.5)
-            compete(rows, _averaged(some.with_surrogate(SoftHinge(some.goal), some.ref), start, reach))
-    done = f"gradients averaged over {_DRAWS} draws a step and over the steps"
-    return best, [done, f"transfer from a copy taught at {_COPY.points} points", f"the best by {_VOTES} draws"]
+            examples = problem[rows].with_eot_draws(2 * _EOT_DRAWS)
+            start, reach = (examples.start(2200 + number), _EOT_REACH) if number % 2 else (best.x_adv[rows], 0.5)
+            soft = examples.with_surrogate(SoftHinge(examples.goal), examples.ref)
+            compare(rows, _descend_on_mean_gradient(soft, start, reach))
+    return best.x_adv, [
+        f"gradients averaged over {_EOT_DRAWS} draws per step and over the steps",
+        f"transfer from a substitute model trained on {_SUBSTITUTE.points} points per example",
+        f"selection by {_VOTES} draws",
+    ]
 
 
-def _candidates(problem: Problem) -> Iterator[Tensor]:
-    drawn = problem.with_eot_draws(_DRAWS)
+def _random_model_candidates(problem: Problem) -> Iterator[Tensor]:
+    """Points from averaged gradients through each view, and from a substitute model, (N, *S) each."""
+    averaged = problem.with_eot_draws(_EOT_DRAWS)
     for number, view in enumerate(problem.views):
         for draw, goal in enumerate((problem.goal.with_surrogate(margin), SoftHinge(problem.goal))):
             start = problem.start(2000 + 10 * number + draw)
-            yield _averaged(drawn.seen(view).with_surrogate(goal, problem.ref), start, _REACH)
-    copy = train_substitute(problem, _COPY)
-    if copy is not None:
-        yield from transfer_attack(problem, copy, _COPY)
+            yield _descend_on_mean_gradient(averaged.with_view(view).with_surrogate(goal, problem.ref), start, _EOT_REACH)
+    substitute = train_substitute(problem, _SUBSTITUTE)
+    if substitute is not None:
+        yield from transfer_attack(problem, substitute, _SUBSTITUTE)
 
 
-def _averaged(problem: Problem, x_adv: Tensor, reach: float) -> Tensor:
-    """The end of a descent along gradients that are averaged over the draws of a step and, fading, over the steps, (N, *S).
+def _descend_on_mean_gradient(problem: Problem, x_adv: Tensor, reach: float) -> Tensor:
+    """The last point of a descent on an exponentially decaying mean of the gradients, (N, *S).
 
-    Many short steps with two draws each do more than a few with all of the draws: each is taken where the search stands.
+    Many steps with few draws each do better than few steps with many draws: each gradient is that of the current point.
     """
     mean = torch.zeros_like(x_adv)
-    for step in range(_MANY):
-        grad = problem.loss_and_grad(x_adv)[1]
-        mean = _FADING * mean + grad
-        fraction = reach * cosine(step, _MANY)
-        x_adv = problem.threat.project(problem.threat.step(-mean, x_adv, problem.x, fraction), problem.x)
-    return x_adv
+
+    def update(step: int, x_adv: Tensor, grad: Tensor) -> Tensor:
+        nonlocal mean
+        mean = _EOT_DECAY * mean + grad
+        fraction = reach * cosine_decay(step, _EOT_STEPS)
+        return problem.threat.project(problem.threat.step(-mean, x_adv, problem.x, fraction), problem.x)
+
+    return gradient_descent(problem, x_adv, range(_EOT_STEPS), update)
 
 
 @final
 @dataclass(frozen=True, repr=False)
 class SoftHinge(Goal):
-    """Another goal whose margin counts the less the further it is beyond the border: no example is bought with others.
+    """The goal `inner` with a loss that saturates beyond the decision boundary.
+
+    In the sum of a batch, an example far beyond the boundary does not outweigh examples that are unsolved.
 
     Attributes:
         inner: The goal.
@@ -175,40 +197,47 @@ class SoftHinge(Goal):
     inner: Goal
 
     def loss(self, out: Out, ref: Tensor) -> Tensor:
-        """log(1 + exp(margin + 1/2)), a hinge with a round corner, (N,)."""
+        """The softplus of the margin plus 1/2, log(1 + exp(margin + 1/2)), (N,)."""
         return softplus(self.inner.with_surrogate(margin).loss(out, ref) + 0.5)
 
     def success(self, out: Out, ref: Tensor) -> Tensor:
-        """That of the other goal."""
+        """The success of `inner`, (N,) bool."""
         return self.inner.success(out, ref)
 
 
 def _joint_batch_attack(problem: Problem) -> list[str]:
-    """Descents of the whole batch, from which nobody leaves, each judged in the company in which it is to stand.
+    """Attack the whole batch at once, and submit the batch with the most successes; returns descriptions of the attacks.
 
-    The gradient of the sum of the losses holds what each example does to the others.
+    The gradient of the sum of the losses contains the effect of each example on the others. Solved examples stay in the
+    batch, since each example is evaluated in its final batch.
     """
-    rows = (~problem.initially_successful).nonzero().squeeze(1)  # those that are judged at the end
+    rows = (~problem.initially_successful).nonzero().squeeze(1)  # the examples of the final evaluation
     best, most = problem[rows].best, -1
-    for number in range(_JOINT):
+    for number in range(_JOINT_ATTEMPTS):
         batch = problem.subproblem(rows, keep="best")
         start, reach = (batch.start(2100 + number), 1.0) if number % 2 else (best, 0.5)
-        x_adv = _joint_descent(batch.with_surrogate(SoftHinge(batch.goal), batch.ref), start, reach) if number else best
-        found = int(batch.success(x_adv).sum())
+        x_adv = _descend_on_sum(batch.with_surrogate(SoftHinge(batch.goal), batch.ref), start, reach) if number else best
+        successes = int(batch.success(x_adv).sum())
         problem.charge(rows, batch)
-        if found > most:
-            best, most = x_adv, found
+        if successes > most:
+            best, most = x_adv, successes
     problem[rows].submit_batch(best)
-    return [f"{_JOINT - 1} descents of the whole batch together, judged in one company"]
+    return [f"{_JOINT_ATTEMPTS - 1} descents on the whole batch, evaluated as one batch"]
 
 
-def _joint_descent(problem: Problem, x_adv: Tensor, reach: float) -> Tensor:
-    """Of the iterates of one descent the batch whose losses have the lowest sum: rows of different steps never met."""
+def _descend_on_sum(problem: Problem, x_adv: Tensor, reach: float) -> Tensor:
+    """The iterate with the lowest sum of losses, (N, *S): points of different iterates were never evaluated together."""
     best, lowest = x_adv, torch.inf
-    for step in range(_WHOLE):
-        loss, grad = problem.loss_and_grad(x_adv)
-        if float(loss.nan_to_num().sum()) < lowest:
-            best, lowest = x_adv, float(loss.nan_to_num().sum())
-        fraction = reach * cosine(step, _WHOLE)
-        x_adv = problem.threat.project(problem.threat.step(-grad, x_adv, problem.x, fraction), problem.x)
+
+    def observe(x_adv: Tensor, loss: Tensor) -> None:
+        nonlocal best, lowest
+        total = float(loss.nan_to_num().sum())
+        if total < lowest:
+            best, lowest = x_adv, total
+
+    def update(step: int, x_adv: Tensor, grad: Tensor) -> Tensor:
+        fraction = reach * cosine_decay(step, _JOINT_STEPS)
+        return problem.threat.project(problem.threat.step(-grad, x_adv, problem.x, fraction), problem.x)
+
+    gradient_descent(problem, x_adv, range(_JOINT_STEPS), update, observe)
     return best

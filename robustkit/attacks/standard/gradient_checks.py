@@ -1,6 +1,7 @@
-"""The questions of the audit: each looks at one way in which a model can look robust without being so.
+"""The checks of the audit that run no attack: outputs, input range, and the gradient against finite differences.
 
-A probe asks about some of the examples and testifies: in so many of so many cases it was so. What it breaks on the way counts.
+Each check queries a sample of the examples and records in how many of how many cases it was positive. Points that reach the
+goal on the way count as successes.
 """
 
 from __future__ import annotations
@@ -15,36 +16,37 @@ from robustkit.losses import margin
 from robustkit.problem import Problem
 from robustkit.threats import L1, Pixels, Threat
 
-__all__ = ["agreement", "answers", "chosen", "company", "ordinary", "small_steps"]
+__all__ = ["check_consistency", "check_derivative", "check_gradients", "check_input_range", "check_outputs", "sample_rows"]
 
-_AGREES = 0.9  # a cosine below says that the gradient misleads
-_FAINT = 0.01  # of the change of the loss: so small a gradient is lost in rounding
-_DIRECTIONS = 5  # along which it is compared
-_FEW = 3  # directions, where the two should be equal but for rounding
-_SCALES = (1 / 30, 1 / 3)  # of the budget: the shortest and the longest difference
-_JITTER = 0.1  # of the way to a random point of the threat set
-_SMALL = 1e-6  # of the budget: the difference in float64
-_SATURATED = 80.0  # so far apart, logits leave float32 probabilities no gradient
-_SAME = 1e-3  # of the spread of a row of answers
-_RANGES = ((0.0, 1.0), (0.0, 255.0), (-1.0, 1.0))  # that images have
-_NORMAL = 20.0  # so far out no normalised image goes
-
-
-def chosen(problem: Problem, purpose: str, share: float, *, left: bool = True) -> Tensor:
-    """A share of the examples (that are `left`), each by its own lot, as indices: which they are depends on no other one."""
-    lot = (problem.noise("chosen", purpose).uniform() < share).to(problem.unsolved.device)
-    return (problem.unsolved & lot if left else lot).nonzero().squeeze(1)
+_MIN_COSINE = 0.9  # between gradient and finite differences; below, the gradient is misleading
+_FAINT = 0.01  # ratio of gradient and finite differences below which the gradient is lost to rounding
+_DIRECTIONS = 5  # random directions along which the gradient is compared
+_DOUBLE_DIRECTIONS = 3  # in float64, where only rounding may differ
+_SCALES = (1 / 30, 1 / 3)  # shortest and longest finite difference, in budgets
+_JITTER = 0.1  # distance of the tested points from x, as a share of the way to a random point of the threat set
+_DOUBLE_SCALE = 1e-6  # finite difference in float64, in budgets
+_SATURATED = 80.0  # difference of logits beyond which float32 probabilities have no gradient
+_TOLERANCE = 1e-3  # difference between repeated outputs, relative to their range
+_USUAL_RANGES = ((0.0, 1.0), (0.0, 255.0), (-1.0, 1.0))  # of images
+_MAX_NORMALISED = 20.0  # largest absolute value of a normalised image
 
 
-def answers(problem: Problem) -> None:
-    """What the outputs look like (undefined, saturated, probabilities), and whether they stay the same."""
+def sample_rows(problem: Problem, purpose: str, share: float, *, unsolved_only: bool = True) -> Tensor:
+    """The indices of a random sample of the (unsolved) examples; each is drawn independently of the others."""
+    drawn = (problem.noise("chosen", purpose).uniform() < share).to(problem.unsolved.device)
+    return (problem.unsolved & drawn if unsolved_only else drawn).nonzero().squeeze(1)
+
+
+def check_outputs(problem: Problem) -> None:
+    """Check for undefined and saturated outputs, probabilities, and outputs that change when a query is repeated."""
     out = problem.predict(problem.x)
     if isinstance(out, Tensor) and out.dim() == 2 and out.shape[1] > 1:
-        _looks(problem, out)
-    company(problem, out)
+        _check_logits(problem, out)
+    check_consistency(problem, out)
 
 
-def _looks(problem: Problem, out: Tensor) -> None:
+def _check_logits(problem: Problem, out: Tensor) -> None:
+    """Record how many rows of logits (N, K) are undefined, saturated or probabilities."""
     n = len(out)
     problem.record_check("undefined-outputs", non_finite_rows(out).sum(), n, 0.0)
     top = out.topk(2, 1).values
@@ -53,123 +55,135 @@ def _looks(problem: Problem, out: Tensor) -> None:
     problem.record_check("probabilities", (are_probabilities(out) & ~one_hot).sum(), n)
 
 
-def company(problem: Problem, out: object = None) -> None:
-    """Whether a row is answered alike when it is asked again, and beside other rows; of a random model, with the same seed."""
+def check_consistency(problem: Problem, out: object = None) -> None:
+    """Check whether outputs are the same in a repeated query and in another batch; of a random model, with the same seed.
+
+    Args:
+        problem: The examples.
+        out: The outputs at x if they are known already.
+    """
     if problem.stochastic:
-        _repeated(problem)
+        _check_seeded_noise(problem)
         return
-    first, again = _rows(problem.predict(problem.x) if out is None else out), _rows(problem.predict(problem.x))
+    first = _output_rows(problem.predict(problem.x) if out is None else out)
+    again = _output_rows(problem.predict(problem.x))
     half = torch.arange(len(problem), device=first.device).flip(0)[: max(1, len(problem) // 2)]
-    alone = _rows(problem[half].predict(problem.x[half]))
-    differ = _differ(first, again)
-    problem.record_check("unsteady-answers", differ.sum(), len(problem), 0.0)
-    other = _differ(first[half], alone)
-    problem.record_check("batch-dependent", (other & ~differ[half]).sum(), len(half), 0.02)
+    in_half = _output_rows(problem[half].predict(problem.x[half]))
+    unsteady = _differ(first, again)
+    problem.record_check("unsteady-answers", unsteady.sum(), len(problem), 0.0)
+    differs_in_half = _differ(first[half], in_half)
+    problem.record_check("batch-dependent", (differs_in_half & ~unsteady[half]).sum(), len(half), 0.02)
 
 
-def _repeated(problem: Problem) -> None:
-    """Whether a random model says the same with the same seed: only then can a run be repeated."""
+def _check_seeded_noise(problem: Problem) -> None:
+    """Check whether a random model returns the same outputs with the same seed, without which no run is repeatable."""
     outs = []
     for _ in range(2):
         with fork_rng(problem.noise("repeat").key):
-            outs.append(_rows(problem.predict(problem.x)))
+            outs.append(_output_rows(problem.predict(problem.x)))
     problem.record_check("unseeded-noise", _differ(*outs).sum(), len(problem))
 
 
-def _differ(one: Tensor, other: Tensor) -> Tensor:
+def _differ(first: Tensor, second: Tensor) -> Tensor:
     """Which rows differ by more than rounding, (N, K), (N, K) -> (N,) bool."""
-    spread = (one.amax(1) - one.amin(1)).clamp(min=torch.finfo(one.dtype).tiny)
-    return (one - other).abs().amax(1) > _SAME * spread
+    value_range = (first.amax(1) - first.amin(1)).clamp(min=torch.finfo(first.dtype).tiny)
+    return (first - second).abs().amax(1) > _TOLERANCE * value_range
 
 
-def _rows(out: object) -> Tensor:
+def _output_rows(out: object) -> Tensor:
+    """The first tensor of an output as a float32 matrix (N, K) without NaN and infinities."""
     out = out[0] if isinstance(out, tuple | list) else out
     assert isinstance(out, Tensor)
     return flatten_rows(out.detach()).float().nan_to_num()
 
 
-def ordinary(problem: Problem) -> None:
-    """Whether inputs look normalised: by bounds that no images have, or, of images without bounds, by their values."""
+def check_input_range(problem: Problem) -> None:
+    """Check whether inputs look normalised: by bounds that are unusual for images, or without bounds by the values."""
     bounds, x = problem.threat.bounds, problem.x
     if bounds is not None:
-        problem.record_check("unusual-range", bounds not in _RANGES, 1)
+        problem.record_check("unusual-range", bounds not in _USUAL_RANGES, 1)
     elif x.dim() == 4 and len(x):
         low, high = flatten_rows(x).amin(1), flatten_rows(x).amax(1)
-        normal = (low < -1) | ((low < 0) & (high > 1))
-        problem.record_check("unusual-range", (normal & (abs_max(x) < _NORMAL)).sum(), len(x))
+        normalised = (low < -1) | ((low < 0) & (high > 1))
+        problem.record_check("unusual-range", (normalised & (abs_max(x) < _MAX_NORMALISED)).sum(), len(x))
 
 
-def agreement(problem: Problem, rows: Tensor) -> None:
-    """Whether the gradient of the margin tells how it changes over steps of the attack's size, and is not next to nothing."""
+def check_gradients(problem: Problem, rows: Tensor) -> None:
+    """Check whether the gradient of the margin predicts its changes over steps of the attack's size, and is not faint."""
     low, high = _SCALES
     scales = [low * (high / low) ** (number / (_DIRECTIONS - 1)) for number in range(_DIRECTIONS)]
-    misleading, faint = _compared(problem.fresh_copy("last")[rows], scales)
+    misleading, faint = _compare_gradients(problem.fresh_copy("last")[rows], scales)
     problem.record_check("gradients-disagree", misleading, len(rows))
     problem.record_check("faint-gradients", faint, len(rows))
 
 
-def small_steps(problem: Problem, rows: Tensor) -> None:
-    """Whether the gradient is the derivative, in float64, where the model can be copied to it."""
+def check_derivative(problem: Problem, rows: Tensor) -> None:
+    """Check in float64 whether the gradient is the derivative; skipped if the model cannot be converted."""
     double = problem.in_double() if len(rows) else None
     if double is None or problem.stochastic:
         return
     try:
-        hits = _compared(double[rows], [_SMALL] * _FEW)[0]
-    except RuntimeError:  # a model may well insist on float32 inside
+        hits = _compare_gradients(double[rows], [_DOUBLE_SCALE] * _DOUBLE_DIRECTIONS)[0]
+    except RuntimeError:  # a model may convert to float32 inside
         return
     problem.record_check("small-steps-disagree", hits, len(rows))
 
 
-def _compared(problem: Problem, scales: list[float]) -> tuple[Tensor, Tensor]:
-    """How many gradients point elsewhere than central differences along random directions, and how many are next to nothing.
+def _compare_gradients(problem: Problem, scales: list[float]) -> tuple[Tensor, Tensor]:
+    """The numbers of gradients that disagree with central differences along random directions, and of faint gradients.
 
-    The directions have these lengths, in budgets.
+    Args:
+        problem: The examples.
+        scales: The length of each difference in budgets, one direction each.
     """
     if not len(problem):
         return torch.zeros(()), torch.zeros(())
     problem = problem.with_surrogate(problem.goal.with_surrogate(margin), problem.ref)
     threat = problem.threat
-    moves = [_direction(problem, number, scale) for number, scale in enumerate(scales)]
-    # Near x, where robustness is claimed, but off the ties of constant backgrounds; far out even sound nets are bent.
+    moves = [_random_move(problem, number, scale) for number, scale in enumerate(scales)]
+    # Near x, where robustness is claimed, but not at x, where constant backgrounds have ties; further away even sound models
+    # are too curved.
     x_adv = problem.x + _JITTER * (problem.start(1000) - problem.x)
-    x_adv = _inside(threat, x_adv, torch.stack([abs_max(move) for move in moves]).amax(0))
+    x_adv = _shift_inside(threat, x_adv, torch.stack([abs_max(move) for move in moves]).amax(0))
     key = problem.noise("probe").key
     with fork_rng(key):
         _, grad = problem.loss_and_grad(x_adv)
     ends = [end for move in moves for end in (x_adv + move, x_adv - move)]
-    losses = _losses(problem, ends, key)
+    losses = _losses_at(problem, ends, key)
     length = torch.as_tensor(scales, dtype=torch.float64, device=x_adv.device)
-    one = (losses[:, ::2] - losses[:, 1::2]) / (2 * length)
-    two = torch.stack([(flatten_rows(grad).double() * flatten_rows(move).double()).sum(1) for move in moves], 1) / length
-    cosine = (one * two).sum(1) / (one.norm(dim=1) * two.norm(dim=1))
-    length_told = two.norm(dim=1)  # a gradient of zero is counted as that, wherever it comes from
-    return (~(cosine >= _AGREES)).sum(), ((length_told > 0) & (length_told < _FAINT * one.norm(dim=1))).sum()
+    slopes = (losses[:, ::2] - losses[:, 1::2]) / (2 * length)
+    predicted = torch.stack([(flatten_rows(grad).double() * flatten_rows(move).double()).sum(1) for move in moves], 1) / length
+    cosine = (slopes * predicted).sum(1) / (slopes.norm(dim=1) * predicted.norm(dim=1))
+    size = predicted.norm(dim=1)  # zero gradients are not faint: they are counted as flat
+    return (~(cosine >= _MIN_COSINE)).sum(), ((size > 0) & (size < _FAINT * slopes.norm(dim=1))).sum()
 
 
-def _losses(problem: Problem, points: list[Tensor], key: int) -> Tensor:
-    """The losses at several points of each example in float64, (N, M); of a random model each with the same noise."""
+def _losses_at(problem: Problem, points: list[Tensor], key: int) -> Tensor:
+    """The losses at several points of each example, (N, M) float64; a random model gets the same noise at each point."""
     at_once = 1 if problem.stochastic else max(1, problem.batch_size // len(problem))
-    everyone, columns = torch.arange(len(problem), device=problem.x.device), []
+    rows, columns = torch.arange(len(problem), device=problem.x.device), []
     for first in range(0, len(points), at_once):
-        some = points[first : first + at_once]
+        chunk = points[first : first + at_once]
         with fork_rng(key):
-            losses = problem[everyone.repeat(len(some))].loss(torch.cat(some))
-        columns += list(losses.double().reshape(len(some), -1))
+            losses = problem[rows.repeat(len(chunk))].loss(torch.cat(chunk))
+        columns += list(losses.double().reshape(len(chunk), -1))
     return torch.stack(columns, 1)
 
 
-def _direction(problem: Problem, number: int, scale: float) -> Tensor:
+def _random_move(problem: Problem, number: int, scale: float) -> Tensor:
+    """A random step of each example with a length of `scale` budgets, (N, *S)."""
     noise = problem.noise("probe", number).normal(*problem.x.shape[1:]).to(problem.x)
+    if type(problem.threat) in (Pixels, L1):  # their steps would change hardly anything, or too much
+        return noise.sign() * scale / 10
     zero = torch.zeros_like(problem.x)
-    wide = type(problem.threat) in (Pixels, L1)  # of these a step would change next to nothing, or too much
-    return problem.threat.move(noise, zero, zero, scale * problem.threat.budget) if not wide else noise.sign() * scale / 10
+    return problem.threat.move(noise, zero, zero, scale * problem.threat.budget)
 
 
-def _inside(threat: Threat, x_adv: Tensor, room: Tensor) -> Tensor:
-    """`x_adv` moved so that it can go `room` (N,) each way without leaving the box."""
+def _shift_inside(threat: Threat, x_adv: Tensor, clearance: Tensor) -> Tensor:
+    """`x_adv` moved so that every coordinate is at least `clearance`, (N,), away from the bounds of the box."""
     if threat.bounds is None:
         return x_adv
     low, high = threat.bounds
-    space = as_rows(room.clamp(max=(high - low) / 2), x_adv)
+    space = as_rows(clearance.clamp(max=(high - low) / 2), x_adv)
     assert isinstance(space, Tensor)
     return torch.minimum(torch.maximum(x_adv, low + space), high - space)

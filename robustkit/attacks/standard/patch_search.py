@@ -1,4 +1,4 @@
-"""Random search over small windows, as Square does it, but from points that are near the goal, and for as long as it gains."""
+"""Random search over small square patches, as in the Square attack, but from given points and with early stopping."""
 
 from __future__ import annotations
 
@@ -7,60 +7,63 @@ import math
 import torch
 from torch import Tensor
 
-from robustkit._engine.tensors import expand_rows, nan_to_inf
-from robustkit.attacks._square_patches import numbers, propose
+from robustkit._engine.tensors import nan_to_inf
+from robustkit.attacks._descent import BestPoint
+from robustkit.attacks._square_patches import propose, uniforms_per_example
 from robustkit.problem import Problem
 
-__all__ = ["search"]
+__all__ = ["search_patches"]
 
-_AT_ONCE = 25  # windows are asked of each example where that many may be: with few examples left, a step costs its overhead
+_CANDIDATES = 25  # per example and batch: with few unsolved examples the cost of a batch is mostly overhead
 
 
-def search(
+def search_patches(
     problem: Problem,
     rows: Tensor,
-    near: tuple[Tensor, Tensor],
+    best: BestPoint,
     queries: int,
-    share: float,
+    patch_share: float,
     *path: str | int,
     patience: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """Of several windows changed at random the best is taken, if it helps; again and again, until the example is solved.
+) -> None:
+    """Perturb patches at random; replace the best point by the best of several candidates if it has a smaller margin.
 
     Args:
-        problem: What is asked.
-        rows: Of which examples, (M,) indices, none of them twice.
-        near: Where to begin, (M, *S), and the edge of the goal there, (M,).
-        queries: How many windows are asked of each, 25 at once, or as many as may go through the model.
-        share: Of an image is what a window covers.
-        path: What the random numbers are for.
-        patience: The share of the queries after which an example that has gained nothing in them is let go.
-
-    Returns:
-        The nearest points, (M, *S), and the edges there, (M,).
+        problem: The examples.
+        rows: Indices of the examples to search, (M,), each once.
+        best: The points to start from, (M, *S), and their boundary margins as losses, (M,); updated in place.
+        queries: Queries per example, 25 in a batch, or as many as the model takes.
+        patch_share: The share of the image that a patch covers.
+        path: Purpose and draw of the random numbers.
+        patience: The share of the queries without improvement after which an example is given up.
     """
-    at_once = min(_AT_ONCE, problem.batch_size)
-    (at, edge), times = near, queries // at_once
-    if not (times and len(rows)):
-        return near
-    # All numbers at once: those of one query after another would cost more than what is done with them.
-    drawn = problem[rows].noise(*path).uniform(times, at_once, numbers(problem.threat, problem.x))
-    idle, limit = torch.zeros_like(rows), math.ceil(patience * times)
-    for query in range(times):
-        before = edge
-        left = (problem.unsolved[rows] & (idle < limit)).nonzero().squeeze(1)
-        for some in torch.split(left, problem.batch_size // at_once) if len(left) else ():
-            found, points = _best(problem[rows[some].repeat_interleave(at_once)], at[some], drawn[some, query], share)
-            better = found < edge[some]
-            at = at.index_copy(0, some, torch.where(expand_rows(better, points), points, at[some]))
-            edge = edge.index_copy(0, some, torch.where(better, found.to(edge), edge[some]))
-        idle = torch.where(edge < before, 0, idle + 1)
-    return at, edge
+    candidates = min(_CANDIDATES, problem.batch_size)
+    rounds = queries // candidates
+    if not (rounds and len(rows)):
+        return
+    # All random numbers are drawn at once: drawn for each round, they would cost more than the rest of the search.
+    uniforms = problem[rows].noise(*path).uniform(rounds, candidates, uniforms_per_example(problem.threat, problem.x))
+    idle, limit = torch.zeros_like(rows), math.ceil(patience * rounds)
+    for number in range(rounds):
+        before = best.loss
+        active = (problem.unsolved[rows] & (idle < limit)).nonzero().squeeze(1)
+        for chunk in torch.split(active, problem.batch_size // candidates) if len(active) else ():
+            examples = problem[rows[chunk].repeat_interleave(candidates)]
+            best.update(*_best_candidate(examples, best.x_adv[chunk], uniforms[chunk, number], patch_share), chunk)
+        idle = torch.where(best.loss < before, 0, idle + 1)
 
 
-def _best(problem: Problem, at: Tensor, drawn: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """The smallest edge of several windows each, (M,), and the point that has it, (M, *S); `drawn` (M, windows, numbers)."""
-    count = drawn.shape[1]
-    candidate = propose(problem.threat, at.repeat_interleave(count, 0), problem.x, share, drawn.flatten(0, 1))
-    edge, which = nan_to_inf(problem.goal.boundary_margin(problem.predict(candidate), problem.ref)).reshape(-1, count).min(1)
-    return edge, candidate[which + torch.arange(len(at), device=at.device) * count]
+def _best_candidate(problem: Problem, x_adv: Tensor, uniforms: Tensor, patch_share: float) -> tuple[Tensor, Tensor]:
+    """The candidate of smallest boundary margin for each example, (M, *S), and its margin, (M,).
+
+    Args:
+        problem: Each example once per candidate.
+        x_adv: The points to perturb, (M, *S).
+        uniforms: Random numbers in [0, 1), (M, candidates, numbers).
+        patch_share: The share of the image that a patch covers.
+    """
+    count = uniforms.shape[1]
+    points = propose(problem.threat, x_adv.repeat_interleave(count, 0), problem.x, patch_share, uniforms.flatten(0, 1))
+    margins = nan_to_inf(problem.goal.boundary_margin(problem.predict(points), problem.ref)).reshape(-1, count)
+    smallest, index = margins.min(1)
+    return points[index + torch.arange(len(x_adv), device=x_adv.device) * count], smallest

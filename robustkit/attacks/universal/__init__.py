@@ -1,4 +1,4 @@
-"""Attacks with one change for all examples."""
+"""Universal attacks: one perturbation for all examples."""
 
 from robustkit.attacks.universal._universal import UniversalAttack
 from robustkit.attacks.universal.deepfool import UniversalDeepFool

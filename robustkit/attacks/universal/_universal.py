@@ -1,4 +1,4 @@
-"""What all universal attacks share: one change is learned from many examples, then put on every one."""
+"""The base class of universal attacks: one perturbation is learned from many examples, then added to each."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from robustkit.problem import Problem
 from robustkit.target import Fn, Target
 from robustkit.threats import L2, Linf, Threat
 
-__all__ = ["UniversalAttack", "random_order", "rate", "shuffled"]
+__all__ = ["UniversalAttack", "random_order", "shuffled_batches", "success_rate"]
 
 
 class UniversalAttack(Attack):
-    """Learns one change (1, *S) that brings the goal about on as many examples as it can.
+    """Learns one perturbation (1, *S) that reaches the goal on as many examples as possible.
 
-    Called like any attack, it learns from the very examples that it is judged on, which flatters it; `learn` gives the
-    finished change, to be judged on others.
+    Called like any attack, it learns from the examples that it is evaluated on, so its success rate is optimistic; `learn`
+    returns the learned perturbation, to be evaluated on other examples.
     """
 
     serves: ClassVar[tuple[type[Threat], ...]] = (Linf, L2)
@@ -33,14 +33,14 @@ class UniversalAttack(Attack):
 
     @abstractmethod
     def fit(self, problem: Problem) -> Tensor:
-        """The change, (1, *S), inside `problem.threat.free`.
+        """Learn the perturbation, (1, *S), inside `problem.threat.free`.
 
-        `problem` holds all examples with the model's own answers as reference; nothing is judged or kept on the way.
+        `problem` holds all examples, with the model's own predictions as reference; it keeps no best points.
         """
 
     @final
     def fitted(self, problem: Problem) -> Perturbation:
-        """The finished change: fitted against what the model itself says of the unchanged examples."""
+        """The learned perturbation; its reference is the model's prediction of the clean examples."""
         ref = torch.cat(
             [part.goal.predicted_ref(part.predict(part.x), part.ref) for part in problem.batches(problem.batch_size)]
         )
@@ -48,7 +48,7 @@ class UniversalAttack(Attack):
 
     @final
     def run(self, problem: Problem) -> Tensor:
-        """Learned from these examples, and put on them."""
+        """Learn the perturbation from these examples and add it to them."""
         return self.fitted(problem).run(problem)
 
     @final
@@ -63,41 +63,41 @@ class UniversalAttack(Attack):
         seed: int = 0,
         ids: Tensor | None = None,
     ) -> Perturbation:
-        """A change learned from some examples, to be put on these or any others: it is an attack of its own.
+        """Learn a perturbation from some examples; the result is itself an attack, for these or other examples.
 
-        For goals that compare with a truth, such as `Misclassify`, the model's own clean answers take the place of
-        `ref`: an answer that was wrong before has to change too. Other arguments as when an attack is called. Where
-        budgets differ between the examples, the largest one counts.
+        For goals that compare with true labels, such as `Misclassify`, the model's predictions of the clean inputs replace
+        `ref`: a wrong prediction must change too. The other arguments are those of `Attack.__call__`. Where budgets differ
+        between the examples, the largest is used.
 
         Raises:
-            ArgumentError: No example, a threat that is not served, or as when an attack is called.
-            ShapeError: As when an attack is called.
+            ArgumentError: There is no example, the threat is not supported, or as for `Attack.__call__`.
+            ShapeError: As for `Attack.__call__`.
         """
         if not len(x):
             raise ArgumentError("x holds no example; a universal perturbation is learned from at least one")
-        made, spent = self._prepared(target, x, ref, goal, threat, seed, ids)
-        assert isinstance(made, Perturbation)
-        assert spent is not None
-        forwards, backwards, flat = (int(count.sum()) for count in (spent.forwards, spent.backwards, spent.flat))
-        return replace(made, forwards=forwards, backwards=backwards, flat=flat)
+        perturbation, cost = self._fit_checked(target, x, ref, goal, threat, seed, ids)
+        assert isinstance(perturbation, Perturbation)
+        assert cost is not None
+        forwards, backwards, flat = (int(count.sum()) for count in (cost.forwards, cost.backwards, cost.flat))
+        return replace(perturbation, forwards=forwards, backwards=backwards, flat=flat)
 
 
-def shuffled(problem: Problem, size: int, *draw: str | int) -> Iterator[Problem]:
-    """All examples in groups of at most `size`, in a random order that belongs to the examples; no copy of them all."""
+def shuffled_batches(problem: Problem, size: int, *draw: str | int) -> Iterator[Problem]:
+    """All examples in batches of at most `size`, in a random order; only one batch is copied at a time."""
     order = random_order(problem, "order", *draw)
     for first in range(0, len(problem), size):
         yield problem[order[first : first + size]]
 
 
 def random_order(problem: Problem, *draw: str | int) -> Tensor:
-    """The examples in a random order that belongs to their ids, (N,) int64; 62 bits, so that hardly ever two are equal."""
+    """A random permutation of the examples, (N,) int64, by 62 random bits per id, so that ties are very unlikely."""
     high, low = problem.noise(*draw).bits(2).unbind(1)
     order: Tensor = (high * 2**30 + (low >> 2)).argsort(stable=True)
     return order
 
 
-def rate(problem: Problem, delta: Tensor) -> float:
-    """The share of the examples on which the goal is reached with the change `delta` (1, *S), cut to the box."""
+def success_rate(problem: Problem, delta: Tensor) -> float:
+    """The share of the examples that reach the goal with the perturbation `delta` (1, *S), projected onto the threat set."""
     parts = problem.batches(problem.batch_size)
-    reached = sum(int(part.success(part.threat.project(part.x + delta, part.x)).sum()) for part in parts)
-    return reached / len(problem)
+    successes = sum(int(part.success(part.threat.project(part.x + delta, part.x)).sum()) for part in parts)
+    return successes / len(problem)

@@ -1,4 +1,4 @@
-"""One change for all examples, from the nearest borders of one after another."""
+"""The universal perturbation of DeepFool: minimal perturbations of one example after another, summed up."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from robustkit._engine.field_checks import at_least, not_negative
-from robustkit.attacks.deepfool import to_the_border
-from robustkit.attacks.universal._universal import UniversalAttack, rate, shuffled
+from robustkit.attacks.deepfool import cross_boundary
+from robustkit.attacks.universal._universal import UniversalAttack, shuffled_batches, success_rate
 from robustkit.errors import ArgumentError
 from robustkit.problem import Problem
 
@@ -20,23 +20,22 @@ __all__ = ["UniversalDeepFool"]
 @final
 @dataclass(frozen=True)
 class UniversalDeepFool(UniversalAttack):
-    """For every example that the change does not fool yet, DeepFool from there; what it adds is added to the change.
+    """Runs DeepFool on every example that the perturbation does not fool yet, and adds the result to the perturbation.
 
-    With `batch=1` this is the algorithm of the paper. With more, the examples of a batch are taken from the same change and
-    what they add is summed up before the projection: another order of the same operations, much faster, and on small nets
-    stronger too. Unlike in the paper every point is cut to the box, as the images that a model is shown are, and of the
-    changes after each pass the best one is returned.
+    With `batch=1` this is the algorithm of the paper. Otherwise the examples of a batch start from the same perturbation, and
+    their results are summed before the projection: much faster, and stronger too on small networks. Unlike in the paper,
+    every point is clamped to the box, as a model's inputs are, and the best perturbation of all passes is returned.
 
     Attributes:
-        fooling: The share of examples that is enough, 1 - delta of the paper.
-        passes: The most passes over the examples.
-        batch: How many examples are taken from the same change.
-        steps: The most steps of DeepFool for an example.
-        candidates: How many parts of the goal compete in each of them, the likeliest ones.
-        overshoot: By which share DeepFool goes further than to the border.
+        fooling: The success rate at which the attack stops, 1 - delta of the paper.
+        passes: Largest number of passes over the examples.
+        batch: Number of examples that start from the same perturbation.
+        steps: Largest number of DeepFool steps per example.
+        candidates: Number of parts of the goal, likeliest first, among which each step chooses the nearest boundary.
+        overshoot: The share by which DeepFool lengthens its perturbations.
 
     Source: Moosavi-Dezfooli, Fawzi, Fawzi & Frossard 2017, algorithm 1 (https://arxiv.org/abs/1610.08401): fooling 0.8, 10
-    candidates, 50 steps there.
+    candidates, 50 steps.
     """
 
     fooling: float = 0.8
@@ -53,28 +52,28 @@ class UniversalDeepFool(UniversalAttack):
             raise ArgumentError(f"fooling={self.fooling!r} must be a share above 0 and at most 1, such as 0.8")
 
     def fit(self, problem: Problem) -> Tensor:
-        """Pass after pass, until enough are fooled."""
+        """Algorithm 1: passes over the examples until enough of them are fooled."""
         ball, delta = problem.threat.free, torch.zeros_like(problem.x[:1])
         zero = best = delta
-        reached = rate(problem, delta)
+        best_rate = success_rate(problem, delta)
         for number in range(self.passes):
-            if reached >= self.fooling:
+            if best_rate >= self.fooling:
                 break
-            for some in shuffled(problem, self.batch, number):
-                delta = ball.project(delta + self._needed(some, delta), zero)
-            now = rate(problem, delta)
-            if now >= reached:
-                best, reached = delta, now
+            for batch in shuffled_batches(problem, self.batch, number):
+                delta = ball.project(delta + self._sum_of_updates(batch, delta), zero)
+            rate = success_rate(problem, delta)
+            if rate >= best_rate:
+                best, best_rate = delta, rate
         return best
 
-    def _needed(self, some: Problem, delta: Tensor) -> Tensor:
-        """What the examples need besides `delta`, summed up, (1, *S): nothing where the goal is reached."""
+    def _sum_of_updates(self, problem: Problem, delta: Tensor) -> Tensor:
+        """The sum of the perturbations that the examples need besides `delta`, (1, *S); zero for those already fooled."""
         total = torch.zeros_like(delta)
-        for part in some.batches(some.batch_size):
+        for part in problem.batches(problem.batch_size):
 
-            def place(rows: Tensor, change: Tensor, part: Problem = part) -> Tensor:
-                return part.threat.clamp(part.x[rows] + delta + change)
+            def apply(rows: Tensor, update: Tensor, part: Problem = part) -> Tensor:
+                return part.threat.clamp(part.x[rows] + delta + update)
 
-            change = to_the_border(part, place, self.steps, self.candidates, self.overshoot)
-            total = total + change.sum(0, keepdim=True)
+            update = cross_boundary(part, apply, self.steps, self.candidates, self.overshoot)
+            total = total + update.sum(0, keepdim=True)
         return total

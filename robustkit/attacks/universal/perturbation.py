@@ -1,4 +1,4 @@
-"""One change for all images: what a universal attack comes to."""
+"""A learned universal perturbation: an attack that adds it to every input."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ __all__ = ["Perturbation"]
 @final
 @dataclass(frozen=True, eq=False, repr=False)
 class Perturbation(Attack):
-    """A finished universal perturbation; as an attack it adds itself to every input, of any model.
+    """A learned universal perturbation; as an attack it is added to every input, of any model.
 
-    What the box of the inputs or a smaller budget does not allow is cut off for each input when it is used.
+    The perturbed inputs are projected onto the threat set, which may have a smaller budget than the perturbation.
 
     Attributes:
-        delta: The change, (1, *S).
-        recipe: What it was made by.
-        forwards: How many images went through the model while it was learned.
-        backwards: How many gradients were taken.
-        flat: How many of them carried no signal; most of them, and the change may be worth nothing.
+        delta: The perturbation, (1, *S).
+        recipe: The repr of the attack that learned it.
+        forwards: Number of examples that went through the model while it was learned.
+        backwards: Number of gradients that were computed.
+        flat: Number of gradients without a signal; if this is most of them, a flag says so.
     """
 
     universal: ClassVar[bool] = True
@@ -49,53 +49,57 @@ class Perturbation(Attack):
         if self.delta.dim() < 2 or len(self.delta) != 1 or not self.delta.is_floating_point():
             raise ShapeError(f"delta is {self.delta.dtype} of shape {tuple(self.delta.shape)}; it must be floating, (1, *S)")
         if not bool(self.delta.isfinite().all()):
-            raise ArgumentError("delta holds values that are not finite; a change is made of numbers")
+            raise ArgumentError("delta holds values that are not finite; a perturbation must be finite")
 
     def __repr__(self) -> str:
         return f"Perturbation({'x'.join(map(str, self.delta.shape[1:]))} by {self.recipe})"
 
     @property
     def own_flags(self) -> tuple[Message, ...]:
-        """That most gradients carried no signal while it was learned, if so."""
+        """A flag where most gradients had no signal while the perturbation was learned."""
         if self.flat <= self.backwards / 2:
             return ()
-        why = f"{self.flat} of {self.backwards} gradients were zero, not finite or missing while the change was learned: "
-        return (Message(FLAT_GRADIENTS, why + "it may be worth nothing, and what it leaves is no robustness"),)
+        why = f"{self.flat} of {self.backwards} gradients were zero, not finite or missing while it was learned: "
+        return (Message(FLAT_GRADIENTS, why + "surviving it is no evidence of robustness"),)
 
     def run(self, problem: Problem) -> Tensor:
-        """Every input with the change added, inside its own threat set."""
+        """Every input plus the perturbation, projected onto its own threat set."""
         x = problem.x
         if x.shape[1:] != self.delta.shape[1:]:
-            raise ShapeError(f"x has shape {tuple(x.shape)}, the perturbation {tuple(self.delta.shape)}; they must fit")
+            expected = f"(N, {', '.join(map(str, self.delta.shape[1:]))})"
+            raise ShapeError(f"x has shape {tuple(x.shape)}; it must be {expected} to fit the perturbation")
         return problem.threat.project(x + self.delta.to(x), x)
 
     def picture(self) -> NDArray[np.uint8]:
-        """The change as an image, (H, W) or (H, W, 3): grey is no change, white and black the largest in either direction.
+        """The perturbation as an image, (H, W) or (H, W, 3): grey is zero, white and black the largest magnitude.
 
         Raises:
-            ShapeError: It is none of an image (1, H, W) or (3, H, W).
+            ShapeError: The examples are not images (1, H, W) or (3, H, W).
         """
         if self.delta.dim() != 4 or self.delta.shape[1] not in (1, 3):
-            raise ShapeError(f"a change of shape {tuple(self.delta.shape)} cannot be drawn; images are (1 or 3, H, W)")
+            raise ShapeError(f"a perturbation of shape {tuple(self.delta.shape)} cannot be drawn; it must be (1, 1 or 3, H, W)")
         scaled = self.delta[0].double().cpu() / self.delta.double().abs().max().clamp(min=1e-12).cpu()
-        drawn = ((scaled + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
-        return drawn[..., 0] if drawn.shape[2] == 1 else drawn
+        image = ((scaled + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        return image[..., 0] if image.shape[2] == 1 else image
 
     def save(self, path: str | Path) -> None:
-        """Write it to one safetensors file."""
-        told = {"recipe": self.recipe, "forwards": self.forwards, "backwards": self.backwards, "flat": self.flat}
-        Path(path).write_bytes(save({"delta": self.delta.contiguous()}, {"robustkit": json.dumps(told)}))
+        """Write the perturbation to one safetensors file."""
+        metadata = {"recipe": self.recipe, "forwards": self.forwards, "backwards": self.backwards, "flat": self.flat}
+        Path(path).write_bytes(save({"delta": self.delta.contiguous()}, {"robustkit": json.dumps(metadata)}))
 
     @classmethod
     def load(cls, path: str | Path) -> Perturbation:
-        """Read what `save` wrote; no code is executed.
+        """Read a file written by `save`; no code is executed.
 
         Raises:
-            ArgumentError: The file is missing or is no perturbation.
+            ArgumentError: The file is missing or was not written by `save`.
         """
         try:
             with safe_open(str(path), framework="pt") as file:
-                told = json.loads((file.metadata() or {})["robustkit"])
-                return cls(file.get_tensor("delta"), told["recipe"], told["forwards"], told["backwards"], told["flat"])
+                metadata = json.loads((file.metadata() or {})["robustkit"])
+                counts = [metadata[name] for name in ("forwards", "backwards", "flat")]
+                return cls(file.get_tensor("delta"), metadata["recipe"], *counts)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise ArgumentError(f"path={str(path)!r} is no perturbation written by Perturbation.save ({error})") from error
+            raise ArgumentError(
+                f"path={str(path)!r} is no file written by Perturbation.save ({error}); pass one that is"
+            ) from error

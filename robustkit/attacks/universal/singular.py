@@ -1,4 +1,4 @@
-"""One change for all images, from the largest singular vector of a hidden layer."""
+"""A universal perturbation from the largest (p, q)-singular vector of a hidden layer."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from torch import Tensor
 
 from robustkit._engine.field_checks import at_least, positive
 from robustkit._engine.jacobian import Jacobian
-from robustkit.attacks.universal._universal import UniversalAttack, random_order, rate
+from robustkit.attacks.universal._universal import UniversalAttack, random_order, success_rate
 from robustkit.errors import ArgumentError
 from robustkit.problem import Problem
 from robustkit.threats import Threat
 
 __all__ = ["UniversalSingular", "power_method"]
 
-LAYERS = 8  # that are tried where none is named
+_MAX_LAYERS = 8  # tried where no layer is named
 
 
 @final
 @dataclass(frozen=True)
 class UniversalSingular(UniversalAttack):
-    """The change that moves a hidden layer most, seen linearly: a (p, q)-singular vector of its Jacobian over some examples.
+    """The perturbation that changes the linearised output of a hidden layer most: a (p, q)-singular vector of its Jacobian.
 
-    It needs neither labels nor a loss: only which of the two signs, and which layer if none is named, is chosen by how often
-    the goal is reached on all the examples.
+    It needs neither labels nor a loss. Only the sign of the vector, and the layer where none is named, are chosen by the
+    success rate on all the examples.
 
     Attributes:
-        layer: Its name, as in `named_modules()`; None tries up to eight that are spread over the depth of the model.
-        q: In which norm the change of the layer is measured, finite and at least 1; p is that of the threat.
-        images: How many examples the Jacobian is taken at: the first of a random order.
-        iterations: The most steps of the power method, which ends where a step gains less than a thousandth.
+        layer: Name of the layer, as in `named_modules()`; None tries up to eight, spread over the depth of the model.
+        q: The norm of the change of the layer's output, finite and at least 1; p is the norm of the threat.
+        images: Number of examples, in random order, at which the Jacobian is taken.
+        iterations: Largest number of steps of the power method, which also ends at a gain below a thousandth.
 
     Source: Khrulkov & Oseledets 2018, "Art of singular vectors and universal adversarial perturbations", the generalized
-        power method for (p, q)-singular vectors (https://arxiv.org/abs/1709.03582): 64 images and q = 10 there, 5 in their
-        code; unlike there, layers are compared on the examples and not by hand.
+        power method for (p, q)-singular vectors (https://arxiv.org/abs/1709.03582): 64 images and q = 10, q = 5 in their
+        code; there the layer is chosen by hand.
     """
 
     layer: str | None = None
@@ -49,59 +49,60 @@ class UniversalSingular(UniversalAttack):
         at_least(1, images=self.images, iterations=self.iterations)
         positive(q=self.q)
         if self.q < 1:
-            raise ArgumentError(f"q={self.q!r} must be at least 1; below it nothing makes the power method climb")
+            raise ArgumentError(f"q={self.q!r} must be at least 1; below it the power method need not increase its objective")
 
     def fit(self, problem: Problem) -> Tensor:
-        """The best sign of the best layer."""
-        some = problem[random_order(problem, "images")[: self.images]]
+        """The perturbation of the best layer and sign."""
+        sample = problem[random_order(problem, "images")[: self.images]]
         candidates = []
-        for layer in self._layers(some):
-            jacobians = [part.jacobian(layer) for part in some.batches(some.batch_size)]
-            start = problem.common_noise("start").normal(*some.x.shape[1:]).to(some.x)
+        for layer in self._layers(sample):
+            jacobians = [part.jacobian(layer) for part in sample.batches(sample.batch_size)]
+            start = problem.common_noise("start").normal(*sample.x.shape[1:]).to(sample.x)
             delta = power_method(jacobians, problem.threat.free, start, self.q, self.iterations)[0]
             candidates += [delta, -delta]
-        return max(candidates, key=lambda delta: rate(problem, delta))
+        return max(candidates, key=lambda delta: success_rate(problem, delta))
 
     def _layers(self, problem: Problem) -> Sequence[str | None]:
+        """The layers to try; None stands for the output of a function without layers."""
         if self.layer is not None:
             return [self.layer]
         names = problem.layers()
-        if len(names) <= LAYERS:
+        if len(names) <= _MAX_LAYERS:
             return names or [None]
-        return [names[round(i * (len(names) - 1) / (LAYERS - 1))] for i in range(LAYERS)]
+        return [names[round(i * (len(names) - 1) / (_MAX_LAYERS - 1))] for i in range(_MAX_LAYERS)]
 
 
 def power_method(
     jacobians: Sequence[Jacobian], ball: Threat, start: Tensor, q: float, iterations: int
 ) -> tuple[Tensor, list[float]]:
-    """Make sum_i ||J_i v||_q^q large over the changes v of a ball, by the power method for two norms (Boyd 1974).
+    """Maximise sum_i ||J_i v||_q^q over the perturbations v of a ball, by the power method for two norms (Boyd 1974).
 
-    Each step takes the change that is best for the objective linearised at the last one; since it is convex it never falls.
+    Each step maximises the objective linearised at the last v; because the objective is convex, it never decreases.
 
     Args:
-        jacobians: Of some examples together, or of batches of them.
+        jacobians: The Jacobian at all examples, or one per batch of them.
         ball: A threat without a box; its norm is p.
         start: Any direction, (1, *S).
         q: At least 1.
-        iterations: The most steps; it ends where one gains less than a thousandth.
+        iterations: Largest number of steps; it also ends at a gain below a thousandth.
 
     Returns:
-        The change, (1, *S), and the q-th root of the objective at the start and after each step.
+        v, (1, *S), and the q-th root of the objective at the start and after each step.
     """
-    zero, reached = torch.zeros_like(start), list[float]()
-    change = ball.steepest(start, zero)
+    zero, objectives = torch.zeros_like(start), list[float]()
+    delta = ball.steepest(start, zero)
     while True:
-        moved = [jacobian.push(change).double() for jacobian in jacobians]
-        # In units of the largest: its q-th power neither overflows nor vanishes.
-        scale = max(float(part.abs().max()) for part in moved)
-        units = [part / (scale or 1.0) for part in moved]
-        reached.append(scale * sum(float(part.abs().pow(q).sum()) for part in units) ** (1 / q))
-        if scale == 0:  # asked for once, so that a layer without any gradient is counted as what it is
-            for jacobian, part in zip(jacobians, moved, strict=True):
-                jacobian.pull(torch.ones_like(part).to(start))
-            return change, reached
-        if len(reached) > iterations or (len(reached) > 1 and reached[-1] < 1.001 * reached[-2]):
-            return change, reached
-        weights = [(part.sign() * part.abs().pow(q - 1)).to(start) for part in units]
-        pulled = [jacobian.pull(weight).sum(0) for jacobian, weight in zip(jacobians, weights, strict=True)]
-        change = ball.steepest(torch.stack(pulled).sum(0, keepdim=True), zero)
+        outputs = [jacobian.jvp(delta).double() for jacobian in jacobians]
+        # Divided by the largest value, so that the q-th power neither overflows nor underflows.
+        scale = max(float(output.abs().max()) for output in outputs)
+        scaled = [output / (scale or 1.0) for output in outputs]
+        objectives.append(scale * sum(float(output.abs().pow(q).sum()) for output in scaled) ** (1 / q))
+        if scale == 0:  # one product, so that a layer without a gradient is counted as flat
+            for jacobian, output in zip(jacobians, outputs, strict=True):
+                jacobian.vjp(torch.ones_like(output).to(start))
+            return delta, objectives
+        if len(objectives) > iterations or (len(objectives) > 1 and objectives[-1] < 1.001 * objectives[-2]):
+            return delta, objectives
+        cotangents = [(output.sign() * output.abs().pow(q - 1)).to(start) for output in scaled]
+        grads = [jacobian.vjp(cotangent).sum(0) for jacobian, cotangent in zip(jacobians, cotangents, strict=True)]
+        delta = ball.steepest(torch.stack(grads).sum(0, keepdim=True), zero)

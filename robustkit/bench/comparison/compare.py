@@ -1,41 +1,39 @@
-"""Two runs side by side, image by image: what changed, and by more than chance."""
+"""Two runs compared image by image, with paired tests."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import sqrt
 from pathlib import Path
 from typing import Any, final
-
-from scipy.stats import binomtest
 
 from robustkit.bench.results.read_run import Run
 from robustkit.bench.results.record import surviving
 from robustkit.bench.results.solved_by import Solvers
+from robustkit.bench.statistics.intervals import tango
+from robustkit.bench.statistics.paired_tests import holm, mcnemar
 from robustkit.errors import ArgumentError
 
-__all__ = ["Comparison", "Pair", "StagePair", "compare", "holm", "label", "mcnemar", "tango"]
+__all__ = ["Comparison", "Pair", "StagePair", "compare", "label"]
 
 Record = Mapping[str, Any]  # a record of results.json: strings, numbers, and lists of {name, why}
 Key = tuple[Hashable, ...]
 
-_CASE = ("threat", "goal", "attack", "recipe", "seed", "data_hash")  # what was asked; of whom: model and defence
-_Z = 1.959963984540054  # the 97.5 % point of the normal distribution
-_TOLD = 3  # records named in an error, so that it stays a line
+_CASE = ("threat", "goal", "attack", "recipe", "seed", "data_hash")  # all but the model and the defence
+_MAX_LABELS = 3  # records named in an error, which must stay one line
 
 
 @final
 @dataclass(frozen=True)
 class StagePair:
-    """What one stage of an attack solved in run A and in run B, of the same images.
+    """The images that one stage of an attack solved in run A and in run B.
 
     Attributes:
-        name: Of the stage; "clean" are images that needed no attack.
-        a: How many it solved in A.
-        b: How many it solved in B.
-        both: How many it solved in both.
+        name: The stage; "clean" for images that were wrong without an attack.
+        a: Number of images solved in A.
+        b: Number of images solved in B.
+        both: Number of images solved in both.
     """
 
     name: str
@@ -47,31 +45,31 @@ class StagePair:
 @final
 @dataclass(frozen=True)
 class Pair:
-    """What the same attack, or all attacks together, left right in run A and in run B, on the same images.
+    """The robust images of run A and run B under the same attack, or under the union of the same attacks.
 
     Attributes:
-        model_a: What was attacked in A.
-        model_b: What was attacked in B.
-        defence_a: The defence of A, if any.
-        defence_b: The defence of B, if any.
+        model_a: The model in A.
+        model_b: The model in B.
+        defence_a: The defence in A, if any.
+        defence_b: The defence in B, if any.
         data: Data spec, as A names it.
-        threat: What might change.
-        attack: The attack's spec; None where it is all attacks together.
-        goal: The goal's spec; None likewise.
-        seed: Of all noise; None where several seeds stand together.
-        attacks: What was run, each as "attack (goal)"; a single one for a record.
-        n: How many images.
-        only_a: How many stay right in A alone.
-        only_b: How many stay right in B alone.
-        both: How many stay right in both.
-        neither: How many stay right in neither.
-        p: McNemar's exact two-sided test that neither is better.
-        low: Lower end of the 95 % interval of B - A, a share in [-1, 1].
-        high: Its upper end.
-        flags_a: Names of the alarms in A; its figure may not be believed where there are any.
-        flags_b: Names of the alarms in B.
-        stages: What each stage of a single attack solved, where that is known; no tests, as every stage sees only what the
-            ones before it have left.
+        threat: Threat spec.
+        attack: Attack spec; None for the worst case over attacks.
+        goal: Goal spec; None likewise.
+        seed: Seed of the run; None where records of several seeds are combined.
+        attacks: The attacks that were run, each as "attack (goal)"; a single one for a record.
+        n: Number of images.
+        only_a: Number of images that are robust in A only.
+        only_b: Number of images that are robust in B only.
+        both: Number of images that are robust in both.
+        neither: Number of images that are robust in neither.
+        p: p value of McNemar's exact two-sided test.
+        low: Lower end of the 95 % interval of the difference B - A, in [-1, 1].
+        high: Upper end of it.
+        flags_a: Names of the flags in A; do not believe its figure if there are any.
+        flags_b: Names of the flags in B.
+        stages: The images that each stage of a single attack solved, where that is known. They are not tested, because a
+            stage sees only the images that the stages before it left unsolved.
     """
 
     model_a: str
@@ -98,7 +96,7 @@ class Pair:
 
     @property
     def worst_case(self) -> bool:
-        """Whether this is what survives all attacks of a threat."""
+        """Whether this pair is the worst case over the attacks of a threat."""
         return self.attack is None
 
     @property
@@ -120,13 +118,13 @@ class Pair:
 @final
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """What two runs have in common, and what only one of them holds.
+    """The records that two runs have in common, and those of one run only.
 
     Attributes:
         a: Folder of run A.
         b: Folder of run B.
-        pairs: The records of A that B holds too, in their order; then all attacks together, for each model and threat on
-            which both ran the same ones.
+        pairs: The records of A that B contains too, in their order; then the worst case over attacks, for each model and
+            threat on which both ran the same attacks.
         only_in_a: Records of A without a counterpart.
         only_in_b: Records of B without a counterpart.
     """
@@ -139,111 +137,68 @@ class Comparison:
 
     @property
     def tests(self) -> int:
-        """How many different questions were put; all attacks together is no new one where there is a single attack."""
-        return len({_question(pair) for pair in self.pairs})
+        """Number of different hypotheses; the worst case over a single attack is not a new one."""
+        return len({_hypothesis(pair) for pair in self.pairs})
 
     @property
     def adjusted(self) -> tuple[float, ...]:
-        """For each pair, p by Holm's method over all tests."""
-        asked = {_question(pair): pair.p for pair in self.pairs}
-        of = dict(zip(asked, holm(tuple(asked.values())), strict=True))
-        return tuple(of[_question(pair)] for pair in self.pairs)
+        """The p value of each pair, adjusted by Holm's method over all tests."""
+        p = {_hypothesis(pair): pair.p for pair in self.pairs}
+        adjusted = dict(zip(p, holm(tuple(p.values())), strict=True))
+        return tuple(adjusted[_hypothesis(pair)] for pair in self.pairs)
 
 
 def compare(a: Run, b: Run, solved: tuple[Solvers, Solvers] | None = None) -> Comparison:
     """Compare two runs on the same images, image by image.
 
-    Two records belong together if threat, goal, attack with all its settings, seed, model and defence are the same. Where
-    each run holds a single model these two are compared whatever their names; likewise a single defence, or none.
+    Two records are compared if their threat, goal, attack with all settings, seed, model and defence are equal. If each run
+    has a single model, these two are compared whatever their names; likewise for a single defence, or none.
 
     Args:
-        a: What is compared with, as the version before.
-        b: What is compared, as the version after.
-        solved: Which stage solved which image in A and in B, from `solvers`; without it no stages are compared.
+        a: The reference, such as the version before.
+        b: The run to compare with it, such as the version after.
+        solved: The stage that solved each image in A and in B, from `solvers`; without it stages are not compared.
 
     Raises:
         ArgumentError: A run is empty or unfinished; the images, their number, the offset or the schema of the runs differ;
-            or they have no record in common.
+            or the runs have no record in common.
     """
     _refuse_unlike(a, b)
-    subject = [name for name in ("model", "defence") if not len(_values(a, name)) == len(_values(b, name)) == 1]
-    rows_a, rows_b = _rows(a, (*_CASE, *subject)), _rows(b, (*_CASE, *subject))
+    by_name = [name for name in ("model", "defence") if not len(_values(a, name)) == len(_values(b, name)) == 1]
+    rows_a, rows_b = _rows(a, (*_CASE, *by_name)), _rows(b, (*_CASE, *by_name))
     shared = [key for key in rows_a if key in rows_b]
     if not shared:
         raise ArgumentError(
             f"b={str(b.path)!r} has no record in common with a={str(a.path)!r}, and only equal attacks can be compared: "
-            f"a holds {_told(a)}; b holds {_told(b)}; run both with the same plan"
+            f"a has {_labels(a)}; b has {_labels(b)}; run both with the same plan"
         )
-    groups_a, groups_b = _groups(a, rows_a, subject), _groups(b, rows_b, subject)
-    whole = [keys for group, keys in groups_a.items() if set(keys) == set(groups_b.get(group, ()))]
-    pairs = [_pair(a, b, [(rows_a[key], rows_b[key])], together=False) for key in shared]
+    groups_a, groups_b = _groups(a, rows_a, by_name), _groups(b, rows_b, by_name)
+    same_attacks = [keys for group, keys in groups_a.items() if set(keys) == set(groups_b.get(group, ()))]
+    pairs = [_pair(a, b, [(rows_a[key], rows_b[key])], worst_case=False) for key in shared]
     if solved is not None:
         rows = [(rows_a[key], rows_b[key]) for key in shared]
         pairs = [replace(pair, stages=_stages(a, b, row, solved)) for pair, row in zip(pairs, rows, strict=True)]
-    pairs += [_pair(a, b, [(rows_a[key], rows_b[key]) for key in keys], together=True) for keys in whole]
-    left_a = tuple(a.results["records"][row] for key, row in rows_a.items() if key not in rows_b)
-    left_b = tuple(b.results["records"][row] for key, row in rows_b.items() if key not in rows_a)
-    return Comparison(a.path, b.path, tuple(pairs), left_a, left_b)
-
-
-def mcnemar(only_a: int, only_b: int) -> float:
-    """McNemar's exact two-sided p: were the images that differ as likely to be right in A as in B? 1 where none differs."""
-    return float(binomtest(only_b, only_a + only_b).pvalue) if only_a + only_b else 1.0
-
-
-def tango(only_a: int, only_b: int, n: int) -> tuple[float, float]:
-    """The 95 % score interval of the difference B - A of two shares of the same n images (Tango 1998, Stat. Med. 17:891).
-
-    It inverts the asymptotic form of McNemar's test, so it rests, as that does, on the images that differ and on n; it
-    stays wide enough where hardly any does, as between two versions of a model. The exact p is the stricter of the two: it
-    can exceed 0.05 where the interval just leaves out 0.
-
-    Returns:
-        Both ends, shares in [-1, 1].
-    """
-    return 0.0 - _upper(only_a, only_b, n), _upper(only_b, only_a, n)  # not -0.0
-
-
-def holm(p: Sequence[float]) -> tuple[float, ...]:
-    """The p values adjusted for their number (Holm 1979): each at most 0.05 with at most 5 % chance of any false alarm."""
-    adjusted, least = [0.0] * len(p), 0.0
-    for rank, index in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
-        least = max(least, min(1.0, (len(p) - rank) * p[index]))
-        adjusted[index] = least
-    return tuple(adjusted)
+    pairs += [_pair(a, b, [(rows_a[key], rows_b[key]) for key in keys], worst_case=True) for keys in same_attacks]
+    only_in_a = tuple(a.results["records"][row] for key, row in rows_a.items() if key not in rows_b)
+    only_in_b = tuple(b.results["records"][row] for key, row in rows_b.items() if key not in rows_a)
+    return Comparison(a.path, b.path, tuple(pairs), only_in_a, only_in_b)
 
 
 def label(record: Record) -> str:
-    """What a record is about: all that must be equal for two to be compared."""
+    """The case of a record in one line: all that must be equal for two records to be compared."""
     defence = f" with {record['defence']}" if record.get("defence") else ""
     recipe = f" = {record['recipe']}" if record.get("recipe") else ""
     attack = f"{record['attack']}{recipe} ({record['goal']})"
     return f"{record['model']}{defence}, {record['threat']}, {attack}, seed {record['seed']}"
 
 
-def _upper(more: int, fewer: int, n: int) -> float:
-    """Upper end of Tango's interval of (more - fewer) / n, by bisection between the estimate and 1."""
-    inside, outside = (more - fewer) / n, 1.0
-    for _ in range(60):
-        delta = (inside + outside) / 2
-        linear = more + fewer - (2 * n - more + fewer) * delta
-        # The most likely share of `fewer` if the difference were delta.
-        share = (sqrt(max(0.0, linear**2 + 8 * n * fewer * delta * (1 - delta))) + linear) / (4 * n)
-        variance = n * (2 * share + delta * (1 - delta))
-        if (more - fewer - n * delta) ** 2 <= _Z**2 * variance:
-            inside = delta
-        else:
-            outside = delta
-    return inside
-
-
-def _pair(a: Run, b: Run, rows: Sequence[tuple[int, int]], *, together: bool) -> Pair:
-    """The records of A and B in `rows`; several are taken together as `together` of bench.record does."""
+def _pair(a: Run, b: Run, rows: Sequence[tuple[int, int]], *, worst_case: bool) -> Pair:
+    """The records of A and B in `rows`; of several, an image is robust where it is robust in all."""
     of_a, of_b = ([run.results["records"][row[side]] for row in rows] for side, run in enumerate((a, b)))
-    right_a = surviving([a.robust[row] for row, _ in rows])
-    right_b = surviving([b.robust[row] for _, row in rows])
-    n, both = len(right_a), int((right_a & right_b).sum())
-    only_a, only_b = int(right_a.sum()) - both, int(right_b.sum()) - both
+    robust_a = surviving([a.robust[row] for row, _ in rows])
+    robust_b = surviving([b.robust[row] for _, row in rows])
+    n, both = len(robust_a), int((robust_a & robust_b).sum())
+    only_a, only_b = int(robust_a.sum()) - both, int(robust_b.sum()) - both
     low, high = tango(only_a, only_b, n)
     first, other = of_a[0], of_b[0]
     seeds = {record["seed"] for record in of_a}
@@ -254,8 +209,8 @@ def _pair(a: Run, b: Run, rows: Sequence[tuple[int, int]], *, together: bool) ->
         other["defence"],
         first["data"],
         first["threat"],
-        attack=None if together else first["attack"],
-        goal=None if together else first["goal"],
+        attack=None if worst_case else first["attack"],
+        goal=None if worst_case else first["goal"],
         seed=first["seed"] if len(seeds) == 1 else None,
         attacks=tuple(f"{record['attack']} ({record['goal']})" for record in of_a),
         n=n,
@@ -272,20 +227,20 @@ def _pair(a: Run, b: Run, rows: Sequence[tuple[int, int]], *, together: bool) ->
 
 
 def _stages(a: Run, b: Run, row: tuple[int, int], solved: tuple[Solvers, Solvers]) -> tuple[StagePair, ...]:
-    """What each stage solved in the records of A and B in `row`, in the order of the stages."""
+    """The images that each stage solved in the records of A and B in `row`, in the order of the stages."""
     records = [run.results["records"][at] for run, at in zip((a, b), row, strict=True)]
     names = dict.fromkeys(stage["name"] for record in records for stage in record.get("stages", ()))
-    found = []
+    stages = []
     for name in names:
-        in_a, in_b = (of[at] == name for of, at in zip(solved, row, strict=True))
-        found.append(StagePair(name, int(in_a.sum()), int(in_b.sum()), int((in_a & in_b).sum())))
-    return tuple(found)
+        in_a, in_b = (solvers[at] == name for solvers, at in zip(solved, row, strict=True))
+        stages.append(StagePair(name, int(in_a.sum()), int(in_b.sum()), int((in_a & in_b).sum())))
+    return tuple(stages)
 
 
-def _question(pair: Pair) -> Key:
-    """What tells one test from another; equal for a single attack and the same attack as "all together"."""
-    whom = (pair.data, pair.model_a, pair.model_b, pair.defence_a, pair.defence_b)
-    return (*whom, pair.threat, pair.attacks, pair.seed, pair.only_a, pair.only_b)
+def _hypothesis(pair: Pair) -> Key:
+    """What distinguishes one test from another; equal for a single attack and the worst case over this attack alone."""
+    models = (pair.data, pair.model_a, pair.model_b, pair.defence_a, pair.defence_b)
+    return (*models, pair.threat, pair.attacks, pair.seed, pair.only_a, pair.only_b)
 
 
 def _flags(records: Iterable[Record]) -> tuple[str, ...]:
@@ -297,29 +252,29 @@ def _values(run: Run, name: str) -> set[Any]:
 
 
 def _rows(run: Run, names: Sequence[str]) -> dict[Key, int]:
-    """Where the record of each case stands; of equal ones the first, the second and so on are cases of their own."""
-    seen: Counter[Key] = Counter()
+    """The index of the record of each case; equal records are numbered, so that each keeps a key of its own."""
+    count: Counter[Key] = Counter()
     rows = {}
     for row, record in enumerate(run.results["records"]):
         key = tuple(record.get(name) for name in names)
-        seen[key] += 1
-        rows[*key, seen[key]] = row
+        count[key] += 1
+        rows[*key, count[key]] = row
     return rows
 
 
-def _groups(run: Run, rows: Mapping[Key, int], subject: Sequence[str]) -> dict[Key, list[Key]]:
-    """The cases by what was attacked in which threat."""
+def _groups(run: Run, rows: Mapping[Key, int], by_name: Sequence[str]) -> dict[Key, list[Key]]:
+    """The cases grouped by threat, data and model."""
     groups: dict[Key, list[Key]] = {}
     for key, row in rows.items():
         record = run.results["records"][row]
-        groups.setdefault(tuple(record.get(name) for name in ("threat", "data_hash", *subject)), []).append(key)
+        groups.setdefault(tuple(record.get(name) for name in ("threat", "data_hash", *by_name)), []).append(key)
     return groups
 
 
-def _told(run: Run) -> str:
+def _labels(run: Run) -> str:
     labels = [repr(label(record)) for record in run.results["records"]]
-    more = f" and {len(labels) - _TOLD} more" if len(labels) > _TOLD else ""
-    return "; ".join(labels[:_TOLD]) + more
+    more = f" and {len(labels) - _MAX_LABELS} more" if len(labels) > _MAX_LABELS else ""
+    return "; ".join(labels[:_MAX_LABELS]) + more
 
 
 def _refuse_unlike(a: Run, b: Run) -> None:
@@ -340,15 +295,15 @@ def _refuse_unlike(a: Run, b: Run) -> None:
 
 
 def _one(run: Run, name: str) -> Any:
-    """What all records of a run hold under a name; all that they hold, where they are not at one."""
+    """The value that all records of a run share; a sorted list of the values where they differ."""
     values = _values(run, name)
     return values.pop() if len(values) == 1 else sorted(values, key=repr)
 
 
 def _offsets(a: Run, b: Run) -> tuple[Any, Any]:
-    """How many examples were passed over; the same for both where one does not say."""
-    told = [run.results.get("data") for run in (a, b)]
-    of_a, of_b = (data.get("offset") if isinstance(data, Mapping) else None for data in told)
+    """The offsets into the data; None for both where one run does not state it."""
+    data_of_runs = [run.results.get("data") for run in (a, b)]
+    of_a, of_b = (data.get("offset") if isinstance(data, Mapping) else None for data in data_of_runs)
     return (of_a, of_b) if of_a is not None and of_b is not None else (None, None)
 
 
@@ -356,12 +311,10 @@ def _refuse_unfinished(name: str, run: Run) -> None:
     records = run.results["records"]
     lengths = [len(robust) for robust in run.robust]
     if not records or lengths != [record["n"] for record in records]:
-        wanted = sum(record["n"] for record in records)
+        total = sum(record["n"] for record in records)
         raise ArgumentError(
-            f"{name}={str(run.path)!r} is not finished: {sum(lengths)} of {wanted} results of single images in "
+            f"{name}={str(run.path)!r} is not finished: {sum(lengths)} of {total} results of single images in "
             f"{len(records)} records; finish it first, or name another run"
         )
     if None in _values(run, "data_hash"):
-        raise ArgumentError(
-            f"{name}={str(run.path)!r} has a record without data_hash, so nobody can say which images it saw; run it again"
-        )
+        raise ArgumentError(f"{name}={str(run.path)!r} has a record without data_hash, so its images are unknown; run it again")

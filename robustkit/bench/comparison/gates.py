@@ -1,4 +1,4 @@
-"""Gates: what a run must reach, so that a build may fail where a model is less robust than was promised."""
+"""Gates for CI: conditions on a run that fail a build where a model is less robust than required."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from robustkit.errors import ArgumentError
 
 __all__ = ["Verdict", "fail_if_worse", "fail_under"]
 
-_UNTARGETED = "misclassify"  # the one goal under which robust accuracy says how robust a model is
-_SUBJECT = ("model", "data", "defence", "threat")
+_UNTARGETED = "misclassify"  # the only goal whose robust accuracy measures the robustness of a model
+_GROUP = ("model", "data", "defence", "threat")
 
 
 @final
 @dataclass(frozen=True)
 class Verdict:
-    """What a gate says of one model in one threat.
+    """The outcome of a gate for one model in one threat.
 
     Attributes:
-        name: What was asked of whom, one line.
-        passed: Whether it holds.
-        why: The figures that say so, one line.
+        name: The model, the threat and the condition, one line.
+        passed: Whether the condition holds.
+        why: The figures behind it, one line.
     """
 
     name: str
@@ -34,15 +34,15 @@ class Verdict:
 
 
 def fail_under(results: Mapping[str, Any], share: float) -> tuple[Verdict, ...]:
-    """Whether at least a share of the images survives all attacks together, for each model and threat.
+    """Whether the robust accuracy under the union of all attacks is at least a share, for each model and threat.
 
-    The figure is an upper bound on the truth, and so is what passes here. Where any record of the model in that threat
-    carries a flag, the figure may not be believed, and it passes no gate, however high it is. Models and threats without an
-    attack of goal misclassify are left out: robust accuracy under other goals is high by definition.
+    The robust accuracy is an upper bound on the true one, so passing proves nothing more. If any record of the model in the
+    threat has a flag, the figure cannot be believed and the gate fails, however high the figure is. Models and threats
+    without an attack with the goal misclassify are skipped: robust accuracy under other goals is high by definition.
 
     Args:
         results: The content of results.json.
-        share: The least robust accuracy that passes, in [0, 1].
+        share: The lowest robust accuracy that passes, in [0, 1].
 
     Raises:
         ArgumentError: `share` is not in [0, 1], or no attack had the goal misclassify.
@@ -52,57 +52,56 @@ def fail_under(results: Mapping[str, Any], share: float) -> tuple[Verdict, ...]:
     if not entries:
         goals = sorted({record["goal"] for record in results["records"]})
         raise ArgumentError(
-            f"share={share}: a gate needs an attack with goal misclassify, and this run holds the goals {goals}; add one, for "
-            "only what survives it says how robust a model is"
+            f"share={share}: a gate needs an attack with goal misclassify, and this run has the goals {goals}; add such an "
+            "attack, because only its robust accuracy measures the robustness of a model"
         )
     return tuple(_verdict_under(entry, results["records"], share) for entry in entries)
 
 
 def fail_if_worse(now: Run, baseline: Run, margin: float) -> tuple[Verdict, ...]:
-    """Whether robust accuracy, all attacks together, fell by at most a margin, for each model and threat of a baseline.
+    """Whether the robust accuracy under all attacks fell by at most a margin, for each model and threat of a baseline.
 
-    Counted on the very same images, so that a fall of exactly the margin passes, whatever floating point makes of it. A flag
-    that the baseline does not have there fails too, and so does what the baseline has measured and this run has not, or with
-    other attacks: a gate is not passed by leaving out what it looks at. What only this run holds is not gated.
+    Images are counted exactly, so a fall of exactly the margin passes. The gate also fails on a flag that the baseline does
+    not have, and on a model and threat of the baseline that this run did not attack, or not with the same attacks: omitting
+    a measurement must not pass a gate. Models and threats of this run alone are not gated.
 
-    Only robust accuracy is gated. An image that the model gets wrong without any attack counts as broken, so a fall of clean
-    accuracy is seen here as far as it costs robustness; beyond that it is for the tests of the model itself, and often the
-    price that was meant to be paid.
+    Only robust accuracy is gated. An image that is wrong without an attack counts as broken, so a fall of clean accuracy
+    matters here only where it costs robust accuracy.
 
     Args:
-        now: The run to be judged.
-        baseline: The run that it is held to.
-        margin: By how much the share of surviving images may fall, in [0, 1]; 0 lets nothing fall.
+        now: The run to test.
+        baseline: The run to compare it with.
+        margin: The largest allowed fall of robust accuracy, in [0, 1].
 
     Raises:
-        ArgumentError: `margin` is not in [0, 1], the runs cannot be compared, or there is no model and threat that both have
-            attacked in the same way with an attack of goal misclassify.
+        ArgumentError: `margin` is not in [0, 1], the runs cannot be compared, or no model and threat was attacked in the same
+            way in both, with an attack of goal misclassify.
     """
     _check_share("margin", margin)
     try:
         comparison = compare(baseline, now)
     except ArgumentError as error:
-        raise ArgumentError(f"the baseline is a, the run to be judged b: {error}") from error
+        raise ArgumentError(f"the baseline is a, the run to test is b: {error}") from error
     pairs = [pair for pair in comparison.pairs if pair.worst_case and any(map(_is_untargeted, pair.attacks))]
     if not pairs:
         raise ArgumentError(
             f"baseline={str(baseline.path)!r} and now={str(now.path)!r} have no model and threat in common that both attacked "
-            "in the same ways, goal misclassify among them; run both with the same plan"
+            "in the same way with goal misclassify; run both with the same plan"
         )
-    found = {(pair.model_a, pair.data, pair.defence_a, pair.threat): _verdict_worse(pair, margin) for pair in pairs}
-    wanted = [record for record in baseline.results["records"] if record["goal"] == _UNTARGETED]
-    groups = {tuple(record[name] for name in _SUBJECT): record for record in wanted}
-    return tuple(found.get(group) or _verdict_absent(record, margin) for group, record in groups.items())
+    verdicts = {(pair.model_a, pair.data, pair.defence_a, pair.threat): _verdict_worse(pair, margin) for pair in pairs}
+    untargeted = [record for record in baseline.results["records"] if record["goal"] == _UNTARGETED]
+    groups = {tuple(record[name] for name in _GROUP): record for record in untargeted}
+    return tuple(verdicts.get(group) or _verdict_absent(record, margin) for group, record in groups.items())
 
 
 def _verdict_under(entry: Mapping[str, Any], records: Sequence[Mapping[str, Any]], share: float) -> Verdict:
-    mine = [record for record in records if all(record[name] == entry[name] for name in _SUBJECT)]
-    flags = sorted({flag["name"] for record in mine for flag in record["flags"]})
+    group = [record for record in records if all(record[name] == entry[name] for name in _GROUP)]
+    flags = sorted({flag["name"] for record in group for flag in record["flags"]})
     robust = entry["robust_accuracy"]
     reached = bool(robust >= share)  # both are nearest doubles of decimals: 29 of 100 is 0.29, so no slack is needed
     why = f"robust accuracy {_percent(robust)} on {entry['n']:,} images, {'at least' if reached else 'under'} {_percent(share)}"
     if flags:
-        why += f"; flagged, so that it may not be believed: {', '.join(flags)}"
+        why += f"; flagged, do not believe it: {', '.join(flags)}"
     name = _name(entry["model"], entry["defence"], entry["threat"], f"robust accuracy at least {_percent(share)}")
     return Verdict(name, reached and not flags, _line(why))
 
@@ -119,13 +118,13 @@ def _verdict_worse(pair: Pair, margin: float) -> Verdict:
         f"p = {pair.p:.2g}"
     )
     old = sorted(set(pair.flags_a) & set(pair.flags_b))
-    for flags, words in ((new, "new flag, so that it may not be believed"), (old, "flagged as the baseline is")):
+    for flags, words in ((new, "new flag, do not believe it"), (old, "flagged like the baseline")):
         why += f"; {words}: {', '.join(flags)}" if flags else ""
     return Verdict(_worse(pair.model_b, pair.defence_b, pair.threat, margin), held and not new, _line(why))
 
 
 def _verdict_absent(record: Mapping[str, Any], margin: float) -> Verdict:
-    why = "measured in the baseline, and not in this run, or with other attacks; make a new baseline if that is meant"
+    why = "measured in the baseline, but not in this run or with other attacks; make a new baseline if this is intended"
     return Verdict(_worse(record["model"], record["defence"], record["threat"], margin), False, why)
 
 
@@ -133,32 +132,32 @@ def _worse(model: str, defence: str | None, threat: str, margin: float) -> str:
     return _name(model, defence, threat, f"robust accuracy down by at most {_points(margin)}")
 
 
-def _name(model: str, defence: str | None, threat: str, asked: str) -> str:
-    return _line(f"{model}{f' with {defence}' if defence else ''}, {threat}: {asked}")
+def _name(model: str, defence: str | None, threat: str, condition: str) -> str:
+    return _line(f"{model}{f' with {defence}' if defence else ''}, {threat}: {condition}")
 
 
 def _is_untargeted(attack: str) -> bool:
-    """Whether an attack that is told as "attack (goal)" wanted nothing but a wrong answer."""
+    """Whether an attack, given as "attack (goal)", has the goal misclassify."""
     return attack.endswith(f" ({_UNTARGETED})")
 
 
 def _check_share(name: str, value: float) -> None:
-    if not 0 <= value <= 1:  # also where it is not a number
+    if not 0 <= value <= 1:  # NaN fails too
         percent = f"; {value:g} % is {value / 100:g}" if 1 < value <= 100 else ""
         raise ArgumentError(f"{name}={value:g} must be a share from 0 to 1{percent or '; write 0.9 for 90 %'}")
 
 
 def _percent(share: float) -> str:
-    """The share with as many digits as it has, at least one, at most four: 90.0%, 94.12%."""
+    """The share in percent with one to four decimals, without trailing zeros: 90.0%, 94.12%."""
     whole, _, digits = f"{100 * share:.4f}".rstrip("0").partition(".")
     return f"{whole}.{digits or 0}%"
 
 
 def _points(margin: float) -> str:
-    """A fall from one share to another, which is no share of either."""
+    """A difference of two shares, in percentage points."""
     return _percent(margin).replace("%", " points")
 
 
 def _line(text: str) -> str:
-    """Names may hold line breaks."""
+    """The text in one line; names may contain line breaks."""
     return " ".join(text.split())

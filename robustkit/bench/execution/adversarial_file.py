@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from robustkit._engine.npz import Stored
+from robustkit._engine.npz import NpzArray
 from robustkit.data import Data
 from robustkit.errors import ArgumentError
 
@@ -109,8 +109,8 @@ def _npz(path: Path) -> _File:
         if name not in file.files:
             raise ValueError(f"it holds {', '.join(file.files) or 'nothing'}, and no x_adv")
         small = {key: file[key] for key in ("index", "success", "y") if key in file.files}
-        stored = Stored(path, name)
-        if stored.by_rows:
+        stored = NpzArray(path, name)
+        if stored.row_major:
             return _File(stored.shape, lambda a, b: _images(torch.from_numpy(stored.read(a, b))), small)
         whole = torch.from_numpy(np.ascontiguousarray(file[name]))  # pickled objects are refused here
     return _File(tuple(whole.shape), lambda a, b: _images(whole[a:b]), small)

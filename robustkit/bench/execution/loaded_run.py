@@ -23,7 +23,7 @@ from robustkit.attack import Attack
 from robustkit.attacks.universal import UniversalAttack
 from robustkit.bench.execution.environment import environment
 from robustkit.bench.execution.model_under_test import Subject, hash_matches, load_subjects
-from robustkit.bench.execution.universal import LearnedPerturbation, learn, seen
+from robustkit.bench.execution.universal import LearnedPerturbation, learn, universal_stats
 from robustkit.bench.execution.views import attacked, on_every_view
 from robustkit.bench.execution.warm_starts import WarmStarts, read_warm_starts
 from robustkit.bench.plan import plugins, specs
@@ -371,7 +371,7 @@ class LoadedRun:
         """What the change does to the predictions; what it is, with the first block of its case."""
         trial, plan = self.trials[task.case], self.plan
         others = [subject for spec, subject in self._subjects.items() if spec != trial.case.subject]
-        spread = seen(
+        spread = universal_stats(
             self._subjects[trial.case.subject], others, x, x_adv, labels, first=task.first, threat=trial.threat, seed=plan.seed
         )
         if task.first != self.images(task.case).start:

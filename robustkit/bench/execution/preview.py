@@ -9,8 +9,8 @@ from typing import final
 from robustkit.bench.execution.loaded_run import LoadedRun
 from robustkit.bench.plan.plan import Case
 from robustkit.bench.results.block import Task
-from robustkit.bench.results.record import wilson
-from robustkit.bench.statistics.power import images_for, smallest_difference
+from robustkit.bench.statistics.intervals import wilson
+from robustkit.bench.statistics.power import minimum_detectable_difference, sample_size
 
 __all__ = ["Preview", "preview"]
 
@@ -53,12 +53,12 @@ class Preview:
         One image in ten is assumed to be decided otherwise by the two, or as many as the difference needs. None where there
         are too few images for any.
         """
-        return smallest_difference(self.images)
+        return minimum_detectable_difference(self.images)
 
     @property
     def half_needs(self) -> int | None:
         """How many images it takes to find half of that difference."""
-        return None if self.finds is None else images_for(self.finds / 2)
+        return None if self.finds is None else sample_size(self.finds / 2)
 
 
 def preview(loaded: LoadedRun) -> list[Preview]:

@@ -21,7 +21,7 @@ from robustkit.bench.results.universal_stats import UniversalStats
 from robustkit.data import Data
 from robustkit.threats import Threat
 
-__all__ = ["LearnedPerturbation", "learn", "random_signs", "seen"]
+__all__ = ["LearnedPerturbation", "learn", "random_signs", "universal_stats"]
 
 DRAWS = 3  # of random signs, the yardstick
 
@@ -63,7 +63,7 @@ class LearnedPerturbation:
         }
 
 
-def seen(
+def universal_stats(
     subject: Subject, others: Sequence[Subject], x: Tensor, x_adv: Tensor, y: Tensor, *, first: int, threat: Threat, seed: int
 ) -> UniversalStats:
     """Ask the model under attack, and the others, about the images x (n, *S) and x_adv (n, *S).

@@ -49,7 +49,7 @@ def on_every_view(
         left = ~(whole.success & (whole.size == 0)) if keep == "smallest" else ~whole.success
         rows = left.nonzero().squeeze(1)
         if len(rows):
-            part = _plain(attack)(target.seen(view), x[rows], ref[rows], ids=ids[rows.to(ids.device)], keep=keep, **asked)
+            part = _plain(attack)(target.with_view(view), x[rows], ref[rows], ids=ids[rows.to(ids.device)], keep=keep, **asked)
             whole = _joined(whole, rows, part, view)
     return whole
 

@@ -8,31 +8,22 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
 from robustkit._engine.ledger import Message
 from robustkit.attack import FLAT_GRADIENTS, Attack, flat_flag
 from robustkit.bench.plan.plan import Case, Plan
 from robustkit.bench.plan.specs import number
 from robustkit.bench.results.curves import Curve, against_cost, against_eps
+from robustkit.bench.statistics.intervals import wilson
 from robustkit.errors import ArgumentError
 from robustkit.flags import FLAGS, NOTES, flags_and_notes
 from robustkit.result import Result
 
-__all__ = ["Record", "make_record", "surviving", "wilson", "worst_case"]
+__all__ = ["Record", "make_record", "surviving", "worst_case"]
 
 Record = dict[str, Any]  # Any: strings, numbers, and lists of these, ready for JSON
 
 _UNTARGETED = "misclassify"
-
-
-def wilson(successes: int, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share over the choice of images (Wilson 1927, by scipy).
-
-    It does not cover a stronger attack: the share itself is an upper bound on robustness.
-    """
-    interval = binomtest(successes, n).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 def make_record(

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from robustkit._engine.schema import upgrade_facts
+from robustkit._engine.schema import upgrade_record
 from robustkit.bench.plan.plan import Case
 from robustkit.bench.plan.plan_file import read_plan
 from robustkit.bench.results.read_run import Run
@@ -39,7 +39,7 @@ def solvers(run: Run) -> Solvers:
 def _of_block(path: Path) -> NDArray[np.str_]:
     try:
         with safe_open(str(path), framework="np") as file:
-            stages = upgrade_facts(json.loads((file.metadata() or {})["robustkit"]))["stages"]
+            stages = upgrade_record(json.loads((file.metadata() or {})["robustkit"]))["stages"]
             names = np.array([*(stage["name"] for stage in stages), ""], dtype=np.str_)
             return np.asarray(names[file.get_tensor("solver")])  # -1, which nobody solved, is the last
     except (OSError, SafetensorError, KeyError, ValueError, IndexError, TypeError) as error:

@@ -1,1 +1,1 @@
-"""Intervals, tests and the number of images that they need."""
+"""Confidence intervals, paired tests, their power and the sample size that they need."""

@@ -20,7 +20,7 @@ from robustkit.attack import Attack
 from robustkit.attacks import Standard
 from robustkit.errors import ArgumentError, MissingExtraError
 from robustkit.goals import Misclassify
-from robustkit.interop.peers import gradients_kept, load_autoattack
+from robustkit.interop.peers import load_autoattack, restore_gradients
 from robustkit.target import Target
 from robustkit.threats import L1, L2, Linf, Threat
 
@@ -131,7 +131,7 @@ def duel(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, ours: Attack
     if not len(x):
         raise ArgumentError("x is empty; there is nothing to compare: give at least one image")
     target = Target(model, batch_size=len(x))
-    with target.frozen(), gradients_kept(model):
+    with target.frozen(), restore_gradients(model):
         theirs, claimed = autoattack(model, x, y, threat, seed)
     mine = (Standard() if ours is None else ours)(target, x, y, threat=threat, seed=seed)
     with target.frozen():

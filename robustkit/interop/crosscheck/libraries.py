@@ -20,7 +20,7 @@ from robustkit._engine.tensors import abs_max
 from robustkit.errors import ArgumentError, MissingExtraError
 from robustkit.goals import ClassifyAs, Misclassify, least_likely
 from robustkit.interop.crosscheck.cases import MARGIN, PEERS, Case, cases
-from robustkit.interop.peers import gradients_kept
+from robustkit.interop.peers import restore_gradients
 from robustkit.target import Target
 from robustkit.threats import L2, Linf
 
@@ -177,7 +177,7 @@ def crosscheck(
         at = inner if case.interior else x
         ours = case.ours(target, at, ref, goal=goal, threat=case.threat, seed=seed, keep="last").x_adv
         for library in chosen:
-            with target.frozen(), gradients_kept(model), fork_rng(seed):
+            with target.frozen(), restore_gradients(model), fork_rng(seed):
                 theirs = PEERS[library][0](case, model, at.clone(), ref)
                 if theirs is not None:
                     rows.append(_row(library, case, ours, theirs.detach(), _won(model, goal, (ours, theirs), ref)))

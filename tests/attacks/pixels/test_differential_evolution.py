@@ -1,4 +1,4 @@
-"""Differential evolution by itself: against a slow writing of the formulas, on standard functions, and beside scipy's."""
+"""Differential evolution alone: compared with its formulas in plain Python, on test functions, and with scipy's."""
 
 import math
 
@@ -11,7 +11,7 @@ from scipy.optimize import differential_evolution
 from scipy.stats import ks_2samp
 
 from robustkit._engine.noise import Noise
-from robustkit.attacks.pixels._differential_evolution import Population, Strategy, latin_hypercube, others
+from robustkit.attacks.pixels._differential_evolution import Population, Strategy, distinct_members, latin_hypercube
 
 BEST, RAND = Strategy("best", (0.5, 1.0)), Strategy("rand", (0.5, 0.5))
 
@@ -21,34 +21,34 @@ def noise_of(m, seed=0):
 
 
 def sphere(u):
-    """Unit cube to [-5, 5]; the minimum, 0, lies away from the middle of the cube."""
+    """On the unit cube, scaled by 10; the minimum, 0, is off its centre."""
     return (10 * (u - 0.37)).square().sum(-1)
 
 
 def rastrigin(u):
-    """Minimum 0 at 0.37, and a local one around every whole number."""
+    """The minimum, 0, is at 0.37; there is a local one near every integer distance from it."""
     z = 10 * (u - 0.37)
     return (z.square() - 10 * torch.cos(2 * math.pi * z) + 10).sum(-1)
 
 
-def evolved(function, strategy, m, p, d, generations, seed=0):
+def evolve(function, strategy, m, p, d, generations, seed=0):
     points = latin_hypercube(noise_of(m, seed).at("beginning"), p, d)
-    population = Population.begun(points, function(points))
+    population = Population.evaluated(points, function(points))
     for generation in range(generations):
-        children = population.children(strategy, noise_of(m, seed).at(generation))
-        population = population.after(children, function(children))
+        mutants = population.mutants(strategy, noise_of(m, seed).at(generation))
+        population = population.select(mutants, function(mutants))
     return population
 
 
 @pytest.mark.parametrize("strategy", [BEST, RAND])
-def test_children_are_those_of_the_formula(strategy):
-    """One child after the other, in plain numbers: Storn & Price, section 2, and scipy's dither and constraint."""
+def test_mutants_equal_the_formula(strategy):
+    """One mutant after the other, in plain Python: Storn & Price, section 2, with scipy's dither and constraint."""
     m, p, d = 3, 6, 4
     noise = noise_of(m, 7)
     points = noise.at("points").uniform(p, d)
     values = noise.at("values").uniform(p)
-    children = Population.begun(points, values).children(strategy, noise.at(0))
-    members, anew = others(noise.at(0, "others"), p), noise.at(0, "anew").uniform(p, d)
+    mutants = Population.evaluated(points, values).mutants(strategy, noise.at(0))
+    members, redraws = distinct_members(noise.at(0, "others"), p), noise.at(0, "anew").uniform(p, d)
     redrawn = 0
     for i in range(m):
         scale = 0.5
@@ -61,21 +61,21 @@ def test_children_are_those_of_the_formula(strategy):
                 value = base[k] + scale * (a[k] - b[k])
                 outside = not 0 <= value < 1
                 redrawn += outside
-                assert float(children[i, j, k]) == pytest.approx(float(anew[i, j, k]) if outside else value, abs=1e-6)
+                assert float(mutants[i, j, k]) == pytest.approx(float(redraws[i, j, k]) if outside else value, abs=1e-6)
     assert 0 < redrawn < m * p * d
 
 
 @given(st.integers(1, 4), st.integers(4, 9), st.integers(0, 2**32))
-def test_the_others_are_three_different_members_and_never_the_parent(m, p, seed):
-    four = torch.stack([torch.arange(p).expand(m, p), *others(noise_of(m, seed), p)])
+def test_distinct_members_differ_from_each_other_and_the_parent(m, p, seed):
+    four = torch.stack([torch.arange(p).expand(m, p), *distinct_members(noise_of(m, seed), p)])
     assert ((four >= 0) & (four < p)).all()
     for a in range(4):
         for b in range(a):
             assert (four[a] != four[b]).all()
 
 
-def test_every_triple_of_others_is_as_likely():
-    first, second, third = (member[:, 1] for member in others(noise_of(24_000), 5))
+def test_all_triples_of_distinct_members_are_equally_likely():
+    first, second, third = (member[:, 1] for member in distinct_members(noise_of(24_000), 5))
     counts = torch.bincount(first * 25 + second * 5 + third, minlength=125)
     counts = counts[counts > 0]
     assert len(counts) == 4 * 3 * 2
@@ -87,81 +87,81 @@ def test_a_latin_hypercube_has_one_point_in_each_slice(m, p, d, seed):
     points = latin_hypercube(noise_of(m, seed), p, d)
     assert points.shape == (m, p, d)
     assert ((points >= 0) & (points < 1)).all()
-    slices = (points.double() * p + 1e-5).floor().sort(1).values  # a float32 rounding below the slice counts as in it
+    slices = (points.double() * p + 1e-5).floor().sort(1).values  # tolerates float32 rounding just below a slice
     assert torch.equal(slices, torch.arange(p).double().reshape(1, p, 1).expand(m, p, d))
 
 
-def test_the_columns_of_a_latin_hypercube_are_not_tied_together():
+def test_the_columns_of_a_latin_hypercube_are_uncorrelated():
     points = latin_hypercube(noise_of(400), 20, 2) - 0.5
     assert abs(float((points[:, :, 0] * points[:, :, 1]).mean()) * 12) < 0.05
 
 
-def test_a_child_takes_the_place_of_its_own_parent_where_it_is_no_worse():
-    points, children = torch.zeros(1, 5, 2), torch.ones(1, 5, 2)
+def test_a_mutant_replaces_its_own_parent_if_it_is_no_worse():
+    points, mutants = torch.zeros(1, 5, 2), torch.ones(1, 5, 2)
     old = torch.tensor([[1.0, 1.0, 1.0, math.nan, math.nan]])
     new = torch.tensor([[0.5, 1.0, 2.0, 3.0, math.nan]])
-    after = Population.begun(points, old).after(children, new)
+    after = Population.evaluated(points, old).select(mutants, new)
     assert after.points[0, :, 0].tolist() == [1, 1, 0, 1, 1]
     assert after.values[0].tolist() == [0.5, 1.0, 1.0, 3.0, math.inf]
     assert torch.equal(after.best, torch.ones(1, 2))
 
 
-def test_a_value_that_is_no_number_is_never_the_best():
-    population = Population.begun(torch.arange(4.0).reshape(1, 4, 1), torch.tensor([[math.nan, 2.0, -math.inf, 1.0]]))
+def test_a_nan_value_is_never_the_best():
+    population = Population.evaluated(torch.arange(4.0).reshape(1, 4, 1), torch.tensor([[math.nan, 2.0, -math.inf, 1.0]]))
     assert population.best.item() == 2
-    population = Population.begun(torch.arange(4.0).reshape(1, 4, 1), torch.tensor([[math.nan, 2.0, math.inf, 1.0]]))
+    population = Population.evaluated(torch.arange(4.0).reshape(1, 4, 1), torch.tensor([[math.nan, 2.0, math.inf, 1.0]]))
     assert population.best.item() == 3
 
 
-def test_points_that_have_run_together_are_at_rest_but_not_on_flat_ground():
-    near = torch.tensor([0.40, 0.45, 0.50, 0.45]).reshape(1, 4, 1).repeat(4, 1, 2)  # standard deviation 0.0354
-    near[1, :, 1] *= 2
+def test_concentrated_points_have_converged_unless_on_a_plateau():
+    points = torch.tensor([0.40, 0.45, 0.50, 0.45]).reshape(1, 4, 1).repeat(4, 1, 2)  # standard deviation 0.0354
+    points[1, :, 1] *= 2
     values = torch.tensor([[1.0, 2.0, 3.0, 4.0]]).repeat(4, 1)
     values[2], values[3, 0] = 1.0, math.inf
-    population = Population.begun(near, values)
-    assert population.at_rest(0.04).tolist() == [True, False, False, True]
-    assert population.at_rest(0.08).tolist() == [True, True, False, True]
-    assert not population.at_rest(0.0).any()
+    population = Population.evaluated(points, values)
+    assert population.converged(0.04).tolist() == [True, False, False, True]
+    assert population.converged(0.08).tolist() == [True, True, False, True]
+    assert not population.converged(0.0).any()
 
 
-def test_coordinates_that_leave_the_range_do_not_pile_up_at_its_ends():
-    """All members at the two ends: half of the children would lie outside. What comes back is uniform, and never an end."""
+def test_redrawn_coordinates_do_not_pile_up_at_the_ends():
+    """With all members at the two ends, half of the mutants would lie outside: they are redrawn uniformly."""
     points = (noise_of(200).uniform(20, 2) < 0.5).float() * (1 - 2**-24)
-    children = Population.begun(points, torch.zeros(200, 20)).children(RAND, noise_of(200).at(0))
-    fresh = children[(children != 0) & (children < 0.99999) & ((children - 0.5).abs() > 1e-6)]
+    mutants = Population.evaluated(points, torch.zeros(200, 20)).mutants(RAND, noise_of(200).at(0))
+    fresh = mutants[(mutants != 0) & (mutants < 0.99999) & ((mutants - 0.5).abs() > 1e-6)]
     assert len(fresh) > 1000
     assert torch.histc(fresh, 10, 0, 1).div(len(fresh)).sub(0.1).abs().max() < 0.02
 
 
-def test_a_problem_evolves_alone_as_it_does_among_others():
-    """Its draws belong to its id, so rows may leave at any time."""
-    whole = evolved(rastrigin, BEST, 5, 12, 3, 4)
+def test_an_evolution_does_not_depend_on_the_batch():
+    """Draws are keyed by id, so rows may be dropped at any time."""
+    whole = evolve(rastrigin, BEST, 5, 12, 3, 4)
     points = latin_hypercube(noise_of(5)[3:4].at("beginning"), 12, 3)
-    population = Population.begun(points, rastrigin(points))
+    population = Population.evaluated(points, rastrigin(points))
     for generation in range(4):
-        children = population.children(BEST, noise_of(5)[3:4].at(generation))
-        population = population.after(children, rastrigin(children))
+        mutants = population.mutants(BEST, noise_of(5)[3:4].at(generation))
+        population = population.select(mutants, rastrigin(mutants))
     assert torch.equal(population.points, whole.points[3:4])
 
 
 @pytest.mark.parametrize(("strategy", "p", "generations"), [(BEST, 200, 60), (RAND, 40, 200)])
 @pytest.mark.parametrize("function", [sphere, rastrigin])
 def test_the_minimum_is_found(function, strategy, p, generations):
-    """Of 20 problems at once; Rastrigin's function has a thousand basins, of which some may end in the second best."""
-    population = evolved(function, strategy, 20, p, 3, generations)
-    found = population.values.amin(1)
+    """For 20 problems at once; Rastrigin's function has a thousand basins, so some may end in the second best."""
+    population = evolve(function, strategy, 20, p, 3, generations)
+    minima = population.values.amin(1)
     assert torch.equal(population.values, function(population.points))
-    assert torch.equal(function(population.best), found)
-    assert (found < 1e-3).float().mean() >= (1.0 if function is sphere else 0.8)
-    assert found.max() < 1.0
+    assert torch.equal(function(population.best), minima)
+    assert (minima < 1e-3).float().mean() >= (1.0 if function is sphere else 0.8)
+    assert minima.max() < 1.0
 
 
 @pytest.mark.parametrize("function", [sphere, rastrigin])
 @pytest.mark.parametrize(("strategy", "name", "mutation"), [(BEST, "best1bin", (0.5, 1)), (RAND, "rand1bin", 0.5)])
-def test_scipy_comes_as_far_in_as_many_generations(function, strategy, name, mutation):
-    """The best value after 15 generations has the same law over 250 runs."""
+def test_the_results_are_distributed_like_those_of_scipy(function, strategy, name, mutation):
+    """The best value after 15 generations has the same distribution over 250 runs."""
     p, d, runs = 20, 3, 250
-    ours = evolved(function, strategy, runs, p, d, 15).values.amin(1).log10().numpy()
+    ours = evolve(function, strategy, runs, p, d, 15).values.amin(1).log10().numpy()
     theirs = [
         differential_evolution(
             lambda u: function(torch.tensor(u.T)).numpy(),

@@ -17,7 +17,7 @@ Y = NET(X).argmax(1)
 
 
 def share_by_the_paper(query, queries):
-    """Section 4 of the paper and the authors' code: for 10,000 queries, scaled to any number."""
+    """Section 4 of the paper and the authors' code: a schedule for 10,000 queries, rescaled."""
     query = int(query / queries * 10_000)
     steps = {0: 2, 50: 4, 200: 5, 500: 6, 1000: 8, 2000: 10, 4000: 12, 6000: 15, 8000: 20}
     begun = [divisor for begin, divisor in steps.items() if query > begin]
@@ -29,12 +29,12 @@ def loss_of(image, label):
     return float(logits[label] - max(logits[k] for k in range(4) if k != label))
 
 
-def by_hand(i, count, queries, low, high):
-    """Algorithms 1 and 2 for one image, with sets and loops; only the random numbers are the package's."""
+def reference_sparse_rs(i, count, queries, low, high):
+    """Algorithms 1 and 2 for one image, in plain Python; only the random numbers are the package's."""
     noise = Noise(5, torch.tensor([i]))
 
-    def colours(source, many):
-        bits = source.at("colour").bits(many, 3)[0]
+    def colours(source, number):
+        bits = source.at("colour").bits(number, 3)[0]
         return [tuple(high if int(bit) & 1 else low for bit in row) for row in bits]
 
     def paint(pixels):
@@ -51,13 +51,13 @@ def by_hand(i, count, queries, low, high):
     for query in range(1, queries):
         draw = noise.at("query", query)
         swaps = max(1, int(share_by_the_paper(query, queries) * count))
-        first = draw.at("slot").uniform(count)[0].tolist()
-        early_stop = sorted(range(count), key=lambda slot: first[slot])[:swaps]
+        slot_rank = draw.at("slot").uniform(count)[0].tolist()
+        slots = sorted(range(count), key=lambda slot: slot_rank[slot])[:swaps]
         rank = draw.at("place").uniform(30)[0].tolist()
         used = {row * 6 + column for (row, column), _ in pixels}
         unused = sorted((place for place in range(30) if place not in used), key=lambda place: rank[place])
         changed = list(pixels)
-        for slot, place, colour in zip(early_stop, unused, colours(draw, swaps), strict=False):
+        for slot, place, colour in zip(slots, unused, colours(draw, swaps), strict=False):
             changed[slot] = (divmod(place, 6), colour)
         value = loss_of(paint(changed), int(Y[i]))
         if value < lowest:
@@ -66,11 +66,11 @@ def by_hand(i, count, queries, low, high):
 
 
 @pytest.mark.parametrize(("count", "bounds"), [(1, (0.0, 1.0)), (4, (0.0, 1.0)), (14, (-1.0, 2.0))])
-def test_it_is_the_algorithm_of_the_paper(count, bounds):
+def test_it_equals_the_algorithm_of_the_paper(count, bounds):
     attack = SparseRS(queries=40)
     result = attack(NET, X, Y, goal=Misclassify(margin), threat=Pixels(count, bounds), seed=5, keep="last")
     for i in range(len(X)):
-        assert torch.equal(result.x_adv[i], by_hand(i, count, 40, *bounds))
+        assert torch.equal(result.x_adv[i], reference_sparse_rs(i, count, 40, *bounds))
 
 
 @pytest.mark.parametrize("queries", [10_000, 1000, 300])
@@ -83,8 +83,8 @@ def test_the_schedule_is_that_of_the_paper(queries, count):
     assert SparseRS(queries=10_000).swaps(9000, 100) == 1
 
 
-def test_where_hardly_any_location_is_unused_pixels_come_back_in_other_colours():
-    """Three of four: the attack still finds the best corner of a linear model, and no location is named twice."""
+def test_where_few_locations_are_unused_pixels_return_in_other_colours():
+    """Three of four locations: the attack still finds the best corner of a linear model, and no location occurs twice."""
     torch.manual_seed(1)
     net, x = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).double(), torch.rand(5, 1, 2, 2, dtype=torch.float64)
     y = net(x).argmax(1)
@@ -103,11 +103,11 @@ def test_on_a_linear_model_the_best_pixel_is_found():
     slope = ((net[1].weight[0] - net[1].weight[1]).detach() * (2 * y[:, None] - 1)).reshape(x.shape)
     gain = torch.maximum(slope * (1 - x), -slope * x).sum(1).flatten(1)
     result = SparseRS(queries=600)(net, x, y, goal=Misclassify(margin), threat=Pixels(1), keep="last")
-    lead = (net(result.x_adv) - net(x)).detach()
-    torch.testing.assert_close((lead[:, 0] - lead[:, 1]) * (2 * y - 1), gain.amax(1))
+    gained = (net(result.x_adv) - net(x)).detach()
+    torch.testing.assert_close((gained[:, 0] - gained[:, 1]) * (2 * y - 1), gain.amax(1))
 
 
-def test_a_failure_costs_the_queries_and_a_success_leaves():
+def test_a_failure_costs_all_queries_and_a_success_fewer():
     net = Counter(NET)
     result = SparseRS(queries=50)(net, X, Y, threat=Pixels(1))
     assert int(result.forwards.sum()) == net.seen
@@ -124,8 +124,8 @@ def test_each_image_keeps_to_its_own_budget():
     assert torch.equal(fewer.size, budgets.clamp(max=2).double())
 
 
-def test_an_undefined_loss_is_no_progress():
-    def torn(x):
+def test_a_nan_loss_is_never_accepted():
+    def partly_nan(x):
         even = (x == 1).flatten(1).sum(1) % 2 == 0
         return torch.where(even[:, None], torch.nan, NET(x))
 
@@ -133,19 +133,21 @@ def test_an_undefined_loss_is_no_progress():
         def success(self, out, ref):
             return torch.zeros_like(ref, dtype=torch.bool)
 
-    one, many = (SparseRS(queries=q)(torn, X, Y, goal=Never(margin), threat=Pixels(1), keep="last").x_adv for q in (1, 30))
-    assert torn(one).isnan().any()
-    assert not torn(many).isnan().any()
+    one, many = (
+        SparseRS(queries=q)(partly_nan, X, Y, goal=Never(margin), threat=Pixels(1), keep="last").x_adv for q in (1, 30)
+    )
+    assert partly_nan(one).isnan().any()
+    assert not partly_nan(many).isnan().any()
 
 
 @pytest.mark.parametrize("fields", [{"pixels": 0}, {"queries": 0}, {"queries": 1.5}, {"alpha": 0.0}, {"alpha": 2.5}])
-def test_senseless_fields_are_refused(fields):
+def test_invalid_fields_are_refused(fields):
     with pytest.raises(ArgumentError, match=next(iter(fields))):
         SparseRS(**fields)
 
 
-def test_threats_that_it_does_not_serve_are_refused():
-    with pytest.raises(ArgumentError, match="serves Pixels"):
+def test_unsupported_threats_are_refused():
+    with pytest.raises(ArgumentError, match="it supports Pixels"):
         SparseRS()(NET, X, Y, threat=L1(1.0))
     with pytest.raises(ArgumentError, match="pixels=3 is more than"):
         SparseRS(pixels=3)(NET, X, Y, threat=Pixels(2))

@@ -244,7 +244,7 @@ def test_rows_are_the_open_ones_that_have_come_near():
         pursuit.boundary_margin = pursuit.clean * torch.linspace(0.05, 1.5, 30)
         at_the_goal = torch.arange(30) == 29
         pursuit.clean = torch.where(at_the_goal, -1.0, pursuit.clean)
-        problem._kept.unsolved[0] = False  # as if solved
+        problem._best.unsolved[0] = False  # as if solved
         return [pursuit.rows("some", 0, within).tolist() for within in (0.02, 0.5, 1.0, math.inf)]
 
     (none, half, whole, every), _ = ask(question, linear, POINTS, CLASS, Linf(0.01, bounds=None))

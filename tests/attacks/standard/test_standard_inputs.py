@@ -166,7 +166,7 @@ def test_sound_models_give_no_evidence_of_any_of_this():
         (lambda y: y - 3, r"labels run from -\d to -1"),
         (lambda y: y.int(), "labels must be int64"),
         (lambda y: y.float(), "labels must be int64"),
-        (lambda y: y[:3], "one row an example"),
+        (lambda y: y[:3], "one row per example"),
         (lambda y: nn.functional.one_hot(y), "labels must be int64"),
     ],
 )
@@ -185,7 +185,7 @@ def test_a_label_that_is_out_of_range_in_a_later_batch_is_refused_too():
 
 @pytest.mark.parametrize("x", [X * 255, X - 1, X / 0, X * math.nan])
 def test_images_out_of_bounds_are_refused(x):
-    with pytest.raises(ArgumentError, match=r"x has values from .* outside bounds=\(0.0, 1.0\); give images as"):
+    with pytest.raises(ArgumentError, match=r"x has values from .* outside bounds=\(0.0, 1.0\); pass unnormalised images"):
         Standard()(Then(), x, torch.zeros(6, dtype=torch.int64), threat=Linf(0.1))
 
 

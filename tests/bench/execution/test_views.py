@@ -42,7 +42,7 @@ def run(attack=ATTACK, target=TARGET, keep="first", starts=None):
 
 
 def plain(view, rows=slice(None), attack=ATTACK, keep="first"):
-    return attack(TARGET.seen(view), X[rows], Y[rows], ids=IDS[rows], keep=keep, **ASKED)
+    return attack(TARGET.with_view(view), X[rows], Y[rows], ids=IDS[rows], keep=keep, **ASKED)
 
 
 def test_each_further_view_is_attacked_on_what_is_left_and_all_is_counted():

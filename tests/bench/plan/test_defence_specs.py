@@ -158,7 +158,7 @@ def along_every_view(attack, target, seed=0):
     for view in target.views:
         left = (~success).nonzero().squeeze(1)
         if len(left):
-            part = attack(target.seen(view), X[left], Y[left], threat=Linf(0.2), seed=seed, ids=left)
+            part = attack(target.with_view(view), X[left], Y[left], threat=Linf(0.2), seed=seed, ids=left)
             assert torch.equal(target.fn(part.x_adv).argmax(1) != Y[left], part.success)
             success[left] = part.success
     return success

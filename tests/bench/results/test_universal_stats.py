@@ -166,7 +166,7 @@ def test_one_attack_more_never_leaves_more():
     x[:10, 0, 0, 0], x[10:, 0, 0, 0] = 0.0, 1.0
     y = torch.zeros(20, dtype=torch.int64)
     for attacks in (["fgsm"], ["fgsm", "uap-pgd:epochs=1,starts=1"]):
-        (joint,) = evaluate(halves, (x, y), threat=Linf(0.1), attacks=attacks).together
+        (joint,) = evaluate(halves, (x, y), threat=Linf(0.1), attacks=attacks).worst_case
         assert (joint["n"], joint["robust_accuracy"]) == (20, 0.5)
 
 

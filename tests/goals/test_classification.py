@@ -16,34 +16,34 @@ CASES = st.tuples(st.integers(1, 4), st.integers(2, 6)).flatmap(lambda s: st.tup
 
 
 @given(CASES)
-def test_success_by_row(case):
+def test_success_agrees_with_argmax_by_hand(case):
     out, y = case
-    for z, i, wrong, right in zip(out, y, Misclassify().success(out, y), ClassifyAs().success(out, y), strict=True):
-        first = max(range(len(z)), key=lambda j: (float(z[j]), -j))
-        assert bool(wrong) == (first != int(i))
-        assert bool(right) == (first == int(i))
+    for z, i, untargeted, targeted in zip(out, y, Misclassify().success(out, y), ClassifyAs().success(out, y), strict=True):
+        predicted = max(range(len(z)), key=lambda j: (float(z[j]), -j))
+        assert bool(untargeted) == (predicted != int(i))
+        assert bool(targeted) == (predicted == int(i))
 
 
 @given(CASES)
-def test_losses_are_the_two_signs_of_the_surrogate(case):
+def test_losses_are_the_surrogate_with_opposite_signs(case):
     assert torch.equal(Misclassify().loss(*case), -cross_entropy(*case))
     assert torch.equal(ClassifyAs().loss(*case), cross_entropy(*case))
 
 
 @given(CASES)
-def test_parts_are_all_other_classes_likeliest_first(case):
+def test_parts_are_all_other_classes_by_decreasing_logit(case):
     out, y = case
     parts = Misclassify().parts(out, y)
     assert all(isinstance(part, ClassifyAs) for part, _ in parts)
-    wanted = torch.stack([ref for _, ref in parts], 1)
-    for z, i, row in zip(out, y, wanted, strict=True):
+    targets = torch.stack([ref for _, ref in parts], 1)
+    for z, i, row in zip(out, y, targets, strict=True):
         assert sorted([*row.tolist(), int(i)]) == list(range(len(z)))
         assert torch.equal(z[row], z[row].sort(descending=True).values)
     assert ClassifyAs().parts(out, y)[0][0] == ClassifyAs()
 
 
 @given(CASES)
-def test_a_goal_can_be_followed_by_another_loss_and_so_can_its_parts(case):
+def test_with_surrogate_replaces_the_loss_of_a_goal_and_its_parts(case):
     assert Misclassify().with_surrogate(margin) == Misclassify(margin)
     assert ClassifyAs().with_surrogate(margin) == ClassifyAs(margin)
     assert ClassifyAs().with_surrogate(dlr) == ClassifyAs(targeted_dlr)
@@ -52,23 +52,23 @@ def test_a_goal_can_be_followed_by_another_loss_and_so_can_its_parts(case):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("column", [0, 1, 2])
-def test_what_is_not_a_finite_number_is_never_right(value, column):
-    """In the logit of the right class, of the first wrong one and of another; also where argmax would name the right class."""
+def test_outputs_that_are_not_finite_count_as_wrong(value, column):
+    """In the logit of the true class or of another one; also where argmax would return the true class."""
     out, y = torch.tensor([[1.0, 0.5, 0.0]]), torch.tensor([0])
     assert (Misclassify().success(out, y).item(), ClassifyAs().success(out, y).item()) == (False, True)
     out[0, column] = value
     assert (Misclassify().success(out, y).item(), ClassifyAs().success(out, y).item()) == (True, False)
 
 
-def test_of_a_tie_the_class_of_the_lowest_number_comes_first():
+def test_a_tie_is_won_by_the_class_with_the_lowest_index():
     out = torch.tensor([[1.0, 1.0, 0.0]]).expand(3, 3)
     y = torch.arange(3)
     assert Misclassify().success(out, y).tolist() == [False, True, True]
-    assert Misclassify().boundary_margin(out, y).tolist() == [0, 0, -1]  # by which a tie is told
+    assert Misclassify().boundary_margin(out, y).tolist() == [0, 0, -1]  # zero at a tie
 
 
 @pytest.mark.parametrize("bad", [-1, 3, 99])
-def test_labels_that_are_no_classes_are_refused(bad):
+def test_labels_out_of_range_are_refused(bad):
     for goal in (Misclassify(), ClassifyAs()):
         with pytest.raises(ShapeError, match=r"\[0, 3\)"):
             goal.check(torch.zeros(2, 3), torch.tensor([0, bad]))
@@ -86,8 +86,6 @@ def test_least_likely_is_the_smallest_logit_in_evaluation_mode():
     assert least_likely(net, x[:0]).shape == (0,)
 
 
-def test_repr_is_a_recipe():
-    from robustkit.losses import margin
-
+def test_repr():
     assert repr(Misclassify()) == "Misclassify()"
     assert repr(ClassifyAs(margin)) == "ClassifyAs(surrogate=margin)"
