@@ -7,13 +7,17 @@ BIN := $(VENV)/bin
 # More threads than idle cores make small models many times slower.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: bench test check laws kills requests digests overhead load universal memory pixels standard false-alarms apgd docs clean
+.PHONY: bench test quick check laws kills requests digests overhead load universal memory pixels standard false-alarms apgd docs clean
 
 bench: $(VENV)/.core
 	$(ONE_THREAD) $(BIN)/robustkit bench
 
 test: $(VENV)/.dev
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2
+
+# For every commit, in less than two minutes: no slow tests, and five generated cases of each law instead of twenty.
+quick: $(VENV)/.dev
+	$(ONE_THREAD) HYPOTHESIS_PROFILE=quick $(BIN)/python -m pytest -q -n 2 -m "not slow"
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -26,7 +30,7 @@ laws: $(VENV)/.dev
 
 # Twenty kills by SIGKILL, for one worker and for two; the tests make five.
 kills: $(VENV)/.dev
-	$(ONE_THREAD) KILLS=20 $(BIN)/python -m pytest -q --timeout=3000 tests/bench/test_bench_kill.py
+	$(ONE_THREAD) KILLS=20 $(BIN)/python -m pytest -q --timeout=3000 tests/bench/execution/test_kill.py
 
 # Every malformed request as a real process; the tests make a few of them so.
 requests: $(VENV)/.dev

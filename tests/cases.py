@@ -39,9 +39,10 @@ class AttackRow:
 ATTACKS = [
     AttackRow(FGSM(), exact=(Linf, L2)),
     AttackRow(PGD(steps=12), exact=(Linf,)),
-    AttackRow(PGD(), exact=(Linf, L2)),
-    AttackRow(PGD(steps=12, random_start=False), exact=(Linf, L2)),
-    AttackRow(PGD(steps=5, step_size=0.02)),
+    # The same loop with other settings: in the threats where these make a difference.
+    AttackRow(PGD(), serves=(L2,), exact=(L2,)),
+    AttackRow(PGD(steps=12, random_start=False), serves=(Linf, L2), exact=(Linf, L2)),
+    AttackRow(PGD(steps=5, step_size=0.02), serves=(Linf, L1)),
     AttackRow(MIFGSM(), exact=(Linf, L2)),
     AttackRow(DeepFool(), serves=(Linf, L2), exact=(Linf, L2), within=1.021),
     AttackRow(APGD(steps=12), serves=(Linf, L2), exact=(Linf, L2)),

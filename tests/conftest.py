@@ -9,7 +9,10 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
-settings.register_profile("quick", max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+for profile, examples in (("quick", 5), ("tests", 20)):  # `make quick` and `make test`
+    settings.register_profile(
+        profile, max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    )
 settings.register_profile(
     "nightly",
     max_examples=int(os.environ.get("CASES", "1000")),
@@ -17,7 +20,8 @@ settings.register_profile(
     print_blob=True,
     suppress_health_check=list(HealthCheck),
 )
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+os.environ.setdefault("HYPOTHESIS_PROFILE", "tests")
+settings.load_profile(os.environ["HYPOTHESIS_PROFILE"])
 COUNT = pytest.StashKey[int]()
 
 

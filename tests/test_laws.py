@@ -1,4 +1,4 @@
-"""Every attack, threat and goal of the tables obeys the public laws."""
+"""Every attack, threat and goal of the tables obeys the laws."""
 
 import pytest
 from cases import ATTACKS, GOALS, THREATS

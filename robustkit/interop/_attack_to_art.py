@@ -105,7 +105,8 @@ def _check_parameters(adapter: Any) -> None:
     """Raise ArgumentError for parameters that cannot be run; ART calls this whenever a parameter is set."""
     if not isinstance(adapter.attack, Attack) or not isinstance(adapter.threat, Threat):
         raise ArgumentError(
-            f"attack={adapter.attack!r} and threat={adapter.threat!r} must be robustkit objects, such as PGD() and Linf(8 / 255)"
+            f"attack={adapter.attack!r} and threat={adapter.threat!r} must be robustkit objects, such as PGD() and "
+            "Linf(8 / 255)"
         )
     if not isinstance(adapter.goal, Misclassify | ClassifyAs):
         raise ArgumentError(
@@ -118,8 +119,8 @@ def _check_parameters(adapter: Any) -> None:
     at_least(1, batch_size=adapter.batch_size)
     if adapter.attack.access == "white" and not is_torch(adapter.estimator):
         raise ArgumentError(
-            f"attack={adapter.attack!r} needs gradients in torch, and the estimator is a {type(adapter.estimator).__name__}: give a "
-            "PyTorchClassifier, or an attack that needs only outputs"
+            f"attack={adapter.attack!r} needs gradients in torch, and the estimator is a {type(adapter.estimator).__name__}: "
+            "give a PyTorchClassifier, or an attack that needs only outputs"
         )
     adapter.threat = replace(adapter.threat, bounds=bounds_of(adapter.estimator, adapter.threat.bounds))
     adapter.attack.check(adapter.threat)

@@ -43,8 +43,8 @@ class ProblemModule(nn.Module):
         n, device = len(self._problem), x.device
         if len(x) % n:
             raise PartialBatchError(
-                f"the attack queried {len(x)} points for a batch of {n} examples: the number must be a multiple of {n}, so that "
-                "queries can be charged to examples; use Target(batch_size=1)"
+                f"the attack queried {len(x)} points for a batch of {n} examples: the number must be a multiple of {n}, so "
+                "that queries can be charged to examples; use Target(batch_size=1)"
             )
         predict = _differentiable_predict if x.requires_grad and torch.is_grad_enabled() else Problem.predict
         x = x.to(self._problem.x)

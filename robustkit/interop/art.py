@@ -193,7 +193,8 @@ class ArtAttack(Attack):
             x_adv = attack.generate(x.copy(), np.eye(classes, dtype=np.float32)[ref] if pass_labels else None)
         if not isinstance(x_adv, np.ndarray) or x_adv.shape != x.shape:
             raise ShapeError(
-                f"{attack!r} returned {getattr(x_adv, 'shape', type(x_adv).__name__)} for inputs {x.shape}; it must return that shape"
+                f"{attack!r} returned {getattr(x_adv, 'shape', type(x_adv).__name__)} for inputs {x.shape}; it must return "
+                "that shape"
             )
         # Unchanged coordinates are taken from problem.x, which may not be representable in float32.
         return torch.where(torch.from_numpy(x_adv == x).to(problem.x.device), problem.x, torch.from_numpy(x_adv).to(problem.x))

@@ -67,7 +67,9 @@ def to_foolbox(
 
 
 def from_foolbox(attack: Any, *, early_stop: bool = True) -> FoolboxAttack:
-    """Convert a foolbox attack to one of ours: `from_foolbox(foolbox.attacks.LinfPGD(steps=40))(model, x, y, threat=Linf(0.1))`.
+    """Convert a foolbox attack to one of ours.
+
+    Example: `from_foolbox(foolbox.attacks.LinfPGD(steps=40))(model, x, y, threat=Linf(0.1))`.
 
     foolbox's own success report is not used: the result is projected into the threat and judged again, so black images that
     an attack reports as successes do not count. With `keep="last"` that result is returned; otherwise the images that the

@@ -1,6 +1,6 @@
-"""For test suites: assert that a model is robust, and check attacks, threats and goals of your own against the laws.
+"""For test suites: assert that a model is robust, and check your own attacks, threats, goals and defences.
 
-`assert_robust` needs nothing but torch; the checks need hypothesis: pip install 'robustkit[testing]'.
+`assert_robust` needs only torch; the checks generate cases with hypothesis: pip install 'robustkit[testing]'.
 """
 
 from robustkit.testing.assertion import assert_robust

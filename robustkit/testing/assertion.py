@@ -1,4 +1,4 @@
-"""One line for a test suite: this model must stay right on this share of the data."""
+"""An assertion for test suites: the robust accuracy of a model is at least a given value."""
 
 from __future__ import annotations
 
@@ -18,40 +18,41 @@ __all__ = ["assert_robust"]
 def assert_robust(
     model: Target | nn.Module | Fn, x: Tensor, y: Tensor, *, threat: Threat, at_least: float, attack: Attack | None = None
 ) -> Result:
-    """Fail unless the robust accuracy found by an attack is at least `at_least`.
+    """Raise AssertionError if an attack brings the robust accuracy below `at_least`.
 
     Args:
         model: A classifier, (N, *S) -> logits (N, C).
         x: Inputs inside the threat's bounds, (N, *S).
-        y: Right classes, (N,) int64.
-        threat: What may change.
-        at_least: The lowest accepted share of examples, in [0, 1], that are classified correctly before and after.
-        attack: How to attack; default `PGD()`. Passing shows only that this attack found no more: an upper bound.
+        y: True classes, (N,) int64.
+        threat: The threat model.
+        at_least: The lowest accepted robust accuracy, in [0, 1]: the share of examples classified correctly before and after
+            the attack.
+        attack: The attack; default `PGD()`. It gives an upper bound of the robust accuracy, so passing is no proof.
 
     Returns:
         The result of the attack.
 
     Raises:
-        AssertionError: Robust accuracy is lower; the message names the figure and the first broken examples.
-        ArgumentError: `at_least` is no share, or there are no examples.
+        AssertionError: Robust accuracy is lower; the message gives it and the first misclassified examples.
+        ArgumentError: `at_least` is outside [0, 1], or there are no examples.
     """
     if not 0 <= at_least <= 1:
         raise ArgumentError(f"at_least={at_least!r} must be a share of the examples, in [0, 1]")
     if not len(x):
-        raise ArgumentError("x holds no examples; a share of nothing says nothing")
+        raise ArgumentError("x holds no examples; give at least one")
     attack = attack or PGD()
     result = attack(model, x, y, threat=threat)
-    lost = result.success | _wrong_before(model, x, y, threat) if attack.universal else result.success
-    robust = 1 - lost.double().mean().item()
+    wrong = result.success | _wrong_before(model, x, y, threat) if attack.universal else result.success
+    robust = 1 - wrong.double().mean().item()
     if robust < at_least:
-        broken = lost.nonzero().squeeze(1)[:10].tolist()
+        first = wrong.nonzero().squeeze(1)[:10].tolist()
         raise AssertionError(
-            f"robust accuracy is {robust:.1%} ({len(x) - int(lost.sum())} of {len(x)}), below {at_least:.1%}, "
-            f"under {threat} by {attack}; first broken examples: {broken}"
+            f"robust accuracy is {robust:.1%} ({len(x) - int(wrong.sum())} of {len(x)}), below {at_least:.1%}, "
+            f"under {threat} by {attack}; first misclassified examples: {first}"
         )
     return result
 
 
 def _wrong_before(model: Target | nn.Module | Fn, x: Tensor, y: Tensor, threat: Threat) -> Tensor:
-    """Which examples are wrong as they are, (N,) bool: a universal change may have made them right."""
+    """Return which clean examples are misclassified, (N,) bool; a universal perturbation may have corrected them."""
     return Perturbation(torch.zeros_like(x[:1]), "nothing")(model, x, y, threat=threat, keep="last").success

@@ -1,4 +1,4 @@
-"""Classifiers with a known answer: two half-spaces, where the best adversarial example has a closed form."""
+"""Linear classifiers, for which the optimal adversarial example has a closed form."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from robustkit.threats import L1, L2, Linf, Pixels, Threat
 
 __all__ = ["Halfspace", "Hyperplane"]
 
-_DUAL = {Linf: 1.0, L2: 2.0, L1: torch.inf}  # the norm of the weights that the budget is multiplied with
+_DUAL = {Linf: 1.0, L2: 2.0, L1: torch.inf}  # p of the dual norm of each threat's norm
 
 
 @final
 class Halfspace(nn.Module):
-    """Logits (-s/2, s/2) for s = <weight, x> + bias; every row is computed by itself, bit for bit."""
+    """Logits (-s/2, s/2) for s = <weight, x> + bias; a row's bits do not depend on the batch."""
 
     def __init__(self, weight: Tensor, bias: float) -> None:
         super().__init__()
@@ -35,12 +35,12 @@ class Halfspace(nn.Module):
 @final
 @dataclass(frozen=True)
 class Hyperplane:
-    """Some points on both sides of a hyperplane, and how far they are from it.
+    """Points on both sides of a hyperplane, with closed forms of the optimal attacks.
 
     Attributes:
         net: The classifier, (N, *S) -> (N, 2).
         x: Points in [0, 1], (N, *S).
-        y: The classes that the net gives them, (N,) int64.
+        y: The predicted classes, (N,) int64.
     """
 
     net: Halfspace
@@ -51,25 +51,25 @@ class Hyperplane:
         return iter(zip(self.x, self.y, strict=True))
 
     def single(self) -> Hyperplane:
-        """The same in float32, as in use."""
+        """Return a copy in float32."""
         return Hyperplane(deepcopy(self.net).float(), self.x.float(), self.y)
 
     @property
     def margin(self) -> Tensor:
-        """How much the score of each point must change before its class does, (N,) float64."""
+        """The absolute score of each point: the change of score at which its class changes, (N,) float64."""
         weight, bias = self.net.weight.detach().double(), self.net.bias.item()
         score: Tensor = (self.x.double() * weight).flatten(1).sum(1) + bias
         return score.abs()
 
     def optimal_size(self, norm: type[Threat]) -> Tensor:
-        """The smallest size of a change that reaches the hyperplane where nothing bounds the inputs, (N,) float64."""
-        slope: Tensor = torch.linalg.vector_norm(self.net.weight.detach().double(), _DUAL[norm])
-        return self.margin / slope
+        """Return the smallest perturbation size that reaches the hyperplane without bounds, (N,) float64."""
+        dual_norm: Tensor = torch.linalg.vector_norm(self.net.weight.detach().double(), _DUAL[norm])
+        return self.margin / dual_norm
 
     def best_gain(self, threat: Threat) -> Tensor:
-        """The largest change of the score that the threat allows each point, its box included, (N,) float64.
+        """Return the largest change of the score inside the threat, box included, (N,) float64.
 
-        Computed one example at a time without any code of the threats.
+        It is computed per example, and uses no code of the threats.
         """
         weight = self.net.weight.detach().double().numpy()
         gains = [_best_gain(weight * (1 - 2 * int(y)), x.double().numpy(), threat[i : i + 1]) for i, (x, y) in enumerate(self)]
@@ -85,12 +85,12 @@ def _best_gain(weight: np.ndarray, x: np.ndarray, threat: Threat) -> float:
     if isinstance(threat, Pixels):
         return float(np.sort((gain * room).sum(0).ravel())[::-1][: int(eps)].sum())
     if isinstance(threat, L1):
-        return _spend(gain.ravel(), room.ravel(), eps)
-    return _bisect(gain, room, eps)
+        return _l1_gain(gain.ravel(), room.ravel(), eps)
+    return _l2_gain(gain, room, eps)
 
 
-def _spend(gain: np.ndarray, room: np.ndarray, eps: float) -> float:
-    """The best coordinates first, each as far as it goes."""
+def _l1_gain(gain: np.ndarray, room: np.ndarray, eps: float) -> float:
+    """Return the largest gain in L1: move the coordinates in order of decreasing gain, each as far as the box allows."""
     total = 0.0
     for i in np.argsort(-gain):
         used = min(room[i], eps)
@@ -98,8 +98,8 @@ def _spend(gain: np.ndarray, room: np.ndarray, eps: float) -> float:
     return float(total)
 
 
-def _bisect(gain: np.ndarray, room: np.ndarray, eps: float) -> float:
-    """min(t * gain, room) for the t at which its length is eps."""
+def _l2_gain(gain: np.ndarray, room: np.ndarray, eps: float) -> float:
+    """Return the largest gain in L2: the perturbation min(t * gain, room) with the t at which its norm is eps (bisection)."""
     weight, gain = gain, gain / max(gain.max(), np.finfo(float).tiny)
     low, high = 0.0, 1.0
     while np.linalg.norm(np.minimum(high * gain, room)) < eps and high < 1e12:

@@ -1,7 +1,7 @@
 """Hypothesis strategies: images, gradients, labels, logits, threats and hyperplane classifiers.
 
-Tensors are made from a drawn seed and a drawn kind, not number by number: hypothesis then explores a thousand cases in
-the time of one, and still shrinks to the smallest shape and the simplest kind.
+Hypothesis draws a seed and a kind for each tensor, not its elements: this is about a thousand times faster, and still
+shrinks to the smallest shape and the simplest kind.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ _SEEDS = st.integers(0, 2**32 - 1)
 
 
 def shapes(*, largest: int = 5) -> SearchStrategy[tuple[int, int, int, int]]:
-    """Shapes (N, C, H, W) with 1 to `largest` images, 1 to 3 channels and sides from 2 to 2 + `largest`."""
+    """Generate shapes (N, C, H, W) with 1 to `largest` images, 1 to 3 channels and sides from 2 to 2 + `largest`."""
     side = st.integers(2, 2 + largest)
     return st.tuples(st.integers(1, largest), st.integers(1, 3), side, side)
 
 
 def images(shape: tuple[int, ...]) -> SearchStrategy[Tensor]:
-    """Images in [0, 1] of a given shape: uniform, bytes over 255, black and white, mostly black, or of one grey."""
+    """Generate images in [0, 1] of a given shape: uniform, multiples of 1/255, black and white, mostly black, or constant."""
     return st.builds(lambda seed, kind: _image(shape, seed, kind), _SEEDS, st.sampled_from(sorted(_KINDS)))
 
 
 def gradients(shape: tuple[int, ...]) -> SearchStrategy[Tensor]:
-    """Gradients of a given shape: of all scales from 1e-12 to 1e6, some with zeros, ties, or all zero."""
+    """Generate gradients of a given shape with scales from 1e-12 to 1e6, some with zeros, with ties, or all zero."""
     kinds = st.sampled_from(["normal", "zeros", "signs", "nothing"])
     return st.builds(lambda seed, kind, scale: _gradient(shape, seed, kind, 10.0**scale), _SEEDS, kinds, st.integers(-12, 6))
 
 
 def labels(n: int, classes: int) -> SearchStrategy[Tensor]:
-    """Classes in [0, classes), (n,) int64."""
+    """Generate labels in [0, classes), (n,) int64."""
     return st.lists(st.integers(0, classes - 1), min_size=n, max_size=n).map(lambda y: torch.tensor(y, dtype=torch.int64))
 
 
 def logits(n: int, classes: int) -> SearchStrategy[Tensor]:
-    """Logits (n, classes) of all scales."""
+    """Generate logits (n, classes) with scales from 1e-12 to 1e6."""
     return gradients((n, classes))
 
 
@@ -61,16 +61,16 @@ def threats(
     locations: int = 3,
     budgets: SearchStrategy[float] | None = None,
 ) -> SearchStrategy[Threat]:
-    """Threats of some kinds, from budgets too small to matter up to the whole range.
+    """Generate threats with eps from nearly zero to the whole range of values.
 
     Args:
-        kinds: Which threats.
+        kinds: The threat classes.
         bounded: Whether they have the bounds [0, 1] or none.
-        locations: The largest number of Pixels; the smallest images have four.
-        budgets: Of eps, for kinds other than the four of this package.
+        locations: The largest eps of Pixels; the smallest images have four locations.
+        budgets: A strategy of eps, for threats other than the four of this package.
 
     Raises:
-        ArgumentError: A kind of yours without `budgets`.
+        ArgumentError: A threat of your own without `budgets`.
     """
     eps = {
         Linf: st.floats(1e-4, 1.0),
@@ -81,14 +81,14 @@ def threats(
     bounds = (0.0, 1.0) if bounded else None
     unknown = [kind.__name__ for kind in kinds if kind not in eps and budgets is None]
     if unknown:
-        raise ArgumentError(f"budgets=None: say which eps to try for {unknown[0]}, for example st.floats(0.01, 1.0)")
+        raise ArgumentError(f"budgets=None: {unknown[0]} needs a strategy of eps, for example st.floats(0.01, 1.0)")
     return st.sampled_from(kinds).flatmap(
         lambda kind: st.builds(kind, eps[kind] if budgets is None else budgets, st.just(bounds))
     )
 
 
 def hyperplanes(*, largest: int = 4) -> SearchStrategy[Hyperplane]:
-    """Hyperplane classifiers on small images, in float64 so that the closed form is exact to 1e-12."""
+    """Generate linear classifiers on small images, in float64 so that the closed form is exact to 1e-12."""
     return st.builds(_hyperplane, _SEEDS, shapes(largest=largest), st.sampled_from(["uniform", "bytes", "binary"]))
 
 
@@ -118,9 +118,9 @@ def _gradient(shape: tuple[int, ...], seed: int, kind: str, scale: float) -> Ten
 def _hyperplane(seed: int, shape: tuple[int, int, int, int], kind: str) -> Hyperplane:
     x = _image(shape, seed, kind).double()
     weight = torch.randn(shape[1:], generator=_generator(seed + 1), dtype=torch.float64)
-    centre = float((x * weight).flatten(1).sum(1).median())  # the plane runs among the points
+    median_score = float((x * weight).flatten(1).sum(1).median())  # so that points lie on both sides of the plane
     shift = float(torch.rand((), generator=_generator(seed + 2))) - 0.5
-    net = Halfspace(weight, shift - centre)
+    net = Halfspace(weight, shift - median_score)
     with torch.no_grad():
         y = net(x).argmax(1)
     return Hyperplane(net, x, y)

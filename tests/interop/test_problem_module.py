@@ -7,7 +7,7 @@ from torch import nn
 from robustkit import Linf, Misclassify, Target
 from robustkit._engine.best_so_far import BestSoFar
 from robustkit._engine.noise import Noise
-from robustkit.interop._problem_module import ProblemModule, PartialBatchError, group_by_eps, replace_non_finite
+from robustkit.interop._problem_module import PartialBatchError, ProblemModule, group_by_eps, replace_non_finite
 from robustkit.problem import Problem
 
 

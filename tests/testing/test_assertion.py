@@ -10,13 +10,13 @@ from robustkit.testing.hyperplane import Halfspace
 
 
 def points(*distances):
-    """Points at known Linf distances from a plane, all of the second class."""
+    """Return points at the given Linf distances from a plane, all of the second class."""
     weight = torch.tensor([1.0, -1.0]).reshape(1, 1, 2)
     x = torch.stack([torch.tensor([0.5 + d, 0.5 - d]).reshape(1, 1, 2) for d in distances])
     return Hyperplane(Halfspace(weight, 0.0), x, torch.ones(len(distances), dtype=torch.int64))
 
 
-def test_the_share_is_exact():
+def test_robust_accuracy_is_exact():
     plane = points(0.05, 0.15, 0.25, 0.35)
     result = assert_robust(plane.net, plane.x, plane.y, threat=Linf(0.2), at_least=0.5)
     assert result.success.tolist() == [True, True, False, False]
@@ -24,7 +24,7 @@ def test_the_share_is_exact():
         assert_robust(plane.net, plane.x, plane.y, threat=Linf(0.2), at_least=0.51, attack=FGSM())
 
 
-def test_senseless_calls_are_refused():
+def test_invalid_arguments_are_refused():
     plane = points(0.1)
     with pytest.raises(ArgumentError, match="at_least=50"):
         assert_robust(plane.net, plane.x, plane.y, threat=Linf(0.2), at_least=50)
@@ -45,11 +45,11 @@ def test_the_closed_forms_of_the_hyperplane():
     assert isinstance(plane.net, nn.Module)
 
 
-def test_a_universal_change_that_makes_wrong_ones_right_does_not_make_a_model_robust():
-    """Half of the images are wrong as they are; the change turns these right, and leaves the others."""
+def test_a_universal_perturbation_that_corrects_wrong_images_does_not_count_as_robustness():
+    """Half of the clean images are misclassified; the perturbation corrects these and does not affect the others."""
     model = lambda x: torch.stack([x.flatten(1).sum(1), torch.ones(len(x))], 1)  # noqa: E731
     x, y = torch.cat([torch.full((5, 1, 1, 1), 0.95), torch.full((5, 1, 1, 1), 0.5)]), torch.zeros(10, dtype=torch.int64)
-    change = Perturbation(torch.full((1, 1, 1, 1), 0.6), "hand")
-    assert not change(lambda x: 1.5 * model(x), x, y, threat=Linf(0.6)).success[:5].any()
+    delta = Perturbation(torch.full((1, 1, 1, 1), 0.6), "hand")
+    assert not delta(lambda x: 1.5 * model(x), x, y, threat=Linf(0.6)).success[:5].any()
     with pytest.raises(AssertionError, match=r"robust accuracy is 0\.0%"):
-        assert_robust(model, x, y, threat=Linf(0.6), at_least=0.1, attack=change)
+        assert_robust(model, x, y, threat=Linf(0.6), at_least=0.1, attack=delta)

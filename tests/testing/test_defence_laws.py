@@ -1,4 +1,4 @@
-"""The laws of defences hold for ours, and each of these broken ones is caught by the law that it breaks."""
+"""The laws hold for our defences, and each broken defence violates its law."""
 
 import os
 import sys
@@ -13,20 +13,20 @@ from robustkit.defence import Defence
 from robustkit.defences import Quantise
 from robustkit.errors import ArgumentError, MissingExtraError
 from robustkit.testing import check_defence
-from robustkit.testing.nets import world_of
+from robustkit.testing.nets import module_state
 
 
 @pytest.fixture(autouse=True)
 def without_shrinking():
-    """The laws fail here on purpose: nobody needs the smallest case."""
+    """Laws fail here on purpose; skip the search for the smallest case."""
     settings.register_profile("unshrunk", settings(), phases=[Phase.generate])
     settings.load_profile("unshrunk")
     yield
-    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+    settings.load_profile(os.environ["HYPOTHESIS_PROFILE"])
 
 
 class Plain(Defence):
-    """A learned blur; sound. Its children break one thing each."""
+    """A learned blur that obeys all laws. Its subclasses break one law each."""
 
     def __init__(self):
         super().__init__()
@@ -41,7 +41,7 @@ class Plain(Defence):
 
 
 class Noisy(Plain):
-    """Sound as well: it says that it is random, and its noise can be given."""
+    """A stochastic defence that obeys all laws: its noise can be given."""
 
     stochastic = True
 
@@ -53,7 +53,7 @@ class SecretlyNoisy(Noisy):
     stochastic = False
 
 
-class DeafToNoise(Noisy):
+class IgnoresNoise(Noisy):
     def forward(self, x, noise=None):
         return self.conv(x) + torch.rand(x.shape)
 
@@ -123,51 +123,51 @@ class Renames(Plain):
 
 
 @pytest.mark.parametrize("defence", [Quantise(2), Quantise(8), Quantise(256), Plain(), Noisy()], ids=repr)
-def test_sound_defences_pass_and_are_left_as_found(defence, cases):
+def test_valid_defences_pass_and_are_unchanged(defence, cases):
     defence.train()
-    before = world_of(defence)
+    before = module_state(defence)
     count = check_defence(defence, examples=8)
     assert count >= 7 * 8
-    assert world_of(defence) == before
+    assert module_state(defence) == before
     cases(count)
 
 
 @pytest.mark.parametrize(
     ("broken", "law"),
     [
-        (SecretlyNoisy, "is_honest"),
-        (DeafToNoise, "takes_rows|is_honest"),
-        (Mixes, "takes_rows"),
-        (Shrinks, "takes_rows"),
-        (Overflows, "takes_rows"),
-        (Detached, "views_show"),
-        (Blind, "views_show"),
-        (NotExact, "exact_means"),
-        (OtherShape, "views_show"),
-        (Steep, "views_show"),
-        (Counts, "leaves_the_world"),
-        (WritesToItsInput, "leaves_the_world|is_honest"),
-        (OneScore, "scores"),
-        (Renames, "guards"),
+        (SecretlyNoisy, "only_stochastic"),
+        (IgnoresNoise, "rows_are_independent|only_stochastic"),
+        (Mixes, "rows_are_independent"),
+        (Shrinks, "rows_are_independent"),
+        (Overflows, "rows_are_independent"),
+        (Detached, "views_have_finite"),
+        (Blind, "views_have_finite"),
+        (NotExact, "exact_views"),
+        (OtherShape, "views_have_finite"),
+        (Steep, "views_have_finite"),
+        (Counts, "state_is_unchanged"),
+        (WritesToItsInput, "state_is_unchanged|only_stochastic"),
+        (OneScore, "score_is_one"),
+        (Renames, "guarded_target"),
     ],
 )
-def test_each_broken_defence_is_caught(broken, law):
+def test_each_broken_defence_violates_its_law(broken, law):
     with pytest.raises(AssertionError) as caught:
         check_defence(broken(), examples=8)
     note = " ".join(getattr(caught.value, "__notes__", []))
     assert any(name in note for name in law.split("|")), note
 
 
-def test_any_shape_will_do(cases):
+def test_any_input_shape_works(cases):
     cases(check_defence(Quantise(4), shape=(5,), examples=4))
 
 
-def test_what_is_no_defence_is_refused():
+def test_other_objects_than_defences_are_refused():
     with pytest.raises(ArgumentError, match="must be a Defence"):
         check_defence(nn.Identity())
 
 
-def test_a_missing_hypothesis_is_told(monkeypatch):
+def test_missing_hypothesis_raises(monkeypatch):
     monkeypatch.setitem(sys.modules, "hypothesis", None)
     with pytest.raises((MissingExtraError, ImportError)):
         check_defence(Quantise(2))

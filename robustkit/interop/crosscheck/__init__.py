@@ -1,6 +1,19 @@
-"""The same attacks through other libraries, image by image."""
+"""Compare our attacks with those of other libraries, image by image."""
 
-from robustkit.interop.crosscheck.autoattack import autoattack_version, duel, duel_lines, unserved
-from robustkit.interop.crosscheck.libraries import crosscheck, peers, table
+from robustkit.interop.crosscheck.autoattack import (
+    autoattack_version,
+    compare_with_autoattack,
+    format_comparisons,
+    why_unsupported,
+)
+from robustkit.interop.crosscheck.libraries import comparison_table, crosscheck, library_versions
 
-__all__ = ["autoattack_version", "crosscheck", "duel", "duel_lines", "peers", "table", "unserved"]
+__all__ = [
+    "autoattack_version",
+    "compare_with_autoattack",
+    "comparison_table",
+    "crosscheck",
+    "format_comparisons",
+    "library_versions",
+    "why_unsupported",
+]

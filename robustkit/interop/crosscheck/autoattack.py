@@ -1,4 +1,4 @@
-"""AutoAttack and our `Standard` on the same images: who solves which."""
+"""Compare AutoAttack with our `Standard` on the same images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import final
 import torch
 from rich.console import Group
 from rich.text import Text
-from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from robustkit._engine.state_guard import fork_rng
@@ -20,34 +19,42 @@ from robustkit.attack import Attack
 from robustkit.attacks import Standard
 from robustkit.errors import ArgumentError, MissingExtraError
 from robustkit.goals import Misclassify
+from robustkit.interop.crosscheck.paired_test import LEVEL, mcnemar_p_value
 from robustkit.interop.peers import load_autoattack, restore_gradients
 from robustkit.target import Target
 from robustkit.threats import L1, L2, Linf, Threat
 
-__all__ = ["LEVEL", "Duel", "autoattack", "autoattack_version", "duel", "duel_lines", "unserved"]
+__all__ = [
+    "AutoAttackComparison",
+    "autoattack_version",
+    "compare_with_autoattack",
+    "format_comparisons",
+    "run_autoattack",
+    "why_unsupported",
+]
 
-_NORMS = ((Linf, "Linf", "linf"), (L2, "L2", "l2"), (L1, "L1", "l1"))  # by AutoAttack's name and by ours
-LEVEL = 0.001  # below this p-value, two attacks are not equally strong
-_FEWEST = 4  # its targeted DLR loss reads the fourth largest logit
-_NAMED = 20  # images that are listed by number in one line, at most
+_NORMS = ((Linf, "Linf", "linf"), (L2, "L2", "l2"), (L1, "L1", "l1"))  # the name in AutoAttack, and ours
+_MIN_CLASSES = 4  # AutoAttack's targeted DLR loss uses the fourth largest logit
+_MAX_LISTED = 20  # the largest number of image indices in one line
 
 
 @final
 @dataclass(frozen=True)
-class Duel:
-    """AutoAttack and an attack of ours on the same images; what either returns is judged by us.
+class AutoAttackComparison:
+    """AutoAttack and an attack of ours on the same images; both results are judged by us.
 
-    Solved is an image that was wrong before, or is wrong after a change inside ball and box.
+    An image is solved if it is misclassified, with or without a perturbation inside ball and box.
 
     Attributes:
-        threat: What might change, as "linf:0.1".
-        n: How many images.
-        both: How many both solve.
-        only_ours: Those that we alone solve, by number from 0.
-        only_theirs: Those that AutoAttack alone solves, likewise.
-        neither: How many nobody solves.
-        rejected: Those that AutoAttack calls solved and that are not: outside of ball or box, or right after all.
-        p_value: How likely so lopsided a split of those that one alone solves is by chance (exact McNemar test).
+        threat: The threat, such as "linf:0.1".
+        n: Number of images.
+        both: Number of images that both solve.
+        only_ours: Indices (from 0) of the images that only our attack solves.
+        only_theirs: Indices of the images that only AutoAttack solves.
+        neither: Number of images that neither solves.
+        rejected: Indices of the images that AutoAttack reports as solved and that are not: outside ball or box, or
+            classified correctly.
+        p_value: Two-sided p-value of the exact McNemar test on `only_ours` against `only_theirs`.
     """
 
     threat: str
@@ -61,12 +68,12 @@ class Duel:
 
     @property
     def ok(self) -> bool:
-        """Whether AutoAttack does not solve more than we do by more than chance."""
+        """Whether AutoAttack does not solve significantly more images than we do."""
         return self.p_value >= LEVEL or len(self.only_theirs) < len(self.only_ours)
 
 
 def autoattack_version() -> str | None:
-    """The version of pyautoattack; None where it cannot be imported here."""
+    """Return the version of pyautoattack; None if it cannot be imported."""
     try:
         load_autoattack()
     except MissingExtraError:
@@ -74,94 +81,97 @@ def autoattack_version() -> str | None:
     return version("pyautoattack")
 
 
-def unserved(x: Tensor, classes: int, threat: Threat) -> str | None:
-    """Why AutoAttack cannot be asked about these images (N, ...) and this threat, in one line; None where it can."""
+def why_unsupported(x: Tensor, classes: int, threat: Threat) -> str | None:
+    """Return why AutoAttack cannot attack these images (N, ...) in this threat, in one line; None if it can."""
     if not any(isinstance(threat, kind) for kind, *_ in _NORMS):
-        return f"AutoAttack knows linf, l2 and l1 alone, not {type(threat).__name__}"
+        return f"AutoAttack supports only linf, l2 and l1, not {type(threat).__name__}"
     if threat.bounds != (0.0, 1.0):
-        return f"AutoAttack takes every image for one in [0, 1], and here bounds={threat.bounds}"
+        return f"AutoAttack assumes images in [0, 1], and the threat has bounds={threat.bounds}"
     if isinstance(threat.eps, Tensor):
         return "AutoAttack takes one eps for all images"
-    if classes < _FEWEST:
-        return f"AutoAttack needs at least {_FEWEST} classes for its targeted loss, and the model has {classes}"
+    if classes < _MIN_CLASSES:
+        return f"AutoAttack needs at least {_MIN_CLASSES} classes for its targeted loss, and the model has {classes}"
     if x.dim() != 4:
         return f"AutoAttack takes images (N, C, H, W), and these have shape {tuple(x.shape)}"
     return None
 
 
-def autoattack(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """What AutoAttack's standard version returns: its images (N, C, H, W), and which it calls solved, (N,) bool.
+def run_autoattack(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Run AutoAttack (version "standard") and return its images (N, C, H, W), and which it reports as solved, (N,) bool.
 
-    All images go through the model at once. Where there are fewer than ten classes it aims at all that there are.
+    All images are one batch. With fewer than ten classes its targeted attacks use all of them.
 
     Raises:
-        ArgumentError: It cannot be asked about this.
-        MissingExtraError: It is not installed.
+        ArgumentError: AutoAttack does not support the images or the threat.
+        MissingExtraError: AutoAttack is not installed.
     """
     with torch.no_grad():
         classes = model(x[:1]).shape[1]
-    why = unserved(x, classes, threat)
-    if why is not None:
-        raise ArgumentError(f"threat={threat!r}: {why}")
-    norm = next(theirs for kind, theirs, _ in _NORMS if isinstance(threat, kind))
+    reason = why_unsupported(x, classes, threat)
+    if reason is not None:
+        raise ArgumentError(f"threat={threat!r}: {reason}")
+    norm = next(name for kind, name, _ in _NORMS if isinstance(threat, kind))
     library = load_autoattack()
-    with _untraced(), fork_rng(seed):
+    with _restore_trace(), fork_rng(seed):
         attack = library.AutoAttack(model, norm=norm, eps=float(threat.eps), seed=seed, device=x.device, version="standard")
         for part in (attack.apgd_targeted, attack.fab):
             part.n_target_classes = min(part.n_target_classes, classes - 1)
-        x_adv, said = attack.run_standard_evaluation(x.clone(), y.clone(), batch_size=len(x))
-    return x_adv.detach(), said != y
+        x_adv, predicted = attack.run_standard_evaluation(x.clone(), y.clone(), batch_size=len(x))
+    return x_adv.detach(), predicted != y
 
 
-def duel(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, ours: Attack | None = None, seed: int = 0) -> Duel:
-    """AutoAttack against an attack of ours, image by image.
+def compare_with_autoattack(
+    model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, ours: Attack | None = None, seed: int = 0
+) -> AutoAttackComparison:
+    """Compare AutoAttack with an attack of ours, image by image.
 
     Args:
         model: A classifier, (N, C, H, W) in [0, 1] -> logits (N, K).
         x: Images in [0, 1], (N, C, H, W).
         y: Their classes, (N,) int64.
-        threat: What may change.
-        ours: Default `Standard()`.
-        seed: Of both.
+        threat: The threat model.
+        ours: Our attack; default `Standard()`.
+        seed: Seed of both attacks.
 
     Raises:
-        ArgumentError: AutoAttack cannot be asked about this, or there is no image.
-        MissingExtraError: It is not installed.
+        ArgumentError: AutoAttack does not support the images or the threat, or there is no image.
+        MissingExtraError: AutoAttack is not installed.
     """
     if not len(x):
-        raise ArgumentError("x is empty; there is nothing to compare: give at least one image")
+        raise ArgumentError("x is empty; give at least one image to compare")
     target = Target(model, batch_size=len(x))
     with target.frozen(), restore_gradients(model):
-        theirs, claimed = autoattack(model, x, y, threat, seed)
-    mine = (Standard() if ours is None else ours)(target, x, y, threat=threat, seed=seed)
+        theirs, claimed = run_autoattack(model, x, y, threat, seed)
+    our_result = (Standard() if ours is None else ours)(target, x, y, threat=threat, seed=seed)
     with target.frozen():
-        won, lost = _solved(model, mine.x_adv, x, y, threat), _solved(model, theirs, x, y, threat)
-    alone = [tuple(side.nonzero().squeeze(1).tolist()) for side in (won & ~lost, lost & ~won, claimed & ~lost)]
-    split = len(alone[0]), len(alone[1])
-    p_value = float(binomtest(split[0], sum(split)).pvalue) if sum(split) else 1.0
-    name = next(ours_name for kind, _, ours_name in _NORMS if isinstance(threat, kind))
-    return Duel(
+        solved, solved_by_autoattack = _solved(model, our_result.x_adv, x, y, threat), _solved(model, theirs, x, y, threat)
+    only_ours, only_theirs, rejected = (
+        tuple(mask.nonzero().squeeze(1).tolist())
+        for mask in (solved & ~solved_by_autoattack, solved_by_autoattack & ~solved, claimed & ~solved_by_autoattack)
+    )
+    name = next(our_name for kind, _, our_name in _NORMS if isinstance(threat, kind))
+    return AutoAttackComparison(
         f"{name}:{threat.eps:.3g}",
         len(x),
-        int((won & lost).sum()),
-        alone[0],
-        alone[1],
-        int((~won & ~lost).sum()),
-        alone[2],
-        p_value,
+        int((solved & solved_by_autoattack).sum()),
+        only_ours,
+        only_theirs,
+        int((~solved & ~solved_by_autoattack).sum()),
+        rejected,
+        mcnemar_p_value(len(only_ours), len(only_theirs)),
     )
 
 
 @torch.no_grad()
 def _solved(model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor, threat: Threat) -> Tensor:
-    """Which images are inside ball and box and not taken for what they are, (N,) bool."""
+    """Return which images are inside ball and box and misclassified, (N,) bool."""
     inside = x_adv.isfinite().flatten(1).all(1) & threat.contains(x_adv.to(x.dtype), x)
     return inside & Misclassify().success(model(x_adv.to(x.dtype)), y)
 
 
 @contextmanager
-def _untraced() -> Iterator[None]:
-    """AutoAttack's check for changing models ends all tracing; whoever traced before goes on after it."""
+def _restore_trace() -> Iterator[None]:
+    """Restore the trace function: AutoAttack's check for models that change removes it."""
     before = sys.gettrace()
     try:
         yield
@@ -169,23 +179,23 @@ def _untraced() -> Iterator[None]:
         sys.settrace(before)
 
 
-def duel_lines(duels: Sequence[Duel]) -> Group:
-    """The duels to be printed: one line each, then those images that one alone solves, by number."""
-    told: list[Text] = []
-    for one in duels:
-        counts = f"both solve {one.both}, only Standard {len(one.only_ours)}, only AutoAttack {len(one.only_theirs)}, nobody "
-        told.append(Text(f"{one.threat}, first {one.n:,} images: {counts}{one.neither}; p = {one.p_value:.2g}"))
-        for who, images in (
+def format_comparisons(comparisons: Sequence[AutoAttackComparison]) -> Group:
+    """Format comparisons for printing: a line each, then the indices of the images that only one attack solves."""
+    lines: list[Text] = []
+    for one in comparisons:
+        counts = f"both solve {one.both}, only Standard {len(one.only_ours)}, only AutoAttack {len(one.only_theirs)}, neither "
+        lines.append(Text(f"{one.threat}, first {one.n:,} images: {counts}{one.neither}; p = {one.p_value:.2g}"))
+        for label, images in (
             ("only Standard solves", one.only_ours),
             ("only AutoAttack solves", one.only_theirs),
-            ("AutoAttack calls solved, and we do not:", one.rejected),
+            ("AutoAttack reports as solved, but are not:", one.rejected),
         ):
             if images:
-                told.append(Text(f"  {who} {_numbers(images)}"))
-    title = Text("AutoAttack (standard) beside Standard, both judged here; p: exact McNemar test of who solves more", "bold")
-    return Group(title, *told)
+                lines.append(Text(f"  {label} {_format_indices(images)}"))
+    title = Text("AutoAttack (standard) and Standard, both judged by robustkit; p: exact McNemar test", "bold")
+    return Group(title, *lines)
 
 
-def _numbers(images: Sequence[int]) -> str:
-    more = f" and {len(images) - _NAMED} more" if len(images) > _NAMED else ""
-    return f"image{'' if len(images) == 1 else 's'} {', '.join(map(str, images[:_NAMED]))}{more}"
+def _format_indices(images: Sequence[int]) -> str:
+    more = f" and {len(images) - _MAX_LISTED} more" if len(images) > _MAX_LISTED else ""
+    return f"image{'' if len(images) == 1 else 's'} {', '.join(map(str, images[:_MAX_LISTED]))}{more}"

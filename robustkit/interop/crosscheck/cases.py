@@ -1,4 +1,4 @@
-"""Attacks that several libraries have, and how each library is asked to run them."""
+"""Attacks that several libraries have, and how to run them in each library."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from robustkit.interop._art_estimator import classifier_of
 from robustkit.interop.peers import load_art, load_foolbox, load_torchattacks
 from robustkit.threats import Linf, Threat
 
-__all__ = ["MARGIN", "PEERS", "Case", "cases"]
+__all__ = ["LIBRARIES", "MARGIN", "Case", "cases"]
 
-MARGIN = 0.3  # how far images are moved from the edge of the box, where the libraries differ; smaller changes stay inside
+MARGIN = 0.3  # distance from the edge of the box, where the libraries differ; smaller perturbations stay inside
 
 
 @dataclass(frozen=True)
 class Case:
-    """One attack with its budget.
+    """One attack in one threat.
 
     Attributes:
-        name: What it is called in reports.
+        name: Name in reports.
         ours: The attack in this package.
-        threat: The budget; images lie in [0, 1].
+        threat: The threat; images are in [0, 1].
         steps: Number of steps.
-        fraction: Length of each in budgets; the very float that the others are given.
+        fraction: Step length as a share of eps; exactly the float that the other libraries get.
         random_start: Whether it starts at a random point.
-        targeted: Whether it wants the least likely class.
-        interior: Whether the images are moved away from the edge of the box first.
+        targeted: Whether the target is the least likely class.
+        interior: Whether the images are first moved away from the edge of the box.
     """
 
     name: str
@@ -48,26 +48,26 @@ class Case:
 
     @property
     def eps(self) -> float:
-        """The budget as a number."""
+        """The eps of the threat."""
         return float(self.threat.eps)
 
     @property
     def linf(self) -> bool:
-        """Whether every coordinate has the same budget."""
+        """Whether the threat is Linf."""
         return isinstance(self.threat, Linf)
 
 
 def cases(threat: Threat) -> list[Case]:
-    """The attacks that are compared for one budget."""
+    """Return the attacks that are compared in one threat."""
     bim, pgd = PGD(steps=10, reach=2.0, random_start=False), PGD(random_start=False)
     fraction = pgd.reach / pgd.steps
     if not isinstance(threat, Linf):
-        inside = [
+        interior_cases = [
             Case("FGM", FGSM(), threat, interior=True),
             Case("BIM", bim, threat, 10, 0.2, interior=True),
             Case("PGD", pgd, threat, 40, fraction, interior=True),
         ]
-        return (inside if float(threat.eps) < MARGIN else []) + [
+        return (interior_cases if float(threat.eps) < MARGIN else []) + [
             Case("PGD at the edge of the box", pgd, threat, 40, fraction),
             Case("PGD, random start", PGD(), threat, 40, fraction, random_start=True),
         ]
@@ -102,7 +102,7 @@ def _art(case: Case, model: nn.Module, x: Tensor, ref: Tensor) -> Tensor | None:
     with torch.no_grad():
         classes = model(x[:1]).shape[1]
     classifier = classifier_of(model, x, classes, (0.0, 1.0))
-    common: dict[str, Any] = {"norm": np.inf if case.linf else 2, "eps": case.eps, "targeted": case.targeted}  # of any type
+    common: dict[str, Any] = {"norm": np.inf if case.linf else 2, "eps": case.eps, "targeted": case.targeted}  # mixed types
     common |= {"batch_size": len(x)}
     if case.steps == 1:
         attack = evasion.FastGradientMethod(classifier, **common)
@@ -124,9 +124,9 @@ def _art(case: Case, model: nn.Module, x: Tensor, ref: Tensor) -> Tensor | None:
 
 def _torchattacks(case: Case, model: nn.Module, x: Tensor, ref: Tensor) -> Tensor | None:
     ta = load_torchattacks()
-    path: dict[str, Any] = {"eps": case.eps, "alpha": case.fraction * case.eps, "steps": case.steps}  # of any type
+    path: dict[str, Any] = {"eps": case.eps, "alpha": case.fraction * case.eps, "steps": case.steps}  # mixed types
     if not case.linf:
-        # Its default adds 1e-10 to the length of a mean over the batch, which shortens the steps from sure predictions.
+        # Its default adds 1e-10 to the gradient norm of the batch mean, which shortens steps from confident predictions.
         attack = ta.PGDL2(model, random_start=case.random_start, eps_for_division=1e-30, **path)
     elif case.steps == 1:
         attack = ta.FGSM(model, eps=case.eps)
@@ -140,8 +140,8 @@ def _torchattacks(case: Case, model: nn.Module, x: Tensor, ref: Tensor) -> Tenso
     return x_adv
 
 
-# How each library runs a case, None where it has no such attack; and the distribution whose version is told.
-PEERS: Mapping[str, tuple[Callable[[Case, nn.Module, Tensor, Tensor], Tensor | None], Callable[[], Any], str]] = (
+# For each library: how it runs a case (None where it has no such attack), its import, and its distribution's name.
+LIBRARIES: Mapping[str, tuple[Callable[[Case, nn.Module, Tensor, Tensor], Tensor | None], Callable[[], Any], str]] = (
     MappingProxyType(
         {
             "foolbox": (_foolbox, load_foolbox, "foolbox"),

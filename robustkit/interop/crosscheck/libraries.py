@@ -1,4 +1,4 @@
-"""The same attack through every installed library: are the images the same, and where not, is it meant?"""
+"""Run the same attack in every installed library and compare the adversarial images."""
 
 from __future__ import annotations
 
@@ -12,25 +12,24 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
-from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from robustkit._engine.state_guard import fork_rng
 from robustkit._engine.tensors import abs_max
 from robustkit.errors import ArgumentError, MissingExtraError
 from robustkit.goals import ClassifyAs, Misclassify, least_likely
-from robustkit.interop.crosscheck.cases import MARGIN, PEERS, Case, cases
+from robustkit.interop.crosscheck.cases import LIBRARIES, MARGIN, Case, cases
+from robustkit.interop.crosscheck.paired_test import LEVEL, mcnemar_p_value
 from robustkit.interop.peers import restore_gradients
 from robustkit.target import Target
 from robustkit.threats import L2, Linf
 
-__all__ = ["DIFFERENCES", "Difference", "Row", "crosscheck", "peers", "table"]
+__all__ = ["DIFFERENCES", "Difference", "Row", "comparison_table", "crosscheck", "library_versions"]
 
-TOLERANCE = 1e-6  # in input units: some float32 roundings over 40 steps
-# Of the examples that have to lie within it: where a path crosses a kink of the loss, roundings grow. Our order of
-# operations is foolbox's; on 256 images foolbox parts from ART, and from torchattacks, on up to 1.6 %.
-SHARE = {"foolbox": 0.99, "art": 0.98, "torchattacks": 0.98}
-LEVEL = 0.001  # below this p-value, two success rates are not the same
+TOLERANCE = 1e-6  # in input units: some float32 rounding errors over 40 steps
+# The share of examples that must be within the tolerance: where a path crosses a kink of the loss, rounding errors grow. Our
+# order of operations is foolbox's; on 256 images, foolbox differs from ART and from torchattacks on up to 1.6 %.
+MIN_SHARE_CLOSE = {"foolbox": 0.99, "art": 0.98, "torchattacks": 0.98}
 
 Verdict = Literal["equal", "close", "same rate", "by design", "differs"]
 
@@ -38,14 +37,14 @@ Verdict = Literal["equal", "close", "same rate", "by design", "differs"]
 @final
 @dataclass(frozen=True)
 class Difference:
-    """Something that a library does otherwise on purpose, or by a mistake that is known.
+    """A known difference of a library from ours, by design or by a mistake of that library.
 
     Attributes:
         library: "foolbox", "art" or "torchattacks".
-        attack: The compared attack that it shows in, by its name in the table; "" where none of them shows it.
-        threat: "linf", "l2", "l1" or "" for all.
-        why: One sentence.
-        rounding: Whether only roundings differ, so that the images still have to be close.
+        attack: Name of the compared attack that it affects; "" if it affects none of them.
+        threat: "linf", "l2", "l1", or "" for all.
+        why: The difference in one sentence.
+        rounding: Whether only rounding differs, so that the images must still be close.
     """
 
     library: str
@@ -58,52 +57,54 @@ class Difference:
 EDGE = "PGD at the edge of the box"
 
 DIFFERENCES = (
-    Difference("art", EDGE, "l2", "cuts to the box before the ball instead of after it, so near the edge the paths part"),
+    Difference(
+        "art", EDGE, "l2", "clamps to the box before it projects onto the ball instead of after, so paths differ near the edge"
+    ),
     Difference("torchattacks", "PGD, random start", "l2", "starts at a uniform radius, not uniformly in the ball"),
     Difference(
-        "torchattacks", "BIM", "linf", "compares with x - eps and x + eps instead of clipping the change", rounding=True
+        "torchattacks", "BIM", "linf", "clamps to [x - eps, x + eps] instead of clamping the perturbation", rounding=True
     ),
-    Difference("foolbox", "", "linf", "refuses targeted FGSM; one step of its BIM stands in for it"),
-    Difference("foolbox", "", "linf", "its MIFGSM adds up signs instead of gradients of unit length"),
-    Difference("foolbox", "", "l2", "spends nothing elsewhere of what the box cuts off a single step; our FGSM does"),
-    Difference("foolbox", "", "l1", "steps along the whole gradient and shrinks; we move the largest entries and project"),
+    Difference("foolbox", "", "linf", "refuses targeted FGSM; compared with one step of its BIM"),
+    Difference("foolbox", "", "linf", "its MIFGSM accumulates gradient signs instead of gradients of unit norm"),
+    Difference("foolbox", "", "l2", "does not redistribute what the box cuts off a single step; our FGSM does"),
+    Difference("foolbox", "", "l1", "steps along the whole gradient and rescales; we move the largest entries and project"),
     Difference("art", "", "l1", "one step moves a single coordinate"),
-    Difference("foolbox", "", "", "its Carlini-Wagner and EAD attacks return black images where they fail, as successes"),
-    Difference("foolbox", "", "", "its Adam variants of the L1 and L2 basic iterative attacks are the plain ones"),
-    Difference("foolbox", "", "", "its DeepFool follows the predicted class, and looks at no wanted class"),
+    Difference("foolbox", "", "", "its Carlini-Wagner and EAD attacks return black images as successes where they fail"),
+    Difference("foolbox", "", "", "its Adam variants of the L1 and L2 basic iterative attacks do not use Adam"),
+    Difference("foolbox", "", "", "its DeepFool starts from the predicted class and supports no target class"),
     Difference("foolbox", "", "", "its l0 counts values; our Pixels counts locations"),
     Difference(
         "torchattacks",
         "",
         "",
-        "differentiates the mean over the batch, and adds 1e-10 to its length for L2; compared with 1e-30",
+        "differentiates the batch mean and adds 1e-10 to the gradient norm in L2; compared with 1e-30",
     ),
-    Difference("art", "", "", "differentiates the mean over the batch and adds 1e-7 to its length; compared with the sum"),
+    Difference("art", "", "", "differentiates the batch mean and adds 1e-7 to the gradient norm; compared with the sum"),
 )
 
 
 @final
 @dataclass(frozen=True)
 class Row:
-    """One attack through one library and through this package, on the same images with the same step size.
+    """One attack in one library and in this package, on the same images with the same step size.
 
     Attributes:
-        library: Whom we are compared with.
+        library: Name of the other library.
         attack: Name of the attack.
-        threat: The budget, as "linf:0.1".
+        threat: The threat, such as "linf:0.1".
         n: Number of examples.
         ours: Our success rate.
         theirs: Their success rate, judged by us on their images.
-        only_ours: Examples on which we alone succeed.
-        only_theirs: Examples on which they alone succeed.
-        p_value: How likely so lopsided a split of these is by chance (exact McNemar test).
-        largest: The largest difference between the images, in input units.
-        differing: The examples whose images differ, by their index: at all for Linf without a random start, by more
-            than a millionth otherwise; empty where the starts are random.
-        verdict: "equal" bit for bit; "close": all but 1 % (foolbox; others 2 %) within a millionth and equal
-            success on those, which is enough
-            for L2, momentum and known roundings; "same rate" for random starts; "by design": none of these, for a known
-            `reason`; "differs": none of these, and nobody knows why.
+        only_ours: Number of examples that only our attack solves.
+        only_theirs: Number of examples that only their attack solves.
+        p_value: Two-sided p-value of the exact McNemar test on these two.
+        max_difference: The largest difference between the images, in input units.
+        differing: Indices of the examples whose images differ: at all for Linf without a random start, by more than
+            1e-6 otherwise; empty for random starts.
+        verdict: "equal": bit for bit. "close" (for L2, momentum and known rounding): at most 1 % of the images (foolbox;
+            others 2 %) differ by more than 1e-6, with equal success on those. "same rate": for random starts, no
+            significant difference in success. "by design": none of these, for a known `reason`. "differs": none of
+            these, without a known reason.
         reason: Why the images are known to differ, or "".
     """
 
@@ -116,27 +117,27 @@ class Row:
     only_ours: int
     only_theirs: int
     p_value: float
-    largest: float
+    max_difference: float
     differing: tuple[int, ...]
     verdict: Verdict
     reason: str
 
     @property
     def ok(self) -> bool:
-        """Whether the two agree, or are known not to."""
+        """Whether the two agree, or differ for a known reason."""
         return self.verdict != "differs"
 
 
-def peers() -> dict[str, str | None]:
-    """The libraries that can be compared with: name -> version, None where it cannot be imported here."""
-    found: dict[str, str | None] = {}
-    for name, (_, load, distribution) in PEERS.items():
+def library_versions() -> dict[str, str | None]:
+    """Return the version of each library that we compare with, None if it cannot be imported."""
+    versions: dict[str, str | None] = {}
+    for name, (_, load, distribution) in LIBRARIES.items():
         try:
             load()
-            found[name] = version(distribution)
+            versions[name] = version(distribution)
         except (MissingExtraError, ArgumentError):
-            found[name] = None
-    return found
+            versions[name] = None
+    return versions
 
 
 def crosscheck(
@@ -149,73 +150,77 @@ def crosscheck(
     libraries: Sequence[str] | None = None,
     seed: int = 0,
 ) -> list[Row]:
-    """The agreement with every installed library, one row for each library, attack and budget.
+    """Compare our attacks with every installed library; one row for each library, attack and threat.
 
-    All examples go through the model at once, in both libraries, so that the same kernels run and equal means equal bit
-    for bit. At the edge of the box L2 attacks differ by design, so those of a budget below 0.3 run on 0.3 + 0.4 x too.
+    All examples are one batch in both libraries, so that the same kernels run and results can be equal bit for bit. At the
+    edge of the box L2 attacks differ by design; with eps below 0.3 they also run on 0.3 + 0.4 x, which stays inside.
 
     Args:
         model: A classifier, (N, *S) in [0, 1] -> logits (N, C).
         x: Images in [0, 1], (N, *S).
-        y: Their classes, (N,) int64.
-        eps: Budgets of the Linf attacks.
-        eps_l2: Budgets of the L2 attacks.
-        libraries: Names from `peers()`; default all that are installed.
-        seed: Of the random starts.
+        y: True classes, (N,) int64.
+        eps: Values of eps for the Linf attacks.
+        eps_l2: Values of eps for the L2 attacks.
+        libraries: Names from `library_versions()`; default all that are installed.
+        seed: Seed of the random starts.
 
     Raises:
-        ArgumentError: A library that is not installed, or inputs that no attack would take.
+        ArgumentError: A library is not installed, or the inputs are invalid.
     """
-    chosen = _chosen(libraries)
+    selected = _select_libraries(libraries)
     if not len(x):
-        raise ArgumentError("x is empty; there is nothing to compare: give at least one image")
+        raise ArgumentError("x is empty; give at least one image to compare")
     target = Target(model, batch_size=len(x))
-    inner, wanted = MARGIN + (1 - 2 * MARGIN) * x, least_likely(model, x, batch_size=len(x))
+    interior_x, target_classes = MARGIN + (1 - 2 * MARGIN) * x, least_likely(model, x, batch_size=len(x))
     rows = []
     for case in (case for threat in (*map(Linf, eps), *map(L2, eps_l2)) for case in cases(threat)):
-        goal, ref = (ClassifyAs(), wanted) if case.targeted else (Misclassify(), y)
-        at = inner if case.interior else x
-        ours = case.ours(target, at, ref, goal=goal, threat=case.threat, seed=seed, keep="last").x_adv
-        for library in chosen:
+        goal, ref = (ClassifyAs(), target_classes) if case.targeted else (Misclassify(), y)
+        x_start = interior_x if case.interior else x
+        ours = case.ours(target, x_start, ref, goal=goal, threat=case.threat, seed=seed, keep="last").x_adv
+        for library in selected:
             with target.frozen(), restore_gradients(model), fork_rng(seed):
-                theirs = PEERS[library][0](case, model, at.clone(), ref)
+                theirs = LIBRARIES[library][0](case, model, x_start.clone(), ref)
                 if theirs is not None:
-                    rows.append(_row(library, case, ours, theirs.detach(), _won(model, goal, (ours, theirs), ref)))
+                    success = _success(model, goal, (ours, theirs), ref)
+                    rows.append(_row(library, case, ours, theirs.detach(), success))
     return rows
 
 
-def _chosen(libraries: Sequence[str] | None) -> list[str]:
-    installed = [name for name, found in peers().items() if found is not None]
+def _select_libraries(libraries: Sequence[str] | None) -> list[str]:
+    installed = [name for name, installed_version in library_versions().items() if installed_version is not None]
     missing = [name for name in libraries or () if name not in installed]
     if missing:
-        raise ArgumentError(f"libraries={list(libraries or ())!r}: {missing[0]!r} is not among those installed, {installed}")
+        raise ArgumentError(
+            f"libraries={list(libraries or ())!r}: {missing[0]!r} is not among the installed libraries, {installed}; install "
+            "it or leave it out"
+        )
     return installed if libraries is None else list(libraries)
 
 
 @torch.no_grad()
-def _won(model: nn.Module, goal: Misclassify | ClassifyAs, images: Sequence[Tensor], ref: Tensor) -> list[Tensor]:
+def _success(model: nn.Module, goal: Misclassify | ClassifyAs, images: Sequence[Tensor], ref: Tensor) -> list[Tensor]:
     return [goal.success(model(x_adv), ref) for x_adv in images]
 
 
-def _row(library: str, case: Case, ours: Tensor, theirs: Tensor, won: Sequence[Tensor]) -> Row:
-    only_ours, only_theirs = int((won[0] & ~won[1]).sum()), int((won[1] & ~won[0]).sum())
-    p_value = float(binomtest(only_ours, only_ours + only_theirs).pvalue) if only_ours + only_theirs else 1.0
+def _row(library: str, case: Case, ours: Tensor, theirs: Tensor, success: Sequence[Tensor]) -> Row:
+    only_ours, only_theirs = int((success[0] & ~success[1]).sum()), int((success[1] & ~success[0]).sum())
+    p_value = mcnemar_p_value(only_ours, only_theirs)
     threat = "linf" if case.linf else "l2"
     known = next((d for d in DIFFERENCES if (d.library, d.attack, d.threat) == (library, case.name, threat)), None)
     exact = case.linf and case.name != "MIFGSM" and not (known and known.rounding)
-    apart = abs_max(ours.double() - theirs.double())
-    differing = (apart > (0 if exact else TOLERANCE)).nonzero().squeeze(1).tolist()
+    distance = abs_max(ours.double() - theirs.double())
+    differing = (distance > (0 if exact else TOLERANCE)).nonzero().squeeze(1).tolist()
     if case.random_start:
         verdict: Verdict = "same rate" if p_value >= LEVEL else "differs"
-    elif not bool((apart > 0).any()):
+    elif not bool((distance > 0).any()):
         verdict = "equal"
     else:
-        near = (
+        close = (
             not exact
-            and len(differing) <= (1 - SHARE[library]) * len(ours)
-            and torch.equal(won[0][differing], won[1][differing])
+            and len(differing) <= (1 - MIN_SHARE_CLOSE[library]) * len(ours)
+            and torch.equal(success[0][differing], success[1][differing])
         )
-        verdict = "close" if near else "differs"
+        verdict = "close" if close else "differs"
     if verdict == "differs" and known and not known.rounding:
         verdict = "by design"
     return Row(
@@ -223,42 +228,40 @@ def _row(library: str, case: Case, ours: Tensor, theirs: Tensor, won: Sequence[T
         case.name,
         f"{threat}:{case.eps:.3g}",
         len(ours),
-        float(won[0].double().mean()),
-        float(won[1].double().mean()),
+        float(success[0].double().mean()),
+        float(success[1].double().mean()),
         only_ours,
         only_theirs,
         p_value,
-        float(apart.max()),
+        float(distance.max()),
         () if case.random_start else tuple(differing),
         verdict,
         known.why if known and verdict in ("close", "by design") else "",
     )
 
 
-def table(rows: Sequence[Row]) -> Group:
-    """The rows to be printed: a line for each attack and budget, a column for each library, the known reasons below."""
+def comparison_table(rows: Sequence[Row]) -> Group:
+    """Format the rows for printing: a line per attack and threat, a column per library, known reasons below."""
     libraries = list(dict.fromkeys(row.library for row in rows))
-    title = f"The same attack here and elsewhere, {rows[0].n:,} images" if rows else "No library to compare with"
-    shown = Table(title=title, box=box.SIMPLE, padding=(0, 1), title_justify="left")
+    title = f"Our attacks and those of other libraries, {rows[0].n:,} images" if rows else "No library to compare with"
+    columns = Table(title=title, box=box.SIMPLE, padding=(0, 1), title_justify="left")
     for name, align in (("attack", "left"), ("threat", "left"), ("ours", "right"), *((name, "left") for name in libraries)):
-        shown.add_column(name, justify="right" if align == "right" else "left", no_wrap=name == "threat", overflow="fold")
+        columns.add_column(name, justify="right" if align == "right" else "left", no_wrap=name == "threat", overflow="fold")
     reasons = list(dict.fromkeys((row.library, row.attack, row.reason) for row in rows if row.reason))
     lines: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         lines.setdefault((row.attack, row.threat), []).append(row)
     for (attack, threat), line in lines.items():
         cells = [" ".join(_cell(row, reasons) for row in line if row.library == library) for library in libraries]
-        shown.add_row(attack, threat, f"{line[0].ours:.1%}", *cells)
-    told = [f"[{i}] {library}, {attack}: {why}" for i, (library, attack, why) in enumerate(reasons, 1)]
-    agree = (
-        f"{sum(row.ok for row in rows)} of {len(rows)} agree or are known not to. ours: share of images on which we succeed."
-    )
-    signs = "equal: bit for bit; close: rounding; same rate a/b: random starts, a only we solve, b only they solve."
-    return Group(shown, *(Text(line) for line in (*told, f"{agree} {signs}")))
+        columns.add_row(attack, threat, f"{line[0].ours:.1%}", *cells)
+    footnotes = [f"[{i}] {library}, {attack}: {why}" for i, (library, attack, why) in enumerate(reasons, 1)]
+    summary = f"{sum(row.ok for row in rows)} of {len(rows)} agree or differ for a known reason. ours: our success rate."
+    legend = "equal: bit for bit; close: rounding; same rate a/b: random starts, a images only we solve, b only they solve."
+    return Group(columns, *(Text(line) for line in (*footnotes, f"{summary} {legend}")))
 
 
 def _cell(row: Row, reasons: Sequence[tuple[str, str, str]]) -> str:
-    """The verdict, with what qualifies it: lopsided successes, images that differ, the number of a reason."""
+    """Format a verdict with the discordant counts, the number of differing images and the number of its reason."""
     split = f" {row.only_ours}/{row.only_theirs}" if row.verdict in ("same rate", "differs") else ""
     count = f", {len(row.differing)} images" if row.differing else ""
     note = f" \\[{reasons.index((row.library, row.attack, row.reason)) + 1}]" if row.reason else ""

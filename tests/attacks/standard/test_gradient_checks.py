@@ -104,8 +104,8 @@ def alternating(out, calls):
         ("undefined-outputs", gradient_checks.check_outputs, Masked(after=some_undefined)),
         ("unsteady-answers", gradient_checks.check_consistency, Counter(alternating)),
         ("batch-dependent", gradient_checks.check_consistency, Masked(before=centred_on_batch)),
-        ("check_unbounded-leaves-robust", check_unbounded, DETACHED),
-        ("check_unbounded-leaves-robust", check_unbounded, FLIPPED),
+        ("unbounded-leaves-robust", check_unbounded, DETACHED),
+        ("unbounded-leaves-robust", check_unbounded, FLIPPED),
         ("gradient-free-breaks", check_gradient_free, DETACHED),
     ],
 )
@@ -255,7 +255,7 @@ def test_the_checks_that_support_random_models_are_run_on_one():
     result = Audit(share=1.0)(Noisy(torch.randn), X, Y, threat=Linf(EPS))
     outputs = {"undefined-outputs", "saturated-outputs", "probabilities", "unseeded-noise", "unusual-range"}
     gradients = {"gradients-disagree", "faint-gradients"}
-    attacks = {"more-steps-leave-more", "more-restarts-leave-more", "larger-eps-leaves-more", "check_unbounded-leaves-robust"}
+    attacks = {"more-steps-leave-more", "more-restarts-leave-more", "larger-eps-leaves-more", "unbounded-leaves-robust"}
     assert set(check_counts(result)) == outputs | gradients | attacks
     assert audit_flags(result) == set()
     assert names(result.notes) == {"stochastic-target"}
@@ -263,9 +263,8 @@ def test_the_checks_that_support_random_models_are_run_on_one():
 
 def test_noise_from_an_unseeded_generator_is_recorded():
     def counts(noise):
-        return check_counts(run_inside(gradient_checks.check_consistency, Target(Noisy(noise), stochastic=True)))[
-            "unseeded-noise"
-        ]
+        result = run_inside(gradient_checks.check_consistency, Target(Noisy(noise), stochastic=True))
+        return check_counts(result)["unseeded-noise"]
 
     assert counts(torch.randn) == (0, N)
     hits, of = counts(unseeded)

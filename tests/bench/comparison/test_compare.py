@@ -1,9 +1,8 @@
-"""Two runs compared: the statistics against closed forms, published figures and slow ways; what belongs together; refusals."""
+"""Two runs compared: counts against single images, which records are paired, and refusals."""
 
 import io
 import itertools
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from scipy.optimize import minimize_scalar
-from scipy.stats import multinomial
 
 from robustkit import bench
 from robustkit.bench import Case, Plan
-from robustkit.bench.comparison.compare import compare, holm, label, mcnemar, tango
+from robustkit.bench.comparison.compare import compare, label
 from robustkit.bench.reporting.compare_table import as_json, comparison_table
 from robustkit.bench.results import read_run as past
 from robustkit.bench.results.read_run import Run
 from robustkit.bench.results.record import worst_case
 from robustkit.bench.results.solved_by import solvers
+from robustkit.bench.statistics.intervals import tango
+from robustkit.bench.statistics.paired_tests import holm, mcnemar
 from robustkit.commands.compare import compare_command
 from robustkit.errors import ArgumentError
 
@@ -66,98 +65,6 @@ def shown(comparison, width=80):
     file = io.StringIO()
     Console(width=width, file=file, color_system=None).print(comparison_table(comparison))
     return file.getvalue()
-
-
-# The statistics
-
-
-@pytest.mark.parametrize(
-    ("only_a", "only_b", "p"), [(0, 5, 0.0625), (5, 0, 0.0625), (0, 0, 1.0), (3, 3, 1.0), (0, 1, 1.0), (0, 6, 1 / 32)]
-)
-def test_p_in_closed_form(only_a, only_b, p):
-    assert mcnemar(only_a, only_b) == pytest.approx(p, rel=1e-12)
-
-
-@pytest.mark.parametrize(("only_a", "only_b"), [(a, b) for a in range(6) for b in range(6)])
-def test_p_is_the_share_of_all_ways_to_swap_the_runs_on_the_images_that_differ(only_a, only_b):
-    swaps = [abs(sum(signs)) for signs in itertools.product((-1, 1), repeat=only_a + only_b)]
-    slow = sum(found >= abs(only_b - only_a) for found in swaps) / len(swaps)
-    assert mcnemar(only_a, only_b) == pytest.approx(slow, rel=1e-12)
-
-
-# Fagerland, Lydersen, Laake 2014 (Stat. Med. 33:2850), tables of Bentur 2009 and Cavo 2012, whose difference is
-# n12 - n21: its digits in print, and those of the R package of the authors.
-@pytest.mark.parametrize(
-    ("n12", "n21", "n", "p", "low", "high"), [(1, 7, 21, 0.0703, -0.517, -0.026), (6, 16, 161, 0.052479, -0.1240, -0.0054)]
-)
-def test_published_figures(n12, n21, n, p, low, high):
-    digits = 5e-4 if n == 21 else 5e-5
-    assert mcnemar(n21, n12) == pytest.approx(p, abs=digits)
-    assert tango(n21, n12, n) == pytest.approx((low, high), abs=digits)
-
-
-@pytest.mark.parametrize("n", [1, 2, 10, 1000])
-def test_the_interval_in_closed_form_where_no_image_differs(n):
-    z2 = 1.959963984540054**2
-    assert tango(0, 0, n) == pytest.approx((-z2 / (n + z2), z2 / (n + z2)), abs=1e-12)
-    assert tango(0, n, n)[1] == 1.0
-    assert tango(n, 0, n)[0] == -1.0
-
-
-def score(only_a, only_b, n, delta):
-    """Tango's score statistic, its one unknown found by a search for the largest likelihood."""
-
-    def unlikely(q):
-        cells = ((only_b, q + delta), (only_a, q), (n - only_a - only_b, 1 - 2 * q - delta))
-        return -sum(count * math.log(max(share, 1e-300)) for count, share in cells if count)
-
-    low, high = max(0.0, -delta), (1 - delta) / 2
-    found = [minimize_scalar(unlikely, bounds=(low, high), method="bounded", options={"xatol": 1e-12}).x, low, high]
-    q = min(found, key=unlikely)
-    return (only_b - only_a - n * delta) / math.sqrt(n * (2 * q + delta - delta**2))
-
-
-@pytest.mark.parametrize(("only_a", "only_b", "n"), [(0, 5, 5), (0, 1, 20), (3, 1, 12), (7, 1, 21), (4, 4, 8), (0, 9, 60)])
-def test_the_interval_holds_just_those_differences_that_the_score_does_not_reject(only_a, only_b, n):
-    low, high = tango(only_a, only_b, n)
-    assert -1 <= low < (only_b - only_a) / n <= high <= 1
-    for delta in np.linspace(-0.999, 0.999, 401):
-        if min(abs(delta - low), abs(delta - high)) > 1e-4:
-            assert (abs(score(only_a, only_b, n, delta)) <= 1.959963984540054) == (low <= delta <= high), delta
-
-
-# Where hardly any image differs it may cover more, but never much less.
-@pytest.mark.parametrize(
-    ("shares", "most"), [((0.2, 0.1), 0.96), ((0.05, 0.05), 0.97), ((0.3, 0.02), 0.96), ((0.02, 0.0), 1), ((0.001, 0.001), 1)]
-)
-def test_the_interval_covers_the_truth_in_nearly_95_of_100_cases(shares, most):
-    n, (p_a, p_b) = 60, shares
-    covered = total = 0.0
-    for only_a, only_b in ((i, j) for i in range(n + 1) for j in range(n + 1 - i)):
-        weight = multinomial.pmf([only_a, only_b, n - only_a - only_b], n, [p_a, p_b, 1 - p_a - p_b])
-        if weight > 1e-7:
-            low, high = tango(only_a, only_b, n)
-            covered, total = covered + weight * (low <= p_b - p_a <= high), total + weight
-    assert total > 0.999
-    assert 0.94 <= covered <= most
-
-
-def test_holm_in_closed_form():
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx((0.03, 0.06, 0.06, 0.02))
-    assert holm([0.6, 0.5]) == (1.0, 1.0)
-    assert holm([0.2]) == (0.2,)
-    assert holm([]) == ()
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.floats(0.01, 0.99))
-def test_holm_rejects_what_the_procedure_step_by_step_rejects(p, level):
-    rejected, adjusted = set(), holm(p)
-    for step, index in enumerate(sorted(range(len(p)), key=p.__getitem__)):
-        if p[index] * (len(p) - step) > level:
-            break
-        rejected.add(index)
-    assert {i for i, value in enumerate(adjusted) if value <= level} == rejected
-    assert all(before <= after <= 1 for before, after in zip(p, adjusted, strict=True))
 
 
 # Laws

@@ -183,10 +183,10 @@ def test_a_new_flag_fails_and_an_old_one_is_told():
         fail_if_worse(*two, 0.5) for two in ((flagged, clean), (clean, flagged), (flagged, flagged), (more, flagged))
     )
     assert (new.passed, gone.passed, old.passed, both.passed) == (False, True, True, False)
-    assert "new flag, so that it may not be believed: flat-gradients" in new.why
+    assert "new flag, do not believe it: flat-gradients" in new.why
     assert "flag" not in gone.why
-    assert "flagged as the baseline is: flat-gradients" in old.why
-    assert "believed: masked; flagged as the baseline is: flat-gradients" in both.why
+    assert "flagged like the baseline: flat-gradients" in old.why
+    assert "believed: masked; flagged like the baseline: flat-gradients" in both.why
 
 
 def test_what_is_not_measured_any_more_fails_and_what_is_new_is_not_gated():
@@ -215,7 +215,7 @@ def test_runs_without_a_comparable_group_are_refused():
             ArgumentError, match=r"^baseline='/runs/x' and now='/runs/x' have no .* run both with the same plan$"
         ):
             fail_if_worse(now, before, 0.5)
-    with pytest.raises(ArgumentError, match=r"^the baseline is a, the run to be judged b: .* data_hash 'd1'"):
+    with pytest.raises(ArgumentError, match=r"^the baseline is a, the run to test is b: .* data_hash 'd1'"):
         fail_if_worse(run(({"data_hash": "d1"}, right(5, 5))), run(({}, right(5, 5))), 0.5)
 
 

@@ -1,6 +1,6 @@
 """A run that is killed by SIGKILL again and again, and resumed, ends as if nothing had happened.
 
-KILLS in the environment says how often; `make kills` does it twenty times for one worker and for two.
+The environment variable KILLS is the number of kills; `make kills` makes twenty for one worker and for two.
 """
 
 import json
@@ -12,14 +12,14 @@ import time
 
 import pytest
 
-KILLS = int(os.environ.get("KILLS", "5"))
+KILLS = int(os.environ.get("KILLS", "3"))
 WORDS = [
     "--model",
     "zoo:digits-mlp",
     "--data",
     "digits",
     "--limit",
-    "120",
+    "60",
     "--block",
     "6",
     "--threat",
@@ -29,13 +29,13 @@ WORDS = [
     "--threat",
     "linf:0.05",
     "--attack",
-    "pgd:steps=40",
+    "pgd:steps=20",
     "--goal",
     "misclassify",
     "--goal",
     "least-likely",
 ]
-BLOCKS = 6 * 20  # those of linf:0.1 stand on those of linf:0.05
+BLOCKS = 6 * 10  # those of linf:0.1 stand on those of linf:0.05
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
 
 

@@ -1,7 +1,6 @@
 """A record: its interval, its median, what it remarks, and the keys and types that others read."""
 
 import json
-import math
 
 import numpy as np
 import pytest
@@ -14,7 +13,8 @@ from robustkit._engine.ledger import Check, Message, Stage
 from robustkit.attacks import FMN, DeepFool, UniversalPGD
 from robustkit.bench import Case, Plan
 from robustkit.bench.results.curves import GRID, against_cost, against_eps
-from robustkit.bench.results.record import make_record, wilson, worst_case
+from robustkit.bench.results.record import make_record, worst_case
+from robustkit.bench.statistics.intervals import wilson
 from robustkit.result import Result
 
 # The required keys of a record in the schema of results.json, and their JSON types there.
@@ -76,16 +76,6 @@ def made(success, size, *, flat=0, flags=(), notes=(), clean=None, robust=None):
         seconds=1.5,
         model_hash="abc",
     )
-
-
-@pytest.mark.parametrize("n", [1, 2, 7, 100, 1000])
-def test_the_interval_is_wilsons_closed_formula(n):
-    z = 1.959963984540054
-    for k in {0, 1, n // 3, n // 2, n - 1, n}:
-        middle, spread = (k + z * z / 2) / (n + z * z), z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
-        low, high = wilson(k, n)
-        assert (low, high) == pytest.approx((middle - spread, middle + spread), abs=1e-12)
-        assert 0 <= low <= k / n <= high <= 1
 
 
 def test_a_record_holds_the_keys_of_the_schema_in_types_that_json_keeps():

@@ -8,11 +8,11 @@ from rich.console import Console
 from scipy.stats import binomtest, multinomial
 
 from robustkit.bench import Case
-from robustkit.bench.comparison.compare import mcnemar
 from robustkit.bench.execution.preview import Preview
 from robustkit.bench.reporting.table import preview_table
-from robustkit.bench.results.record import wilson
-from robustkit.bench.statistics.power import DISCORDANT, POWER, images_for, power, smallest_difference
+from robustkit.bench.statistics.intervals import wilson
+from robustkit.bench.statistics.paired_tests import mcnemar
+from robustkit.bench.statistics.power import DISCORDANT, POWER, minimum_detectable_difference, power, sample_size
 
 
 @pytest.mark.parametrize(("n", "difference", "discordant"), [(20, 0.3, 0.4), (25, 0.05, 0.1), (12, 0.8, 0.8), (24, 0.0, 0.5)])
@@ -33,9 +33,9 @@ def test_without_a_difference_hardly_anything_is_found_and_a_certain_one_always(
     assert power(6, 1.0) == pytest.approx(1.0)
 
 
-def test_a_simulated_comparison_finds_the_smallest_difference_in_80_of_100_runs():
+def test_a_simulated_comparison_finds_the_minimum_detectable_difference_in_80_of_100_runs():
     n, rng = 400, np.random.default_rng(0)
-    found = smallest_difference(n)
+    found = minimum_detectable_difference(n)
     assert found < DISCORDANT
     shares = (DISCORDANT + found) / 2, (DISCORDANT - found) / 2, 1 - DISCORDANT
     draws = rng.multinomial(n, shares, size=2000)
@@ -44,12 +44,12 @@ def test_a_simulated_comparison_finds_the_smallest_difference_in_80_of_100_runs(
 
 
 def test_more_images_find_less_and_half_of_it_takes_some_four_times_as_many():
-    found = [smallest_difference(n) for n in (20, 100, 1000, 10_000)]
+    found = [minimum_detectable_difference(n) for n in (20, 100, 1000, 10_000)]
     assert found == sorted(found, reverse=True)
-    assert [smallest_difference(n) for n in (1, 5)] == [None, None]
+    assert [minimum_detectable_difference(n) for n in (1, 5)] == [None, None]
     for n in (1000, 10_000):
-        assert images_for(smallest_difference(n)) == pytest.approx(n, rel=0.03)
-        assert 3.5 * n < images_for(smallest_difference(n) / 2) < 4.3 * n
+        assert sample_size(minimum_detectable_difference(n)) == pytest.approx(n, rel=0.03)
+        assert 3.5 * n < sample_size(minimum_detectable_difference(n) / 2) < 4.3 * n
 
 
 def told(n):
@@ -65,8 +65,10 @@ def test_the_advice_before_a_run_gives_the_interval_and_the_difference_that_it_c
     assert f"at most {100 * (high - low):.1f} points wide, {50 * (high - low):.1f} to either side at 50 %" in text
     assert "interval (Wilson)" in text
     assert "over the choice of images; the rate itself is an upper bound on robustness" in text
-    assert f"a difference of {100 * smallest_difference(1000):.1f} points is found with a chance of 80 %" in text
+    assert f"a difference of {100 * minimum_detectable_difference(1000):.1f} points is found with a chance of 80 %" in text
     assert "if they decide 10 % of the images differently" in text
     assert "Half of that difference would take 3,900 images." in text
-    assert f"decide {100 * smallest_difference(20):.0f} % of the images" in told(20)  # as many as the difference needs
+    assert f"decide {100 * minimum_detectable_difference(20):.0f} % of the images" in told(
+        20
+    )  # at least the difference
     assert "Too few images to compare two models" in told(5)

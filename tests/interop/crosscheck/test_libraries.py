@@ -1,4 +1,4 @@
-"""The cross-check finds agreement where there is one, and every disagreement that is put before it."""
+"""The cross-check reports agreement and disagreement with other libraries."""
 
 import copy
 import io
@@ -15,12 +15,12 @@ from robustkit import FGSM, L1, L2, PGD, Linf, Pixels, data, zoo
 from robustkit._engine.state_guard import random_state
 from robustkit.commands import crosscheck as command
 from robustkit.errors import ArgumentError
-from robustkit.interop.crosscheck import autoattack as duels
+from robustkit.interop.crosscheck import autoattack
 from robustkit.interop.crosscheck import libraries as module
-from robustkit.interop.crosscheck.cases import MARGIN, PEERS, Case
-from robustkit.interop.crosscheck.libraries import DIFFERENCES, crosscheck, peers, table
+from robustkit.interop.crosscheck.cases import LIBRARIES, MARGIN, Case
+from robustkit.interop.crosscheck.libraries import DIFFERENCES, comparison_table, crosscheck, library_versions
 
-INSTALLED = [name for name, version in peers().items() if version]
+INSTALLED = [name for name, version in library_versions().items() if version]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_foolbox_agrees_on_the_shipped_models(name):
     rows = crosscheck(zoo.load(name), part.x, part.y, eps=(1 / 255, 8 / 255, 0.1, 0.3), eps_l2=(0.25,), libraries=["foolbox"])
     random = [row for row in rows if "random" in row.attack]
     linf = [row for row in rows if row.threat.startswith("linf") and row not in random]
-    assert [(row.verdict, row.largest, row.n) for row in linf] == [("equal", 0.0, 256)] * 4 * 5
+    assert [(row.verdict, row.max_difference, row.n) for row in linf] == [("equal", 0.0, 256)] * 4 * 5
     l2 = [row for row in rows if row.threat.startswith("l2") and row not in random]
     assert len(l2) == 4
     assert all(row.verdict in ("equal", "close") and len(row.differing) <= 2 for row in l2)
@@ -54,7 +54,7 @@ def test_foolbox_agrees_on_the_shipped_models(name):
 
 
 @pytest.mark.parametrize("row_of", ["FGSM", "FGSM, least likely class", "BIM", "PGD", "PGD, least likely class"])
-def test_linf_equals_every_library_but_for_known_roundings(rows, row_of):
+def test_linf_results_equal_every_library_except_for_known_rounding(rows, row_of):
     found = [row for row in rows if row.attack == row_of and row.threat.startswith("linf")]
     assert len(found) == 2 * len(INSTALLED)
     for row in found:
@@ -62,25 +62,25 @@ def test_linf_equals_every_library_but_for_known_roundings(rows, row_of):
         assert row.verdict in (("equal", "close") if rounded else ("equal",))
 
 
-def test_l2_is_close_and_what_is_not_is_listed(rows):
+def test_l2_results_are_close_or_differ_by_design(rows):
     found = [row for row in rows if row.threat.startswith("l2") and "random" not in row.attack]
     assert {row.attack for row in found if row.library == "foolbox"} == {"FGM", "BIM", "PGD", "PGD at the edge of the box"}
     for row in found:
         assert row.verdict in ("equal", "close", "by design")
         assert (row.verdict == "by design") <= (row.library == "art" and "edge" in row.attack and bool(row.reason))
         assert len(row.differing) <= 0.02 * row.n or row.verdict == "by design"
-        assert bool(row.differing) == (row.largest > 1e-6)
+        assert bool(row.differing) == (row.max_difference > 1e-6)
 
 
-def test_no_l2_change_below_the_margin_reaches_the_edge(rows):
+def test_interior_l2_cases_stay_below_the_margin(rows):
     interior = [row for row in rows if row.attack in ("FGM", "BIM", "PGD") and row.threat.startswith("l2")]
     assert {float(row.threat.split(":")[1]) for row in interior} == {0.25}
     assert MARGIN > 0.25
 
 
 @pytest.fixture
-def only(monkeypatch, trained):
-    """The one row that a single case gives against foolbox."""
+def compare_one(monkeypatch, trained):
+    """Return the row of a single case against foolbox."""
 
     def run(case, **fields):
         monkeypatch.setattr(module, "cases", lambda threat: [replace(case, threat=threat, **fields)])
@@ -93,60 +93,60 @@ def only(monkeypatch, trained):
 PGD_CASE = Case("PGD", PGD(random_start=False), Linf(0.1), 40, 2.5 / 40)
 
 
-def test_the_smallest_change_of_a_step_is_found(only):
-    assert only(PGD_CASE).verdict == "equal"
-    row = only(PGD_CASE, fraction=2.5 / 40 * (1 + 1e-6))
+def test_a_tiny_difference_in_step_size_is_detected(compare_one):
+    assert compare_one(PGD_CASE).verdict == "equal"
+    row = compare_one(PGD_CASE, fraction=2.5 / 40 * (1 + 1e-6))
     assert row.verdict == "differs"
     assert not row.ok
-    assert 0 < row.largest < 1e-5
+    assert 0 < row.max_difference < 1e-5
     assert row.differing
 
 
-def test_another_attack_on_a_wanted_class_is_found(only):
-    assert only(PGD_CASE, targeted=True).verdict == "equal"
-    assert only(PGD_CASE, targeted=True, ours=FGSM()).verdict == "differs"
+def test_another_targeted_attack_is_detected(compare_one):
+    assert compare_one(PGD_CASE, targeted=True).verdict == "equal"
+    assert compare_one(PGD_CASE, targeted=True, ours=FGSM()).verdict == "differs"
 
 
-def test_a_weaker_random_attack_is_found(only):
+def test_a_weaker_random_attack_is_detected(compare_one):
     case = Case("PGD, random start", PGD(), Linf(0.1), 40, 2.5 / 40, random_start=True)
-    assert only(case).verdict == "same rate"
-    row = only(case, ours=PGD(steps=1, reach=0.01))
+    assert compare_one(case).verdict == "same rate"
+    row = compare_one(case, ours=PGD(steps=1, reach=0.01))
     assert row.verdict == "differs"
     assert row.p_value < 0.001
     assert row.only_theirs > row.only_ours + 10
 
 
-@pytest.mark.parametrize(("won_by_us", "won_by_them"), [(0, 0), (1, 0), (3, 9), (9, 3), (0, 6), (4, 4)])
-def test_the_p_value_is_that_of_a_fair_coin(won_by_us, won_by_them):
+@pytest.mark.parametrize(("only_ours", "only_theirs"), [(0, 0), (1, 0), (3, 9), (9, 3), (0, 6), (4, 4)])
+def test_the_p_value_is_the_exact_binomial_one(only_ours, only_theirs):
     x, at = torch.zeros(20, 1), torch.arange(20)
-    won = [at < won_by_us, (at >= 10) & (at < 10 + won_by_them)]
-    row = module._row("foolbox", replace(PGD_CASE, random_start=True), x, x, won)
-    n, k = won_by_us + won_by_them, min(won_by_us, won_by_them)
-    assert (row.only_ours, row.only_theirs) == (won_by_us, won_by_them)
+    success = [at < only_ours, (at >= 10) & (at < 10 + only_theirs)]
+    row = module._row("foolbox", replace(PGD_CASE, random_start=True), x, x, success)
+    n, k = only_ours + only_theirs, min(only_ours, only_theirs)
+    assert (row.only_ours, row.only_theirs) == (only_ours, only_theirs)
     assert row.p_value == pytest.approx(min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n))
 
 
-def test_one_example_in_a_hundred_may_part_in_l2_but_not_in_linf():
-    ours, won = torch.zeros(100, 3), [torch.ones(100, dtype=torch.bool)] * 2
+def test_one_percent_of_examples_may_differ_in_l2_but_not_in_linf():
+    ours, success = torch.zeros(100, 3), [torch.ones(100, dtype=torch.bool)] * 2
     theirs, l2 = ours.clone(), replace(PGD_CASE, threat=module.L2(0.1))
     theirs[5, 1] = 1e-3
-    linf_row, l2_row = (module._row("foolbox", case, ours, theirs, won) for case in (PGD_CASE, l2))
+    linf_row, l2_row = (module._row("foolbox", case, ours, theirs, success) for case in (PGD_CASE, l2))
     assert (linf_row.verdict, l2_row.verdict) == ("differs", "close")
     assert linf_row.differing == l2_row.differing == (5,)
-    lost = [won[0], torch.arange(100) != 5]
-    assert module._row("foolbox", l2, ours, theirs, lost).verdict == "differs"
+    failed_on_one = [success[0], torch.arange(100) != 5]
+    assert module._row("foolbox", l2, ours, theirs, failed_on_one).verdict == "differs"
     theirs[:3] = 1e-3
-    assert module._row("foolbox", l2, ours, theirs, won).verdict == "differs"
+    assert module._row("foolbox", l2, ours, theirs, success).verdict == "differs"
 
 
-def test_the_rates_are_the_shares_of_wrong_answers(rows, trained):
+def test_success_rates_are_misclassification_rates(rows, trained):
     net, x, y = trained
     expected = FGSM()(net, x, y, threat=Linf(0.2), keep="last").success.double().mean()
     row = next(r for r in rows if (r.library, r.attack, r.threat) == ("foolbox", "FGSM", "linf:0.2"))
     assert row.ours == row.theirs == float(expected)
 
 
-def test_the_world_is_left_as_found(trained):
+def test_model_random_state_and_inputs_are_restored(trained):
     net, x, y = copy.deepcopy(trained[0]).train(), *trained[1:]
     net[0].eval()
     for parameter in net.parameters():
@@ -160,34 +160,34 @@ def test_the_world_is_left_as_found(trained):
     assert torch.equal(x, images)
 
 
-def test_absent_libraries_are_listed_and_passed_over(monkeypatch, trained):
+def test_missing_libraries_are_listed_and_skipped(monkeypatch, trained):
     monkeypatch.setitem(sys.modules, "torchattacks", None)
     monkeypatch.setitem(sys.modules, "art.attacks.evasion", None)
-    assert list(peers()) == list(PEERS)
-    assert {name for name, version in peers().items() if version} == {"foolbox"}
+    assert list(library_versions()) == list(LIBRARIES)
+    assert {name for name, version in library_versions().items() if version} == {"foolbox"}
     assert {row.library for row in crosscheck(*trained, eps=(0.1,), eps_l2=())} == {"foolbox"}
     with pytest.raises(ArgumentError, match="'art' is not among those installed"):
         crosscheck(*trained, libraries=["foolbox", "art"])
 
 
-def test_nothing_to_compare_is_refused(trained):
+def test_empty_inputs_are_refused(trained):
     net, x, y = trained
     with pytest.raises(ArgumentError, match="x is empty"):
         crosscheck(net, x[:0], y[:0])
 
 
-def test_known_differences_name_what_is_compared():
+def test_known_differences_name_compared_attacks():
     compared = {case.name for threat in (Linf(0.1), module.L2(0.1)) for case in module.cases(threat)}
     assert {d.attack for d in DIFFERENCES} - {""} <= compared
-    assert {d.library for d in DIFFERENCES} <= set(PEERS)
-    assert not [d for d in DIFFERENCES if d.library == "foolbox" and d.attack]  # foolbox gets no excuse
+    assert {d.library for d in DIFFERENCES} <= set(LIBRARIES)
+    assert not [d for d in DIFFERENCES if d.library == "foolbox" and d.attack]  # no known difference excuses foolbox
 
 
 @pytest.mark.parametrize("width", [80, 250])
-def test_the_table_shows_every_row_and_marks_the_bad_ones(rows, width):
+def test_the_table_shows_every_row_and_marks_disagreement(rows, width):
     bad = replace(rows[0], verdict="differs", only_ours=7, threat="linf:9")
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(table([*rows, bad]))
+    console.print(comparison_table([*rows, bad]))
     text = console.export_text()
     body = text.partition("\n[1]")[0]
     everyone = [*rows, bad]
@@ -202,45 +202,45 @@ def test_the_table_shows_every_row_and_marks_the_bad_ones(rows, width):
 
 # AutoAttack
 
-needs_autoattack = pytest.mark.skipif(duels.autoattack_version() is None, reason="pyautoattack is not installed")
+needs_autoattack = pytest.mark.skipif(autoattack.autoattack_version() is None, reason="pyautoattack is not installed")
 
 
 @pytest.fixture(scope="module")
 def from_autoattack(trained):
-    """What AutoAttack makes of six images, of which one is wrong before."""
+    """Run AutoAttack on six images, one of them misclassified before."""
     net, x, y = trained
     with torch.no_grad():
         right = net(x).argmax(1) == y
     at = torch.cat([right.nonzero().squeeze(1)[:5], (~right).nonzero().squeeze(1)[:1]])
-    return net, x[at], y[at], *duels.autoattack(net, x[at], y[at], Linf(0.12), seed=1)
+    return net, x[at], y[at], *autoattack.run_autoattack(net, x[at], y[at], Linf(0.12), seed=1)
 
 
 @needs_autoattack
-def test_autoattack_and_ours_are_told_image_by_image(from_autoattack, monkeypatch):
+def test_autoattack_and_our_attack_are_compared_image_by_image(from_autoattack, monkeypatch):
     net, x, y, x_adv, claimed = from_autoattack
-    monkeypatch.setattr(duels, "autoattack", lambda *args: (x_adv, claimed))
-    found = duels.duel(net, x, y, Linf(0.12), ours=FGSM(), seed=1)
+    monkeypatch.setattr(autoattack, "run_autoattack", lambda *args: (x_adv, claimed))
+    found = autoattack.compare_with_autoattack(net, x, y, Linf(0.12), ours=FGSM(), seed=1)
     mine = FGSM()(net, x, y, threat=Linf(0.12), seed=1).x_adv
-    told = {"both": [], "ours": [], "theirs": [], "neither": []}
+    expected = {"both": [], "ours": [], "theirs": [], "neither": []}
     for i in range(len(x)):
-        won = [int(net(images[i : i + 1]).argmax()) != int(y[i]) for images in (mine, x_adv)]
+        success = [int(net(images[i : i + 1]).argmax()) != int(y[i]) for images in (mine, x_adv)]
         assert float((x_adv[i] - x[i]).abs().max()) <= 0.12 + 1e-6
-        told[{(1, 1): "both", (1, 0): "ours", (0, 1): "theirs", (0, 0): "neither"}[tuple(map(int, won))]].append(i)
-    assert (found.both, found.neither) == (len(told["both"]), len(told["neither"]))
-    assert (found.only_ours, found.only_theirs) == (tuple(told["ours"]), tuple(told["theirs"]))
+        expected[{(1, 1): "both", (1, 0): "ours", (0, 1): "theirs", (0, 0): "neither"}[tuple(map(int, success))]].append(i)
+    assert (found.both, found.neither) == (len(expected["both"]), len(expected["neither"]))
+    assert (found.only_ours, found.only_theirs) == (tuple(expected["ours"]), tuple(expected["theirs"]))
     assert (found.rejected, found.n, found.threat) == ((), 6, "linf:0.12")
     assert bool(claimed[5])
-    assert found.only_theirs  # so that something is told at all: one step is weaker
+    assert found.only_theirs  # the test compares something: one step is weaker
 
 
-def asked(monkeypatch, trained, x_adv, claimed):
-    """A duel with an AutoAttack that returns this, against nothing at all on our side."""
+def compare_with_fake(monkeypatch, trained, x_adv, claimed):
+    """Compare a fake AutoAttack that returns these values with an attack of ours that changes nothing."""
     net, x, y = trained
-    monkeypatch.setattr(duels, "autoattack", lambda *args: (x_adv, torch.tensor(claimed)))
-    return duels.duel(net, x, y, Linf(0.05), ours=PGD(steps=1, reach=1e-9, random_start=False))
+    monkeypatch.setattr(autoattack, "run_autoattack", lambda *args: (x_adv, torch.tensor(claimed)))
+    return autoattack.compare_with_autoattack(net, x, y, Linf(0.05), ours=PGD(steps=1, reach=1e-9, random_start=False))
 
 
-def test_what_autoattack_returns_is_judged_by_us(monkeypatch, trained):
+def test_autoattack_results_are_judged_by_us(monkeypatch, trained):
     net, x, y = trained
     with torch.no_grad():
         right = (net(x).argmax(1) == y).nonzero().squeeze(1)
@@ -250,17 +250,17 @@ def test_what_autoattack_returns_is_judged_by_us(monkeypatch, trained):
     wrong = (net(good).argmax(1) != y).nonzero().squeeze(1)
     at = torch.cat([far.success.nonzero().squeeze(1)[:3], wrong[:1]])
     x_adv = torch.stack([far.x_adv[at[0]], x[at[1]], torch.full_like(x[0], torch.nan), good[at[3]]])
-    found = asked(monkeypatch, (net, x[at], y[at]), x_adv, [True, True, True, True])
+    found = compare_with_fake(monkeypatch, (net, x[at], y[at]), x_adv, [True, True, True, True])
     assert (found.both, found.only_theirs, found.only_ours, found.neither) == (0, (3,), (), 3)
-    assert found.rejected == (0, 1, 2)  # too far, right after all, no image
+    assert found.rejected == (0, 1, 2)  # too far, classified correctly, not finite
     low = x[at[:1]].clone()
-    low[0, 0, 0, 0] = -1e-3  # a hair outside of the box
-    found = asked(monkeypatch, (Wrong(), x[at[:1]], y[at[:1]]), low, [True])
+    low[0, 0, 0, 0] = -1e-3  # slightly outside the box
+    found = compare_with_fake(monkeypatch, (Wrong(), x[at[:1]], y[at[:1]]), low, [True])
     assert (found.both, found.only_ours, found.rejected) == (0, (0,), (0,))
 
 
 class Wrong(torch.nn.Module):
-    """Is wrong about everything: the best class is the eleventh."""
+    """Predicts an eleventh class for every input."""
 
     def forward(self, x):
         return torch.nn.functional.one_hot(torch.full((len(x),), 10), 11).float() + 0 * x.flatten(1).sum(1, keepdim=True)
@@ -277,19 +277,19 @@ class Wrong(torch.nn.Module):
         (L2(1.0), 10, (1, 16), "N, C, H, W"),
     ],
 )
-def test_what_autoattack_cannot_be_asked_is_refused_before_it_runs(threat, classes, shape, word):
+def test_unsupported_requests_to_autoattack_are_refused_before_it_runs(threat, classes, shape, word):
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, classes))
     x, y = torch.rand(shape), torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ArgumentError, match=word):
-        duels.duel(net, x, y, threat)
+        autoattack.compare_with_autoattack(net, x, y, threat)
 
 
-def test_autoattack_aims_at_no_more_classes_than_there_are_and_leaves_the_world_alone(monkeypatch, trained):
+def test_autoattack_targets_at_most_the_existing_classes_and_state_is_restored(monkeypatch, trained):
     seen, tracer = {}, sys.gettrace()
 
     class Fake:
-        def __init__(self, model, **said):
-            seen.update(said, model=model)
+        def __init__(self, model, **options):
+            seen.update(options, model=model)
             self.apgd_targeted, self.fab = (SimpleNamespace(n_target_classes=9) for _ in range(2))
 
         def run_standard_evaluation(self, x, y, batch_size):
@@ -300,7 +300,7 @@ def test_autoattack_aims_at_no_more_classes_than_there_are_and_leaves_the_world_
             x += 7
             return x, y
 
-    monkeypatch.setattr(duels, "load_autoattack", lambda: SimpleNamespace(AutoAttack=Fake))
+    monkeypatch.setattr(autoattack, "load_autoattack", lambda: SimpleNamespace(AutoAttack=Fake))
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 5))
     x, state = trained[1][:4].clone(), random_state()
 
@@ -309,7 +309,7 @@ def test_autoattack_aims_at_no_more_classes_than_there_are_and_leaves_the_world_
 
     sys.settrace(trace)
     try:
-        found = duels.duel(net, x, torch.zeros(4, dtype=torch.int64), L1(2.0), ours=FGSM(), seed=3)
+        found = autoattack.compare_with_autoattack(net, x, torch.zeros(4, dtype=torch.int64), L1(2.0), ours=FGSM(), seed=3)
         assert sys.gettrace() is trace
     finally:
         sys.settrace(tracer)
@@ -325,32 +325,32 @@ def test_autoattack_aims_at_no_more_classes_than_there_are_and_leaves_the_world_
 @pytest.mark.parametrize(
     ("ours", "theirs", "ok"), [(0, 10, True), (0, 12, False), (12, 0, True), (3, 20, False), (9, 14, True)]
 )
-def test_to_be_weaker_than_autoattack_beyond_chance_is_no_agreement(ours, theirs, ok):
+def test_being_significantly_weaker_than_autoattack_is_not_ok(ours, theirs, ok):
     n = ours + theirs
     p = min(1.0, 2 * sum(math.comb(n, i) for i in range(min(ours, theirs) + 1)) / 2**n)
-    one = duels.Duel("linf:0.1", 50, 0, tuple(range(ours)), tuple(range(20, 20 + theirs)), 0, (), p)
+    one = autoattack.AutoAttackComparison("linf:0.1", 50, 0, tuple(range(ours)), tuple(range(20, 20 + theirs)), 0, (), p)
     assert one.ok is ok
-    assert ok or p < duels.LEVEL
+    assert ok or p < autoattack.LEVEL
 
 
-def test_every_image_that_one_alone_solves_is_listed_by_number():
-    one = duels.Duel("l2:1", 99, 5, (3,), tuple(range(40, 65)), 1, (7, 8), 0.01)
+def test_images_that_only_one_attack_solves_are_listed_by_index():
+    one = autoattack.AutoAttackComparison("l2:1", 99, 5, (3,), tuple(range(40, 65)), 1, (7, 8), 0.01)
     console = Console(width=400, record=True, file=io.StringIO())
-    console.print(duels.duel_lines([one]))
+    console.print(autoattack.format_comparisons([one]))
     text = console.export_text()
-    assert "l2:1, first 99 images: both solve 5, only Standard 1, only AutoAttack 25, nobody 1; p = 0.01" in text
+    assert "l2:1, first 99 images: both solve 5, only Standard 1, only AutoAttack 25, neither 1; p = 0.01" in text
     assert "only Standard solves image 3\n" in text
     assert f"only AutoAttack solves images {', '.join(map(str, range(40, 60)))} and 5 more" in text
-    assert "AutoAttack calls solved, and we do not: images 7, 8" in text
+    assert "AutoAttack reports as solved, but are not: images 7, 8" in text
 
 
-def test_the_command_says_why_autoattack_was_not_run(monkeypatch, trained):
+def test_the_command_reports_why_autoattack_was_not_run(monkeypatch, trained):
     part = SimpleNamespace(x=trained[1], y=trained[2])
     console = Console(width=200, record=True, file=io.StringIO())
     monkeypatch.setattr(command, "autoattack_version", lambda: "0.2.0")
     three = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
-    assert command._duels(three, part, 4, console)
+    assert command._run_autoattack(three, part, 4, console)
     assert "AutoAttack was not run: AutoAttack needs at least 4 classes" in console.export_text()
     monkeypatch.setattr(command, "autoattack_version", lambda: None)
-    assert command._duels(three, part, 4, console)
+    assert command._run_autoattack(three, part, 4, console)
     assert console.export_text() == ""

@@ -1,4 +1,4 @@
-"""How the checks run hypothesis: one law after another, counting the cases."""
+"""Run one law on cases that hypothesis generates, and count them."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from typing import Any
 
 from robustkit.errors import MissingExtraError
 
-__all__ = ["holds"]
+__all__ = ["check_law"]
 
 
-def holds(law: Callable[..., None], about: object, cases: Any, examples: int | None) -> int:  # Any: a strategy
-    """Run `law(about, case)` on generated cases and return how many there were.
+def check_law(law: Callable[..., None], subject: object, cases: Any, examples: int | None) -> int:  # Any: a strategy
+    """Run `law(subject, case)` on generated cases and return their number.
 
     Args:
-        law: Raises AssertionError where it is violated; its docstring states it.
-        about: What the law is about: an attack, a goal.
+        law: Raises AssertionError if it is violated; the first line of its docstring states it.
+        subject: The attack, threat, goal or defence under test.
         cases: A hypothesis strategy.
-        examples: How many cases at most; None takes the number of the active hypothesis profile.
+        examples: The largest number of cases; None uses that of the active hypothesis profile.
 
     Raises:
+        AssertionError: The law is violated; a note names the law and the subject.
         MissingExtraError: hypothesis is not installed.
     """
     try:
@@ -38,11 +39,11 @@ def holds(law: Callable[..., None], about: object, cases: Any, examples: int | N
     def run(case: object) -> None:
         nonlocal count
         count += 1
-        law(about, case)
+        law(subject, case)
 
     try:
         run()
     except Exception as failure:
-        failure.add_note(f"{about} breaks the law {law.__name__}: {(law.__doc__ or '').splitlines()[0]}")
+        failure.add_note(f"{subject} breaks the law {law.__name__}: {(law.__doc__ or '').splitlines()[0]}")
         raise
     return count
