@@ -1,1 +1,1 @@
-"""Measurements beside the peers, in one run each; the results are committed as files."""
+"""Comparisons with other libraries; each script writes a result file, which is committed."""

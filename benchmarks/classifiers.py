@@ -1,10 +1,10 @@
-"""The classifiers that evaluations are compared on: those that ship, and others trained here in a few minutes each.
+"""Classifiers for the benchmarks: the shipped models, and others that this script trains in a few minutes each.
 
     OMP_NUM_THREADS=1 python -m benchmarks.classifiers [--train FILE.npz --data FILE.npz]
 
-Standard and adversarial training (Madry et al. 2018), TRADES (Zhang et al. 2019, here at the points of largest cross-entropy
-instead of largest divergence), Linf and L2, on real digits and, where the files are given, on colours. Weights are kept in a
-folder for temporary files, by a hash of the recipe.
+Standard and adversarial training (Madry et al. 2018) and TRADES (Zhang et al. 2019; here the attack maximises the cross-entropy
+instead of the divergence), in Linf and L2, on real digits and, if the files are given, on colour images. Weights are cached in
+the folder for temporary files, by a hash of the recipe.
 """
 
 from __future__ import annotations
@@ -28,25 +28,27 @@ from robustkit.attack import Attack
 from robustkit.threats import Threat
 from robustkit.training import fit, madry, standard
 from robustkit.zoo.nets import digits_mlp, mnist_cnn
-from robustkit.zoo.recipes import Batches
+from robustkit.zoo.recipes import ShiftedBatches
 
-__all__ = ["CLASSIFIERS", "Classifier", "made"]
+__all__ = ["CLASSIFIERS", "Classifier", "trained_classifier"]
 
 _COLOURS = "colours"
-_WARM = 0.3  # of the epochs, in which eps grows
+_WARMUP = 0.3  # share of the epochs in which eps grows
 
 
 def trades(
     model: nn.Module, x: Tensor, y: Tensor, *, attack: Attack, threat: Threat, weight: float = 6.0, seed: int = 0
 ) -> Tensor:
-    """Cross-entropy on clean inputs, and `weight` times how far the answers at attacked ones diverge from them."""
+    """Cross-entropy on clean inputs plus `weight` times the KL divergence between clean and adversarial predictions."""
     x_adv = attack.perturb(model, x, y, threat=threat, seed=seed)
-    clean, attacked = model(x).log_softmax(1), model(x_adv).log_softmax(1)
-    return functional.nll_loss(clean, y) + weight * functional.kl_div(attacked, clean, reduction="batchmean", log_target=True)
+    clean, adversarial = model(x).log_softmax(1), model(x_adv).log_softmax(1)
+    return functional.nll_loss(clean, y) + weight * functional.kl_div(
+        adversarial, clean, reduction="batchmean", log_target=True
+    )
 
 
 def wide_digits() -> nn.Module:
-    """Twice the channels of the shipped net, (N, 1, 28, 28) -> (N, 10); 351,786 parameters."""
+    """A net with twice the channels of the shipped one, (N, 1, 28, 28) -> (N, 10); 351,786 parameters."""
     return nn.Sequential(
         nn.Conv2d(1, 32, 4, stride=2, padding=1),
         nn.ReLU(),
@@ -60,7 +62,7 @@ def wide_digits() -> nn.Module:
 
 
 def colour_cnn() -> nn.Module:
-    """Four convolutions, two with a stride, (N, 3, 32, 32) -> (N, 10)."""
+    """A net with three convolutions, two of them strided, (N, 3, 32, 32) -> (N, 10)."""
     return nn.Sequential(
         nn.Conv2d(3, 16, 4, stride=2, padding=1),
         nn.ReLU(),
@@ -77,16 +79,16 @@ def colour_cnn() -> nn.Module:
 
 @dataclass(frozen=True)
 class Classifier:
-    """A model, its data, and the threat that it is held to.
+    """A model, its data, and its threat.
 
     Attributes:
-        name: What the tables call it; of a model that ships, its name in the zoo comes first.
-        data: The spec of the data, or "colours" for the files given.
-        threat: What may change.
-        net: Makes the untrained network; None for a model that ships.
-        loss: What it is trained with; None for cross-entropy on clean images.
-        epochs: Passes over the training images.
-        steps: Of the PGD that it is trained against.
+        name: Name in the tables; for a shipped model, the first word is its name in the zoo.
+        data: The spec of the data, or "colours" for the given files.
+        threat: The threat of training and evaluation.
+        net: Makes the untrained network; None for a shipped model.
+        loss: The training loss; None for cross-entropy on clean images.
+        epochs: Number of epochs.
+        steps: Number of steps of the PGD attack in training.
     """
 
     name: str
@@ -99,7 +101,7 @@ class Classifier:
 
     @property
     def hardened(self) -> bool:
-        """Whether it was trained against attacks."""
+        """Whether it is adversarially trained."""
         return self.loss is not None or self.name.startswith("mnist-cnn-robust")
 
 
@@ -117,15 +119,15 @@ CLASSIFIERS = (
 )
 
 
-def made(
+def trained_classifier(
     one: Classifier, train: str | None = None, test: str | None = None, count: int = 200
 ) -> tuple[nn.Module, Tensor, Tensor]:
-    """The trained model in evaluation mode and its first `count` held-out images with their labels."""
-    held = data.load(f"npz:{test}" if one.data == _COLOURS else one.data).part(limit=count)
+    """Return the trained model in evaluation mode, and its first `count` held-out images with labels."""
+    test_data = data.load(f"npz:{test}" if one.data == _COLOURS else one.data).part(limit=count)
     if one.net is None:
-        return zoo.load(one.name.split()[0]), held.x, held.y
-    word = hashlib.sha256(repr((one.name, one.threat, one.epochs, one.steps)).encode()).hexdigest()[:12]
-    file = Path(tempfile.gettempdir()) / "robustkit-classifiers" / f"{one.name.replace(' ', '-')}-{word}.safetensors"
+        return zoo.load(one.name.split()[0]), test_data.x, test_data.y
+    digest = hashlib.sha256(repr((one.name, one.threat, one.epochs, one.steps)).encode()).hexdigest()[:12]
+    file = Path(tempfile.gettempdir()) / "robustkit-classifiers" / f"{one.name.replace(' ', '-')}-{digest}.safetensors"
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = one.net()
@@ -135,39 +137,41 @@ def made(
             _train(net, one, data.load(f"npz:{train}" if one.data == _COLOURS else f"{one.data}:train"))
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file(net.state_dict(), file)
-    return net.eval(), held.x, held.y
+    return net.eval(), test_data.x, test_data.y
 
 
 def _train(net: nn.Module, one: Classifier, images: data.Data) -> None:
-    batches = Batches(images, 100, 0 if one.data == "digits" else 2, 0)
+    batches = ShiftedBatches(images, 100, 0 if one.data == "digits" else 2, 0)
     optimizer = torch.optim.Adam(net.parameters())
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=one.epochs * len(batches))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=one.epochs * len(batches))
     for epoch in range(one.epochs):
-        share = min(1.0, (epoch + 1) / (_WARM * one.epochs))
+        share = min(1.0, (epoch + 1) / (_WARMUP * one.epochs))
         loss: Callable[..., Tensor] = standard
         if one.loss is not None:
             threat = replace(one.threat, eps=share * float(one.threat.eps))
             loss = partial(one.loss, attack=PGD(steps=one.steps), threat=threat)
-        fit(net, batches, loss=loss, optimizer=optimizer, epochs=1, schedule=cycle, seed=epoch)
+        fit(net, batches, loss=loss, optimizer=optimizer, epochs=1, schedule=schedule, seed=epoch)
 
 
 def main() -> None:
-    """Train or load each, and say how good it is."""
+    """Train or load each classifier, and print its accuracies."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--train", help="npz file with x (N, 32, 32, 3) bytes and y; without it there are no colours")
-    parser.add_argument("--data", help="the same for images that the nets have not seen")
+    parser.add_argument(
+        "--train", help="npz file with x (N, 32, 32, 3) bytes and y; without it, the models for colour images are skipped"
+    )
+    parser.add_argument("--data", help="the same format, with held-out images")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for one in CLASSIFIERS:
         if one.data == _COLOURS and not options.train:
             continue
         start = time.perf_counter()
-        net, x, y = made(one, options.train, options.data, 1000)
-        spent = time.perf_counter() - start
+        net, x, y = trained_classifier(one, options.train, options.data, 1000)
+        seconds = time.perf_counter() - start
         with torch.no_grad():
             clean = float((net(x).argmax(1) == y).float().mean())
         robust = 1 - float(PGD()(net, x[:200], y[:200], threat=one.threat).success.float().mean())
-        print(f"{one.name:<18} {one.threat!r:<40} clean {clean:.1%}, under PGD-40 {robust:.1%}, {spent:.0f} s", flush=True)
+        print(f"{one.name:<18} {one.threat!r:<40} clean {clean:.1%}, under PGD-40 {robust:.1%}, {seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Two small nets for 32 x 32 colours, trained here in a minute or two on one thread and kept in a file.
+"""Two small nets for 32 x 32 colour images; this script trains and caches them in one or two minutes on one thread.
 
     OMP_NUM_THREADS=1 python -m benchmarks.colour_net --train FILE.npz --data FILE.npz [--kind residual]
 
-No colour net ships with the package; what needs one (attacks on single pixels, above all) trains it with this.
+The package ships no net for colour images; benchmarks that need one, such as those of pixel attacks, use this module.
 """
 
 from __future__ import annotations
@@ -20,25 +20,30 @@ from torch import Tensor, nn
 from robustkit import Normalize, data
 from robustkit.zoo.cards import sha256
 
-__all__ = ["KINDS", "accuracy", "colour_net", "images"]
+__all__ = ["KINDS", "accuracy", "colour_net", "images", "residual_body"]
 
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.244, 0.262)
 BATCH, RATE, DECAY = 100, 0.003, 0.02
 
 
-class _Residual(nn.Module):
-    """h + conv(relu(conv(relu(h)))), the first convolution with a stride, batch norm before each."""
+def residual_body(before: int, after: int, stride: int) -> nn.Module:
+    """Return the layers of a pre-activation residual block, (N, before, H, W) -> (N, after, H / stride, W / stride)."""
+    return nn.Sequential(
+        nn.BatchNorm2d(before),
+        nn.ReLU(),
+        nn.Conv2d(before, after, 3, stride, 1, bias=False),
+        nn.BatchNorm2d(after),
+        nn.ReLU(),
+        nn.Conv2d(after, after, 3, padding=1, bias=False),
+    )
+
+
+class _ResidualBlock(nn.Module):
+    """h + conv(relu(bn(conv(relu(bn(h)))))), with a strided first convolution."""
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            nn.BatchNorm2d(before),
-            nn.ReLU(),
-            nn.Conv2d(before, after, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(after),
-            nn.ReLU(),
-            nn.Conv2d(after, after, 3, padding=1, bias=False),
-        )
+        self.body = residual_body(before, after, stride)
         self.short = nn.Identity() if before == after else nn.Conv2d(before, after, 1, stride, bias=False)
 
     def forward(self, h: Tensor) -> Tensor:
@@ -48,7 +53,7 @@ class _Residual(nn.Module):
 
 
 def _lenet() -> nn.Module:
-    """LeNet-5 with rectifiers and colours (62,006 parameters)."""
+    """LeNet-5 with ReLU for colour images (62,006 parameters)."""
     return nn.Sequential(
         nn.Conv2d(3, 6, 5),
         nn.ReLU(),
@@ -69,9 +74,9 @@ def _residual() -> nn.Module:
     """Three residual blocks of 16, 32 and 64 channels (77,850 parameters)."""
     return nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1, bias=False),
-        _Residual(16, 16, 1),
-        _Residual(16, 32, 2),
-        _Residual(32, 64, 2),
+        _ResidualBlock(16, 16, 1),
+        _ResidualBlock(16, 32, 2),
+        _ResidualBlock(32, 64, 2),
         nn.BatchNorm2d(64),
         nn.ReLU(),
         nn.AdaptiveAvgPool2d(1),
@@ -84,19 +89,19 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], int]] = {"lenet": (_lenet, 40), 
 
 
 def images(path: str | Path) -> tuple[Tensor, Tensor]:
-    """The images (N, C, H, W) in [0, 1] and the labels (N,) of an npz file with x in bytes and y."""
-    held = data.load(f"npz:{path}")
-    return held.x, held.y
+    """Return the images (N, C, H, W) in [0, 1] and the labels (N,) of an npz file with uint8 x and y."""
+    test_data = data.load(f"npz:{path}")
+    return test_data.x, test_data.y
 
 
 def colour_net(train: str | Path, kind: str = "lenet", seed: int = 0, cache: str | Path | None = None) -> nn.Module:
-    """A net in evaluation mode, images (N, 3, 32, 32) in [0, 1] -> logits (N, 10); trained if it is not in the cache.
+    """Return a net in evaluation mode, images (N, 3, 32, 32) in [0, 1] -> logits (N, 10); trained if it is not in the cache.
 
     Args:
         train: The npz file of the training images.
         kind: A name of `KINDS`.
-        seed: Of the weights, the order and the augmentation.
-        cache: A folder for the weights; default one under the folder for temporary files.
+        seed: Seed of the weights, the order and the augmentation.
+        cache: A folder for the weights; default one in the folder for temporary files.
     """
     build, epochs = KINDS[kind]
     folder = Path(cache) if cache is not None else Path(tempfile.gettempdir()) / "robustkit-colour-nets"
@@ -109,34 +114,34 @@ def colour_net(train: str | Path, kind: str = "lenet", seed: int = 0, cache: str
         else:
             _fit(net, *images(train), epochs)
             folder.mkdir(parents=True, exist_ok=True)
-            part = file.with_suffix(f".{time.time_ns()}")  # written aside: two processes may train at once
+            part = file.with_suffix(f".{time.time_ns()}")  # renamed when complete: two processes may train at once
             save_file(net.state_dict(), part)
             part.replace(file)
     return net.eval()
 
 
 def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
-    """The share of images that the net classifies right."""
+    """Return the share of images that the net classifies correctly."""
     with torch.no_grad():
         hits = [net(x[i : i + 500]).argmax(1) == y[i : i + 500] for i in range(0, len(x), 500)]
     return torch.cat(hits).float().mean().item()
 
 
 def _fit(net: nn.Module, x: Tensor, y: Tensor, epochs: int) -> None:
-    """AdamW on one cycle of the step size."""
+    """Train with AdamW and a one-cycle learning rate."""
     net.train()
     optimizer = torch.optim.AdamW(net.parameters(), RATE, weight_decay=DECAY)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, epochs * -(-len(x) // BATCH))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, epochs * -(-len(x) // BATCH))
     for _ in range(epochs):
         for rows in torch.randperm(len(x)).split(BATCH):  # type: ignore[no-untyped-call]
             optimizer.zero_grad()
-            nn.functional.cross_entropy(net(_varied(x[rows])), y[rows], label_smoothing=0.05).backward()  # type: ignore[no-untyped-call]
+            nn.functional.cross_entropy(net(_augment(x[rows])), y[rows], label_smoothing=0.05).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            cycle.step()
+            schedule.step()
 
 
-def _varied(x: Tensor) -> Tensor:
-    """Each image mirrored or not, and moved by up to four pixels, mirrored at the edge."""
+def _augment(x: Tensor) -> Tensor:
+    """Flip and shift each image at random, by up to four pixels with reflection padding."""
     n, _, height, width = x.shape
     x = torch.where(torch.rand(n, 1, 1, 1) < 0.5, x.flip(3), x)
     padded = nn.functional.pad(x, (4, 4, 4, 4), mode="reflect")
@@ -146,19 +151,19 @@ def _varied(x: Tensor) -> Tensor:
 
 
 def main() -> None:
-    """Train or load one, and say how good it is."""
+    """Train or load a net, and print its accuracy."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--train", required=True, help="npz file with x (N, 32, 32, 3) bytes and y")
-    parser.add_argument("--data", required=True, help="the same for images that the net has not seen")
+    parser.add_argument("--data", required=True, help="the same format, with held-out images")
     parser.add_argument("--kind", default="lenet", choices=list(KINDS))
     parser.add_argument("--cache", help="folder for the weights")
     options = parser.parse_args()
     torch.set_num_threads(1)
     start = time.perf_counter()
     net = colour_net(options.train, options.kind, cache=options.cache)
-    spent = time.perf_counter() - start
+    seconds = time.perf_counter() - start
     size = sum(weight.numel() for weight in net.parameters())
-    print(f"{options.kind}: {size} parameters, {accuracy(net, *images(options.data)):.1%} right, {spent:.0f} s")
+    print(f"{options.kind}: {size} parameters, {accuracy(net, *images(options.data)):.1%} accuracy, {seconds:.0f} s")
 
 
 if __name__ == "__main__":

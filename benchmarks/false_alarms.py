@@ -1,11 +1,11 @@
-"""How often does `Standard` doubt a sound model? Runs on models that hide nothing, and every flag that they raise.
+"""How often does `Standard` raise a false flag? Runs on models without gradient masking, and every flag they raise.
 
     OMP_NUM_THREADS=1 python -m benchmarks.false_alarms [--train FILE.npz --data FILE.npz] [--images 64] [--seeds 2]
 
-Each model of benchmarks/classifiers.py is attacked within its own threat, within half of it, and at two sizes within the other
-norm, which it was not trained for; every seed takes images of its own. The runs of one model are no independent draws, so the
-interval, the exact one of Clopper & Pearson (1934) at 95 %, is that of these runs. Seconds are those of the processor. It
-goes to benchmarks/results/false_alarms.json.
+Each model of benchmarks/classifiers.py is attacked in its own threat, with half its eps, and with two values of eps in the
+other norm, which it was not trained for; every seed uses other images. The runs of one model are not independent, so the
+interval, the exact one of Clopper & Pearson (1934) at 95 %, describes only these runs. Seconds are processor seconds. The
+result is written to benchmarks/results/false_alarms.json.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from scipy.stats import beta
 from torch import Tensor, nn
 
-from benchmarks.classifiers import CLASSIFIERS, Classifier, made
+from benchmarks.classifiers import CLASSIFIERS, Classifier, trained_classifier
 from benchmarks.machine import processor
 from robustkit import L2, Linf
 from robustkit._engine.ledger import Check, sum_checks
@@ -33,8 +33,8 @@ from robustkit.result import Result
 from robustkit.threats import Threat
 
 RESULT = Path(__file__).parent / "results" / "false_alarms.json"
-# The other norm at two sizes that the data can bear, the smaller one first.
-OTHER: dict[str, tuple[Threat, Threat]] = {
+# The threats of the other norm for each data set, the smaller eps first.
+OTHER_NORM: dict[str, tuple[Threat, Threat]] = {
     "digits": (L2(0.3), L2(0.8)),
     "mnist-5k": (L2(0.8), L2(2.0)),
     "colours": (L2(0.15), L2(0.4)),
@@ -43,24 +43,24 @@ LEVEL = 0.05
 
 
 def threats(one: Classifier) -> tuple[Threat, ...]:
-    """The threat of the model, half of it, and two of the other norm."""
+    """Return the threat of the model, the same with half its eps, and two of the other norm."""
     half = replace(one.threat, eps=float(one.threat.eps) / 2)
-    other = (Linf(0.05), Linf(0.15)) if isinstance(one.threat, L2) else OTHER[one.data]
+    other = (Linf(0.05), Linf(0.15)) if isinstance(one.threat, L2) else OTHER_NORM[one.data]
     return one.threat, half, *other
 
 
 def interval(hits: int, of: int) -> tuple[float, float]:
-    """The exact two-sided interval of a share."""
+    """Return the Clopper-Pearson interval of a proportion."""
     low = float(beta.ppf(LEVEL / 2, hits, of - hits + 1)) if hits else 0.0
     high = float(beta.ppf(1 - LEVEL / 2, hits + 1, of - hits)) if hits < of else 1.0
     return low, high
 
 
 def run(net: nn.Module, x: Tensor, y: Tensor, one: Classifier, threat: Threat, seed: int) -> tuple[dict[str, Any], Result]:
-    """One evaluation: what is left, what was flagged, and all that the checks have seen."""
+    """Evaluate once; return the robust images, flags and checks as a row, and the result."""
     start = time.process_time()
     result = Standard()(net, x, y, threat=threat, seed=seed)
-    seen = {e.name: [e.hits, e.of, e.limit, round(p_value(e), 5)] for e in result.checks}
+    checks = {check.name: [check.hits, check.of, check.limit, round(p_value(check), 5)] for check in result.checks}
     row = {
         "model": one.name,
         "threat": repr(threat),
@@ -70,7 +70,7 @@ def run(net: nn.Module, x: Tensor, y: Tensor, one: Classifier, threat: Threat, s
         "seconds": round(time.process_time() - start, 1),
         "flags": {flag.name: flag.why for flag in result.flags},
         "notes": [note.name for note in result.notes],
-        "evidence": seen,
+        "evidence": checks,
     }
     return row, result
 
@@ -78,8 +78,8 @@ def run(net: nn.Module, x: Tensor, y: Tensor, one: Classifier, threat: Threat, s
 def runs(
     names: Sequence[Classifier], files: tuple[str | None, str | None], images: int, seeds: int
 ) -> Iterator[tuple[dict[str, Any], Result]]:
-    """One seed after another, with every threat of every model: who stops early has seen all models alike."""
-    loaded = [(one, *made(one, *files, images * seeds)) for one in names]
+    """Run all models and threats for each seed, seed by seed, so that an interrupted run covers all models."""
+    loaded = [(one, *trained_classifier(one, *files, images * seeds)) for one in names]
     for seed in range(seeds):
         part = slice(seed * images, (seed + 1) * images)
         for number in range(4):
@@ -88,30 +88,32 @@ def runs(
 
 
 def by_check(checks: Sequence[Check], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """For each check its hits over all runs, how many runs it flagged, and its smallest p-value."""
-    told = {}
-    for whole in sum_checks(checks):
-        single = [row["evidence"][whole.name] for row in rows if whole.name in row["evidence"]]
-        told[whole.name] = {
-            "hits": whole.hits,
-            "of": whole.of,
-            "limit": whole.limit,
+    """Summarise each check: its hits over all runs, the number of runs it flagged, and its smallest p-value."""
+    summary = {}
+    for total in sum_checks(checks):
+        single = [row["evidence"][total.name] for row in rows if total.name in row["evidence"]]
+        summary[total.name] = {
+            "hits": total.hits,
+            "of": total.of,
+            "limit": total.limit,
             "runs": len(single),
             "runs_with_hits": sum(one[0] > 0 for one in single),
             "smallest_p": min(one[3] for one in single),
-            "flagged": sum(whole.name in row["flags"] for row in rows),
+            "flagged": sum(total.name in row["flags"] for row in rows),
         }
-    return told
+    return summary
 
 
 def main() -> None:
-    """Measure, print, and write the file."""
+    """Run, print and write the file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--train", help="npz file with x (N, 32, 32, 3) bytes and y; without it there are no colours")
-    parser.add_argument("--data", help="the same for images that the nets have not seen")
+    parser.add_argument(
+        "--train", help="npz file with x (N, 32, 32, 3) bytes and y; without it, the models for colour images are skipped"
+    )
+    parser.add_argument("--data", help="the same format, with held-out images")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--only", nargs="*", help="names of models; then no file is written")
+    parser.add_argument("--only", nargs="*", help="names of models; no file is written")
     options = parser.parse_args()
     torch.set_num_threads(1)
     names = [
@@ -124,15 +126,17 @@ def main() -> None:
         checks += result.checks
         head = f"{row['model']:<17} {row['threat']:<44} seed {row['seed']}: robust {row['robust']}/{row['images']}"
         print(f"{head}, {row['seconds']} s, flags {row['flags'] or 'none'}", flush=True)
-        told = told_of(rows, checks, options)
+        content = report(rows, checks, options)
         if not options.only:
-            RESULT.write_text(_lines(told))
-    low, high = told["interval"]
-    print(f"{told['flagged']} of {len(rows)} runs raised a flag: {told['share']:.1%}, 95 % interval {low:.1%} to {high:.1%}")
+            RESULT.write_text(_format_json(content))
+    low, high = content["interval"]
+    print(
+        f"{content['flagged']} of {len(rows)} runs raised a flag: {content['share']:.1%}, 95 % interval {low:.1%} to {high:.1%}"
+    )
 
 
-def told_of(rows: Sequence[dict[str, Any]], checks: Sequence[Check], options: argparse.Namespace) -> dict[str, Any]:
-    """All that the file says of the runs so far."""
+def report(rows: Sequence[dict[str, Any]], checks: Sequence[Check], options: argparse.Namespace) -> dict[str, Any]:
+    """Return the content of the result file for the runs so far."""
     flagged = [row for row in rows if row["flags"]]
     command = f"python -m benchmarks.false_alarms --images {options.images} --seeds {options.seeds}"
     return {
@@ -149,10 +153,10 @@ def told_of(rows: Sequence[dict[str, Any]], checks: Sequence[Check], options: ar
     }
 
 
-def _lines(told: dict[str, Any]) -> str:
-    """JSON with one line for each entry of the lists and tables."""
+def _format_json(content: dict[str, Any]) -> str:
+    """Format as JSON with one line per entry of lists and tables."""
     parts = []
-    for key, value in told.items():
+    for key, value in content.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             body = "[\n  " + ",\n  ".join(json.dumps(one) for one in value) + "\n ]"
         elif key == "checks":

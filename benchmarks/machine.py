@@ -1,25 +1,25 @@
-"""The machine on which something was measured."""
+"""Facts about the machine of a measurement."""
 
 from __future__ import annotations
 
 import platform
 from pathlib import Path
 
-__all__ = ["peak", "processor"]
+__all__ = ["peak_memory", "processor"]
 
 
 def processor() -> str:
-    """The name of the processor, where the system tells it."""
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text().splitlines() if told.exists() else []
+    """Return the name of the processor, or its architecture if the system does not report a name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
 
 
-def peak() -> float:
-    """The largest memory that this process has taken so far, in MiB.
+def peak_memory() -> float:
+    """Return the peak_memory memory of this process so far, in MiB.
 
-    Not that of getrusage: there the peak begins with what the process that started this one had taken.
+    getrusage is not used: its peak_memory includes memory of the parent process.
     """
-    told = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(told["VmHWM"].split()[0]) / 1024
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) / 1024

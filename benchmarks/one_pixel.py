@@ -1,11 +1,11 @@
-"""Attacks on single pixels of colour images beside torchattacks and ART: success, time and forwards on the same images.
+"""Pixel attacks on colour images, compared with torchattacks and ART: success, time and forwards on the same images.
 
     OMP_NUM_THREADS=1 python -m benchmarks.one_pixel --train FILE.npz --data FILE.npz [--images 40] [--rounds 3] [--pixels 1]
 
-One process, one thread, a net of LeNet's size that the script trains; in each round all contestants run once, with seeds of
-their own, in an order that turns. The peers attack one image after the other inside, so they are given one at a time. What
-comes back is judged here: changes below 1e-5 (ART moves every pixel to bytes and back) are undone, then at most so many
-locations may differ, and the net must be wrong. The result goes to benchmarks/results/one_pixel.json.
+One process, one thread, a LeNet-5 that the script trains; in each round all attacks run once, each with its own seed, in a
+rotating order. The other libraries attack images one by one internally, so they get one image at a time. Results are judged
+here: differences below 1e-5 are set to zero (ART rounds every pixel to bytes), then at most --pixels locations may differ, and
+the net must misclassify the image. The result is written to benchmarks/results/one_pixel.json.
 """
 
 from __future__ import annotations
@@ -30,33 +30,20 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.colour_net import accuracy, colour_net, images
-from benchmarks.machine import peak, processor
+from benchmarks.machine import peak_memory, processor
 from robustkit import OnePixel, Pixels, attacks
+from robustkit.testing.nets import Counter
 
 RESULT = Path(__file__).parent / "results" / "one_pixel.json"
 POPULATION, GENERATIONS = 400, 75
 Run = Callable[[nn.Module, Tensor, Tensor, int, int], tuple[Tensor, Tensor]]  # net, x, y, pixels, seed -> x_adv, forwards (N,)
 
 
-class Counting(nn.Module):
-    """A net that counts the images it sees."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net, self.seen = net, 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        """As the net itself."""
-        self.seen += len(x)
-        logits: Tensor = self.net(x)
-        return logits
-
-
 @dataclass(frozen=True)
 class Outcome:
-    """One contestant in one round: seconds an image, forwards (N,), and what our own checker says of each image, (N,) bool.
+    """One attack in one round: seconds per image, forwards (N,), and the success of each image, (N,) bool.
 
-    Seconds of the processor are those that nobody else on the machine has taken away.
+    `success` ignores differences below 1e-5, `to_the_bit` does not. Processor seconds do not depend on other processes.
     """
 
     seconds: float
@@ -66,11 +53,11 @@ class Outcome:
     to_the_bit: np.ndarray
 
 
-def of_ours(attack: Any) -> Run:
-    """An attack of this package, on all images at once."""
+def wrap_ours(attack: Any) -> Run:
+    """Wrap an attack of this package; it runs on all images at once."""
 
     def run(net: nn.Module, x: Tensor, y: Tensor, pixels: int, seed: int) -> tuple[Tensor, Tensor]:
-        counting = Counting(net).eval()
+        counting = Counter(net).eval()
         result = attack(counting, x, y, threat=Pixels(pixels), seed=seed)
         assert counting.seen == int(result.forwards.sum())
         return result.x_adv, result.forwards
@@ -78,11 +65,11 @@ def of_ours(attack: Any) -> Run:
     return run
 
 
-def of_peer(make: Callable[[nn.Module, int], Callable[[Tensor, Tensor], Tensor]]) -> Run:
-    """An attack of another library, on one image after the other; its randomness is global."""
+def wrap_peer(make: Callable[[nn.Module, int], Callable[[Tensor, Tensor], Tensor]]) -> Run:
+    """Wrap an attack of another library; it runs on one image at a time, with the global random generators."""
 
     def run(net: nn.Module, x: Tensor, y: Tensor, pixels: int, seed: int) -> tuple[Tensor, Tensor]:
-        counting = Counting(net).eval()
+        counting = Counter(net).eval()
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
@@ -97,14 +84,14 @@ def of_peer(make: Callable[[nn.Module, int], Callable[[Tensor, Tensor], Tensor]]
 
 
 def torchattacks(net: nn.Module, pixels: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """`OnePixel` there, with as many candidates and generations as ours."""
+    """Return torchattacks' `OnePixel` with the population and generations of ours."""
     library: Any = importlib.import_module("torchattacks")
     attack: Callable[[Tensor, Tensor], Tensor] = library.OnePixel(net, pixels=pixels, steps=GENERATIONS, popsize=POPULATION)
     return attack
 
 
 def art(net: nn.Module, pixels: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """`PixelAttack` there by differential evolution; it takes 400 candidates by itself."""
+    """Return ART's `PixelAttack` with differential evolution; its population is 400."""
     evasion: Any = importlib.import_module("art.attacks.evasion")
     classifier: Any = importlib.import_module("art.estimators.classification")
     wrapped = classifier.PyTorchClassifier(
@@ -114,39 +101,39 @@ def art(net: nn.Module, pixels: int) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda x, y: torch.tensor(attack.generate(x.numpy(), y.numpy()))
 
 
-def contestants() -> dict[str, Run]:
-    """The peers that are installed, and the attacks on pixels that this package has."""
+def pixel_attacks() -> dict[str, Run]:
+    """Return the pixel attacks of installed libraries and of this package."""
     peers = {"torchattacks": ("torchattacks", torchattacks), "art": ("adversarial-robustness-toolbox", art)}
     installed = {distribution.metadata["Name"] for distribution in importlib.metadata.distributions()}
-    every = {name: of_peer(make) for name, (package, make) in peers.items() if package in installed}
-    every["OnePixel"] = of_ours(OnePixel(population=POPULATION, generations=GENERATIONS))
-    every["OnePixel, paper"] = of_ours(OnePixel(population=POPULATION, generations=100, recipe="paper"))
+    runs = {name: wrap_peer(make) for name, (package, make) in peers.items() if package in installed}
+    runs["OnePixel"] = wrap_ours(OnePixel(population=POPULATION, generations=GENERATIONS))
+    runs["OnePixel, paper"] = wrap_ours(OnePixel(population=POPULATION, generations=100, recipe="paper"))
     for name in ("PixelSearch", "SparseRS"):
         if hasattr(attacks, name):
-            every[name] = of_ours(getattr(attacks, name)())
-    return every
+            runs[name] = wrap_ours(getattr(attacks, name)())
+    return runs
 
 
-def judged(net: nn.Module, x: Tensor, y: Tensor, x_adv: Tensor, pixels: int) -> Tensor:
-    """Whether each image differs in at most so many locations, is valid, and is misclassified."""
+def succeeds(net: nn.Module, x: Tensor, y: Tensor, x_adv: Tensor, pixels: int) -> Tensor:
+    """Return whether each image differs in at most `pixels` locations, is in the box, and is misclassified, (N,) bool."""
     with torch.no_grad():
         wrong = net(x_adv).argmax(1) != y
     fooled: Tensor = wrong & Pixels(pixels).contains(x_adv, x)
     return fooled
 
 
-def outcome(run: Run, net: nn.Module, x: Tensor, y: Tensor, pixels: int, seed: int) -> Outcome:
-    """Run it and judge what comes back."""
+def run_and_judge(run: Run, net: nn.Module, x: Tensor, y: Tensor, pixels: int, seed: int) -> Outcome:
+    """Run an attack and judge its result."""
     start, used = time.perf_counter(), time.process_time()
     x_adv, forwards = run(net, x, y, pixels, seed)
     seconds, used = (time.perf_counter() - start) / len(x), (time.process_time() - used) / len(x)
-    undone = torch.where((x_adv - x).abs() < 1e-5, x, x_adv)
-    both = (judged(net, x, y, version, pixels).numpy() for version in (undone, x_adv))
+    restored = torch.where((x_adv - x).abs() < 1e-5, x, x_adv)
+    both = (succeeds(net, x, y, version, pixels).numpy() for version in (restored, x_adv))
     return Outcome(seconds, used, forwards.numpy(), *both)
 
 
-def told(outcomes: list[Outcome], base: list[Outcome] | None) -> dict[str, Any]:
-    """One contestant over all rounds, and beside `base` image by image."""
+def summarise(outcomes: list[Outcome], base: list[Outcome] | None) -> dict[str, Any]:
+    """Summarise an attack over all rounds, and compare it with `base` image by image."""
     row: dict[str, Any] = {
         "success": round(median(float(o.success.mean()) for o in outcomes), 4),
         "success_to_the_bit": round(median(float(o.to_the_bit.mean()) for o in outcomes), 4),
@@ -174,24 +161,24 @@ def _median_of_means(rounds: Iterable[np.ndarray]) -> float | None:
 
 
 def measure(net: nn.Module, x: Tensor, y: Tensor, pixels: int, rounds: int) -> dict[str, Any]:
-    """All contestants, all rounds."""
-    every = contestants()
-    got: dict[str, list[Outcome]] = {name: [] for name in every}
+    """Run all attacks in all rounds."""
+    runs = pixel_attacks()
+    outcomes_of: dict[str, list[Outcome]] = {name: [] for name in runs}
     net(x[:128])
     for turn in range(rounds):
-        names = list(every)[turn % len(every) :] + list(every)[: turn % len(every)]
+        names = list(runs)[turn % len(runs) :] + list(runs)[: turn % len(runs)]
         for name in names:
-            got[name].append(outcome(every[name], net, x, y, pixels, seed=turn))
-            last = got[name][-1]
+            outcomes_of[name].append(run_and_judge(runs[name], net, x, y, pixels, seed=turn))
+            last = outcomes_of[name][-1]
             print(
                 f"round {turn}: {name}, {last.seconds:.3f} s an image, {last.success.mean():.1%}", file=sys.stderr, flush=True
             )
-    base = got.get("torchattacks")
-    return {name: told(outcomes, base) for name, outcomes in got.items()}
+    base = outcomes_of.get("torchattacks")
+    return {name: summarise(outcomes, base) for name, outcomes in outcomes_of.items()}
 
 
 def memory(options: argparse.Namespace, n: int, population: int) -> float:
-    """Peak memory in MiB of a process that attacks n images, beyond that of one that only holds them and their result."""
+    """Return the peak memory in MiB of an attack on n images, minus that of holding images and results."""
     command = [sys.executable, "-m", "benchmarks.one_pixel", "--train", options.train, "--data", options.data]
     command += ["--child", str(n), "--population", str(population)]
     peaks = [
@@ -201,36 +188,36 @@ def memory(options: argparse.Namespace, n: int, population: int) -> float:
     return round(peaks[0] - peaks[1], 1)
 
 
-def child(options: argparse.Namespace) -> None:
-    """The inside of `memory`."""
+def child_process(options: argparse.Namespace) -> None:
+    """Run in the new processes of `memory`."""
     n, net, (x, y) = options.child, colour_net(options.train), images(options.data)
     x, y = x.repeat(-(-n // len(x)), 1, 1, 1)[:n], y.repeat(-(-n // len(y)))[:n]
     with torch.no_grad():
-        net(x[:128])  # what the net itself needs
+        net(x[:128])  # allocates the memory of the net
     if options.attacked:
         OnePixel(population=options.population, generations=1)(net, x, y, threat=Pixels(1))
     else:
-        torch.empty_like(x).copy_(x)  # room for the result alone
-    print(peak())
+        torch.empty_like(x).copy_(x)  # allocates the memory of the result
+    print(peak_memory())
 
 
-def table(rows: dict[str, Any]) -> str:
-    """The rows for people."""
+def format_table(rows: dict[str, Any]) -> str:
+    """Format the rows as a table."""
     columns = ("success", "seconds_an_image", "forwards_an_image", "forwards_where_it_fails", "over_torchattacks")
     lines = [f"{'':18}" + "".join(f"{name.replace('_', ' '):>25}" for name in columns)]
     lines += [f"{name:18}" + "".join(f"{row.get(key, '')!s:>25}" for key in columns) for name, row in rows.items()]
     return "\n".join(lines)
 
 
-def arguments() -> argparse.Namespace:
-    """What was asked for."""
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--train", required=True, help="npz file with x (N, 32, 32, 3) bytes and y")
-    parser.add_argument("--data", required=True, help="the same for images that the net has not seen")
-    parser.add_argument("--images", type=int, default=40, help="how many of those that the net classifies right are attacked")
+    parser.add_argument("--data", required=True, help="the same format, with held-out images")
+    parser.add_argument("--images", type=int, default=40, help="number of correctly classified images to attack")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pixels", type=int, default=1)
-    parser.add_argument("--without-memory", action="store_true", help="leave the measurement of memory out")
+    parser.add_argument("--without-memory", action="store_true", help="do not measure memory")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--population", type=int, default=100, help=argparse.SUPPRESS)
     parser.add_argument("--attacked", action="store_true", help=argparse.SUPPRESS)
@@ -238,25 +225,25 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure everything and write the result."""
-    options = arguments()
+    """Run all measurements and write the result."""
+    options = parse_arguments()
     torch.set_num_threads(1)
     if options.child:
-        child(options)
+        child_process(options)
         return
     net = colour_net(options.train)
     x, y = images(options.data)
     with torch.no_grad():
-        right = (net(x).argmax(1) == y).nonzero().squeeze(1)[: options.images]
-    rows = measure(net, x[right], y[right], options.pixels, options.rounds)
-    asked = f"--images {len(right)} --rounds {options.rounds} --pixels {options.pixels}"
+        correct = (net(x).argmax(1) == y).nonzero().squeeze(1)[: options.images]
+    rows = measure(net, x[correct], y[correct], options.pixels, options.rounds)
+    arguments_text = f"--images {len(correct)} --rounds {options.rounds} --pixels {options.pixels}"
     result = {
-        "command": f"python -m benchmarks.one_pixel --train FILE.npz --data FILE.npz {asked}",
+        "command": f"python -m benchmarks.one_pixel --train FILE.npz --data FILE.npz {arguments_text}",
         "machine": {"processor": processor(), "threads": 1, "python": platform.python_version(), "torch": torch.__version__},
         "setting": {
             "net": "lenet",
             "accuracy": round(accuracy(net, x, y), 4),
-            "images": len(right),
+            "images": len(correct),
             "rounds": options.rounds,
             "pixels": options.pixels,
             "population": POPULATION,
@@ -271,7 +258,7 @@ def main() -> None:
         }
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    print(table(rows))
+    print(format_table(rows))
     print(RESULT)
 
 

@@ -1,9 +1,9 @@
-"""What does the interface cost? PGD-40 here, in a hand-written loop, in foolbox and in ART; time, and memory against N.
+"""What does the interface cost? PGD-40 in robustkit, in a hand-written loop, in foolbox and in ART: time, and memory against N.
 
     make overhead            or            OMP_NUM_THREADS=1 python -m benchmarks.overhead [--colour FILE.npz]
 
-Every figure is the median of paired runs on one thread: in each round all contestants run once, in an order that turns.
-The result goes to benchmarks/results/overhead.json.
+Every value is the median of paired runs on one thread: in each round all contestants run once, in a rotating order. The result
+is written to benchmarks/results/overhead.json.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.machine import peak, processor
+from benchmarks.colour_net import residual_body
+from benchmarks.machine import peak_memory, processor
 from robustkit import PGD, Linf, Result, Target, data, zoo
 
 RESULT = Path(__file__).parent / "results" / "overhead.json"
@@ -33,26 +34,15 @@ Contestants = dict[str, Callable[[], object]]
 
 
 class Residual(nn.Module):
-    """A small residual net for 32 x 32 colours: three stages of two blocks, 16 to 64 channels."""
+    """A small residual net for 32 x 32 colour images: three stages of two blocks, 16 to 64 channels."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         widths = [(16, 16, 1), (16, 16, 1), (16, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1)]
-        self.blocks = nn.ModuleList(self._block(*width) for width in widths)
+        self.blocks = nn.ModuleList(residual_body(*width) for width in widths)
         self.short = nn.ModuleList(nn.Conv2d(a, b, 1, stride=s, bias=False) if a != b else nn.Identity() for a, b, s in widths)
         self.head = nn.Linear(64, 10)
-
-    @staticmethod
-    def _block(before: int, after: int, stride: int) -> nn.Module:
-        return nn.Sequential(
-            nn.BatchNorm2d(before),
-            nn.ReLU(),
-            nn.Conv2d(before, after, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(after),
-            nn.ReLU(),
-            nn.Conv2d(after, after, 3, padding=1, bias=False),
-        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, 3, 32, 32) -> logits (N, 10)."""
@@ -64,13 +54,13 @@ class Residual(nn.Module):
 
 
 def batches(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images and labels, `BATCH` at a time."""
+    """Yield the images and labels in batches of `BATCH`."""
     for first in range(0, len(x), BATCH):
         yield x[first : first + BATCH], y[first : first + BATCH]
 
 
 def hand_written(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
-    """The loop that people write: no counting, no judging on the way; one pass at the end to know what succeeded."""
+    """PGD as a plain loop, without counting or checks on the way; a last pass computes success, (N,) bool."""
     step, wrong = 2.5 / STEPS * eps, []
     for x0, y0 in batches(x, y):
         x_adv = (x0 + torch.empty_like(x0).uniform_(-eps, eps)).clamp(0, 1)
@@ -86,7 +76,7 @@ def hand_written(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
 
 
 def hand_written_early_stop(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
-    """The same loop where solved images are removed from the batch: the least that PGD until success can cost."""
+    """The same loop, which removes solved images from the batch: the lowest possible cost of PGD until success."""
     step, wrong = 2.5 / STEPS * eps, []
     for x0, y0 in batches(x, y):
         solved, rows = torch.zeros(len(x0), dtype=torch.bool), torch.arange(len(x0))
@@ -116,12 +106,12 @@ def hand_written_early_stop(model: nn.Module, x: Tensor, y: Tensor, eps: float) 
 
 
 def ours(model: nn.Module, x: Tensor, y: Tensor, eps: float, keep: Any) -> Result:
-    """The same through the package."""
+    """The same attack in this package."""
     return PGD(steps=STEPS)(Target(model, batch_size=BATCH), x, y, threat=Linf(eps), keep=keep)
 
 
 def foolbox(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> np.ndarray:
-    """The same through foolbox, in the same batches."""
+    """The same attack in foolbox, in the same batches."""
     fb: Any = importlib.import_module("foolbox")
     attack, wrong = fb.attacks.LinfPGD(rel_stepsize=2.5 / STEPS, steps=STEPS), []
     wrapped = fb.PyTorchModel(model, bounds=(0, 1), device=x.device)
@@ -131,7 +121,7 @@ def foolbox(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> np.ndarray:
 
 
 def art(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> np.ndarray:
-    """The same through ART, in the same batches."""
+    """The same attack in ART, in the same batches."""
     from art.attacks.evasion import ProjectedGradientDescent
     from art.estimators.classification import PyTorchClassifier
 
@@ -139,14 +129,14 @@ def art(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> np.ndarray:
     attack = ProjectedGradientDescent(
         wrapped, eps=eps, eps_step=2.5 / STEPS * eps, max_iter=STEPS, num_random_init=1, batch_size=BATCH, verbose=False
     )
-    answer: np.ndarray = wrapped.predict(attack.generate(x.numpy(), y.numpy())).argmax(1) != y.numpy()
-    return answer
+    success: np.ndarray = wrapped.predict(attack.generate(x.numpy(), y.numpy())).argmax(1) != y.numpy()
+    return success
 
 
 def seconds(contestants: Contestants, rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """The time of each contestant in each round."""
+    """Measure the time of each contestant in each round."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(-1, rounds):  # the first round warms up and does not count
+    for turn in range(-1, rounds):  # the first round is a warm-up and is not counted
         names = list(contestants)[turn % 2 :: 1] + list(contestants)[: turn % 2]
         for name in names:
             start = time.perf_counter()
@@ -156,16 +146,16 @@ def seconds(contestants: Contestants, rounds: int = ROUNDS) -> dict[str, list[fl
     return times
 
 
-def against(times: dict[str, list[float]], base: str) -> dict[str, float]:
-    """The median over the rounds of each contestant's time over that of `base` in the same round."""
+def median_ratio(times: dict[str, list[float]], base: str) -> dict[str, float]:
+    """Return the median ratio of each contestant's time to that of `base` in the same round."""
     return {name: round(median(t / b for t, b in zip(own, times[base], strict=True)), 3) for name, own in times.items()}
 
 
 def measure(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, Any]:
-    """All contestants on one model, and what leaving at the first success allows."""
+    """Measure all contestants on one model, and the saving that early stopping allows."""
     early_stop = ours(model, x, y, eps, "first")
-    # An image that is solved at its t-th query needs t of them; a loop that keeps it in the batch pays for all.
-    share = early_stop.backwards.sum().item() / (STEPS * len(x))
+    # An image that is solved at its t-th step needs t steps; a loop that keeps it in the batch makes all steps.
+    needed_share = early_stop.backwards.sum().item() / (STEPS * len(x))
     times = seconds(
         {
             "loop": lambda: hand_written(model, x, y, eps),
@@ -185,42 +175,42 @@ def measure(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, Any
         "foolbox": float(foolbox(model, x, y, eps).mean()),
         "art": float(art(model, x, y, eps).mean()),
     }
-    ratio = against(times, "loop")
+    ratio = median_ratio(times, "loop")
     return {
         "eps": eps,
         "images": len(x),
         "median_seconds": {name: round(median(t), 4) for name, t in times.items()},
         "over_loop": ratio,
-        "first_over_early_stop_loop": against(times, "early-stop loop")["robustkit first"],
+        "first_over_early_stop_loop": median_ratio(times, "early-stop loop")["robustkit first"],
         "success": {name: round(rate, 4) for name, rate in success.items()},
-        "image_steps_needed": round(share, 4),
-        "allowed_over_loop": round(share, 4),
-        "faster_than_foolbox": round(1 / against(times, "foolbox")["robustkit first"], 2),
-        "faster_than_art": round(1 / against(times, "art")["robustkit first"], 2),
+        "image_steps_needed": round(needed_share, 4),
+        "allowed_over_loop": round(needed_share, 4),
+        "faster_than_foolbox": round(1 / median_ratio(times, "foolbox")["robustkit first"], 2),
+        "faster_than_art": round(1 / median_ratio(times, "art")["robustkit first"], 2),
     }
 
 
 def memory(n: int, attacked: bool) -> float:
-    """Peak memory in MiB of a process that holds n digits and their result, and attacks them or not."""
+    """Return the peak memory in MiB of a process that holds n digits and their result, and attacks them or not."""
     command = [sys.executable, "-m", "benchmarks.overhead", "--child", str(n), *(["--attacked"] if attacked else [])]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def child(n: int, attacked: bool) -> None:
-    """The inside of `memory`."""
+def child_process(n: int, attacked: bool) -> None:
+    """Run in the new processes of `memory`."""
     torch.set_num_threads(1)
     model, digits = zoo.load("mnist-cnn"), data.load("mnist-5k")
     x, y = digits.x.repeat(-(-n // 1000), 1, 1, 1)[:n], digits.y.repeat(-(-n // 1000))[:n]
-    PGD(steps=2)(model, x[:BATCH], y[:BATCH], threat=Linf(0.1))  # what the model itself needs
+    PGD(steps=2)(model, x[:BATCH], y[:BATCH], threat=Linf(0.1))  # allocates the memory of the model
     if attacked:
         PGD(steps=2)(model, x, y, threat=Linf(0.1))
     else:
-        torch.empty_like(x).copy_(x)  # room for the result alone
-    print(peak())
+        torch.empty_like(x).copy_(x)  # allocates the memory of the result
+    print(peak_memory())
 
 
 def colours(path: str | None) -> tuple[Tensor, Tensor]:
-    """Real colour images 32 x 32: those of a file, or the 20 that foolbox ships."""
+    """Return 32 x 32 colour images: those of a file, or the 20 that foolbox ships."""
     if path:
         part = data.load(f"npz:{path}").part(0, IMAGES)
         return part.x, part.y
@@ -230,14 +220,14 @@ def colours(path: str | None) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
-    """Measure everything and write the result."""
+    """Run all measurements and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--colour", help="npz file with x (N, 32, 32, 3) bytes and y")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--attacked", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        child(options.child, options.attacked)
+        child_process(options.child, options.attacked)
         return
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -1,11 +1,11 @@
-"""Universal perturbations beside those of ART and of three papers: how many held-out digits each fools, and in what time.
+"""Universal perturbations of this package, of ART and of three papers: fooling rate on held-out digits, and time.
 
     OMP_NUM_THREADS=1 python -m benchmarks.universal [--rounds 3] [--eps 0.2] [--without NAME ...]
 
 One process, one thread, the reference model mnist-cnn; 500 training and 1,000 held-out digits. In each round all contestants
-run once, with seeds of their own; ten epochs each, but for ART's deepfool, of which two take minutes. Every change is brought
-into the ball, and scored here: the share of predictions of the model that change on held-out images, with the box cutting the
-image. The result goes to benchmarks/results/universal.json.
+run once, each with its own seed, for ten epochs; ART's deepfool runs two, which take minutes. Every perturbation is clipped to
+the ball and scored here: the share of held-out images whose prediction it changes, clamped to the box. The result is written to
+benchmarks/results/universal.json.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from robustkit.bench.execution.universal import random_signs
 
 RESULT = Path(__file__).parent / "results" / "universal.json"
 TRAIN, HELD_OUT, EPOCHS = 500, 1000, 10
-Make = Callable[[nn.Module, Tensor, Tensor, float, int], Tensor]  # net, images, own answers, eps, seed -> (1, *S)
+Make = Callable[[nn.Module, Tensor, Tensor, float, int], Tensor]  # net, images, its predictions, eps, seed -> (1, *S)
 
 
-def of_ours(attack: Any) -> Make:
-    """One of our attacks."""
-    return lambda net, x, own, eps, seed: attack.learn(net, x, own, threat=Linf(eps), seed=seed).delta
+def wrap_ours(attack: Any) -> Make:
+    """Wrap one of our attacks."""
+    return lambda net, x, predictions, eps, seed: attack.learn(net, x, predictions, threat=Linf(eps), seed=seed).delta
 
 
-def of_art(inner: str, epochs: int = EPOCHS) -> Make:
-    """ART's `UniversalPerturbation` with one of its attacks inside; it stops before where 80 % are fooled."""
+def wrap_art(inner: str, epochs: int = EPOCHS) -> Make:
+    """Wrap ART's `UniversalPerturbation` with an inner attack; it stops early at a fooling rate of 80 %."""
 
-    def make(net: nn.Module, x: Tensor, own: Tensor, eps: float, seed: int) -> Tensor:
+    def make(net: nn.Module, x: Tensor, predictions: Tensor, eps: float, seed: int) -> Tensor:
         evasion, classification = (
             importlib.import_module(f"art.{name}") for name in ("attacks.evasion", "estimators.classification")
         )
@@ -68,26 +68,26 @@ def of_art(inner: str, epochs: int = EPOCHS) -> Make:
             batch_size=1,
             verbose=False,
         )
-        attack.generate(x.numpy(), functional.one_hot(own, 10).numpy())
+        attack.generate(x.numpy(), functional.one_hot(predictions, 10).numpy())
         return torch.as_tensor(attack.noise, dtype=torch.float32).reshape(1, *x.shape[1:])
 
     return make
 
 
-def sign_sgd(net: nn.Module, x: Tensor, own: Tensor, eps: float, seed: int) -> Tensor:
-    """Ten epochs of sign steps, as a first try would be written: from zero, batches of 50, steps of an eighth of eps."""
+def sign_sgd(net: nn.Module, x: Tensor, predictions: Tensor, eps: float, seed: int) -> Tensor:
+    """Plain sign-SGD for ten epochs: from zero, batches of 50, steps of eps / 8."""
     order, delta = torch.Generator().manual_seed(seed), torch.zeros(1, *x.shape[1:])
     for _ in range(EPOCHS):
         for rows in torch.randperm(len(x), generator=order).split(50):  # type: ignore[no-untyped-call]
             delta.requires_grad_()
-            loss = functional.cross_entropy(net((x[rows] + delta).clamp(0, 1)), own[rows])
+            loss = functional.cross_entropy(net((x[rows] + delta).clamp(0, 1)), predictions[rows])
             (grad,) = torch.autograd.grad(loss, delta)
             delta = (delta.detach() + eps / 8 * grad.sign()).clamp(-eps, eps)
     return delta
 
 
-def sga(net: nn.Module, x: Tensor, own: Tensor, eps: float, seed: int) -> Tensor:
-    """Stochastic gradient aggregation (Liu et al. 2023, algorithm 1): many small steps inside, their sum as one outside."""
+def sga(net: nn.Module, x: Tensor, predictions: Tensor, eps: float, seed: int) -> Tensor:
+    """Stochastic gradient aggregation (Liu et al. 2023, algorithm 1): summed gradients of inner steps give an outer step."""
     order, delta, step = torch.Generator().manual_seed(seed), torch.zeros(1, *x.shape[1:]), eps / 10
     for _ in range(EPOCHS):
         for large in torch.randperm(len(x), generator=order).split(125):  # type: ignore[no-untyped-call]
@@ -95,7 +95,7 @@ def sga(net: nn.Module, x: Tensor, own: Tensor, eps: float, seed: int) -> Tensor
             for _ in range(4 * len(large) // 10):
                 rows = large[torch.randint(len(large), (10,), generator=order)]
                 inner.requires_grad_()
-                loss = functional.cross_entropy(net(x[rows] + inner), own[rows], reduction="none").clamp(max=9.0).mean()
+                loss = functional.cross_entropy(net(x[rows] + inner), predictions[rows], reduction="none").clamp(max=9.0).mean()
                 (grad,) = torch.autograd.grad(loss, inner)
                 total += grad
                 inner = (inner.detach() + step * grad.sign()).clamp(-eps, eps)
@@ -103,8 +103,8 @@ def sga(net: nn.Module, x: Tensor, own: Tensor, eps: float, seed: int) -> Tensor
     return delta
 
 
-def cosine(net: nn.Module, x: Tensor, own: Tensor, eps: float, seed: int) -> Tensor:
-    """Cosine-UAP (Zhang et al. 2021): logits with and without the change are to point apart; Adam, a tenth of eps."""
+def cosine(net: nn.Module, x: Tensor, predictions: Tensor, eps: float, seed: int) -> Tensor:
+    """Cosine-UAP (Zhang et al. 2021): minimise the cosine similarity of clean and perturbed logits; Adam, rate eps / 10."""
     generator = torch.Generator().manual_seed(seed)
     delta = torch.zeros(1, *x.shape[1:]).uniform_(-eps / 10, eps / 10, generator=generator).requires_grad_()
     steps = torch.optim.Adam([delta], lr=eps / 10)
@@ -120,19 +120,21 @@ def cosine(net: nn.Module, x: Tensor, own: Tensor, eps: float, seed: int) -> Ten
     return delta.detach()
 
 
-def generalizable(net: nn.Module, x: Tensor, own: Tensor, eps: float, seed: int) -> Tensor:
-    """GD-UAP (Mopuri et al. 2018) with data: all rectified layers are to answer as loudly as they can; Adam."""
-    generator, heard = torch.Generator().manual_seed(seed), list[Tensor]()
+def generalizable(net: nn.Module, x: Tensor, predictions: Tensor, eps: float, seed: int) -> Tensor:
+    """GD-UAP (Mopuri et al. 2018) with data: maximise the activations of all ReLU layers; Adam."""
+    generator, activations = torch.Generator().manual_seed(seed), list[Tensor]()
     hooks = [
-        part.register_forward_hook(lambda *said: heard.append(said[2])) for part in net.modules() if isinstance(part, nn.ReLU)
+        part.register_forward_hook(lambda *hook_arguments: activations.append(hook_arguments[2]))
+        for part in net.modules()
+        if isinstance(part, nn.ReLU)
     ]
     delta = torch.zeros(1, *x.shape[1:]).uniform_(-eps, eps, generator=generator).requires_grad_()
     steps = torch.optim.Adam([delta], lr=eps / 10)
     for _ in range(EPOCHS):
         for rows in torch.randperm(len(x), generator=generator).split(50):  # type: ignore[no-untyped-call]
-            heard.clear()
+            activations.clear()
             net(x[rows] + delta)
-            loss = -torch.stack([said.flatten(1).norm(dim=1).clamp(min=1e-9).log().mean() for said in heard]).sum()
+            loss = -torch.stack([layer.flatten(1).norm(dim=1).clamp(min=1e-9).log().mean() for layer in activations]).sum()
             (delta.grad,) = torch.autograd.grad(loss, delta)
             steps.step()
             with torch.no_grad():
@@ -143,46 +145,46 @@ def generalizable(net: nn.Module, x: Tensor, own: Tensor, eps: float, seed: int)
 
 
 def contestants() -> dict[str, Make]:
-    """Everybody who takes part, by name."""
+    """Return all contestants by name."""
     return {
-        "UniversalPGD": of_ours(UniversalPGD()),
-        "UniversalDeepFool": of_ours(UniversalDeepFool()),
-        "UniversalSingular, 64 images": of_ours(UniversalSingular(images=64)),
-        "random signs": lambda net, x, own, eps, seed: random_signs(Linf(eps), x[:1], seed, 0),
+        "UniversalPGD": wrap_ours(UniversalPGD()),
+        "UniversalDeepFool": wrap_ours(UniversalDeepFool()),
+        "UniversalSingular, 64 images": wrap_ours(UniversalSingular(images=64)),
+        "random signs": lambda net, x, predictions, eps, seed: random_signs(Linf(eps), x[:1], seed, 0),
         "plain sign-SGD": sign_sgd,
         "SGA": sga,
         "Cosine-UAP": cosine,
         "GD-UAP": generalizable,
-        "ART fgsm": of_art("fgsm"),
-        "ART pgd": of_art("pgd"),
-        "ART deepfool, 2 epochs": of_art("deepfool", 2),
+        "ART fgsm": wrap_art("fgsm"),
+        "ART pgd": wrap_art("pgd"),
+        "ART deepfool, 2 epochs": wrap_art("deepfool", 2),
     }
 
 
-def fooled(net: nn.Module, x: Tensor, delta: Tensor, eps: float) -> float:
-    """The share of predictions that change."""
+def fooling_rate(net: nn.Module, x: Tensor, delta: Tensor, eps: float) -> float:
+    """Return the share of images whose prediction the perturbation changes."""
     with torch.no_grad():
         return float((net((x + delta.clamp(-eps, eps)).clamp(0, 1)).argmax(1) != net(x).argmax(1)).double().mean())
 
 
 def measure(eps: float, rounds: int, without: list[str]) -> dict[str, Any]:
-    """Medians over the rounds, and every round."""
+    """Run all rounds; return medians and the values of every round."""
     net = zoo.load("mnist-cnn")
     x = data.load("mnist-5k:train").images(slice(0, TRAIN))
     held_out = data.load("mnist-5k").images(slice(0, HELD_OUT))
     with torch.no_grad():
-        own = net(x).argmax(1)
-    entrants = {name: make for name, make in contestants().items() if name not in without}
-    rows: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "train": [], "held out": []} for name in entrants}
+        predictions = net(x).argmax(1)
+    methods = {name: make for name, make in contestants().items() if name not in without}
+    rows: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "train": [], "held out": []} for name in methods}
     for number in range(rounds):
-        for name, make in entrants.items():
-            started = time.perf_counter()
-            delta = make(net, x, own, eps, number)
-            seconds = time.perf_counter() - started
+        for name, make in methods.items():
+            start = time.perf_counter()
+            delta = make(net, x, predictions, eps, number)
+            seconds = time.perf_counter() - start
             for kind, value in (
                 ("seconds", seconds),
-                ("train", fooled(net, x, delta, eps)),
-                ("held out", fooled(net, held_out, delta, eps)),
+                ("train", fooling_rate(net, x, delta, eps)),
+                ("held out", fooling_rate(net, held_out, delta, eps)),
             ):
                 rows[name][kind].append(value)
             print(f"round {number + 1}: {name}: {rows[name]['held out'][-1]:.1%} held out, {seconds:.2f} s", flush=True)
@@ -190,7 +192,7 @@ def measure(eps: float, rounds: int, without: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Run, print and write the file."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--eps", type=float, default=0.2)

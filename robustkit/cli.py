@@ -1,4 +1,4 @@
-"""The command line: words in, calls of the package, exit codes out. No logic."""
+"""The command line: parses arguments, calls the package, returns exit codes. No logic."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ zoo_app = typer.Typer(help="Reference models whose weights ship with the package
 app.add_typer(zoo_app, name="zoo")
 
 
-def _whole(text: str | int) -> int:
-    """A whole number; typer's own refusal does not say which value was meant."""
+def _integer(text: str | int) -> int:
+    """An integer; typer's own error does not quote the value."""
     try:
         return int(text)
     except ValueError as error:
@@ -24,22 +24,22 @@ def _whole(text: str | int) -> int:
 
 
 def _share(text: str | float) -> float:
-    """A number, or a fraction."""
+    """A number, or a fraction such as 9/10."""
     from robustkit.bench.plan.specs import number
 
     return text if isinstance(text, float) else number(str(text), "the value")
 
 
-def _number(help: str) -> Any:  # Any: typer's own functions for options return it
-    return typer.Option(help=help, parser=_whole, metavar="INT")
+def _integer_option(help: str) -> Any:  # Any: typer's own functions for options return it
+    return typer.Option(help=help, parser=_integer, metavar="INT")
 
 
-def _part(help: str) -> Any:
+def _share_option(help: str) -> Any:
     return typer.Option(help=help, parser=_share, metavar="SHARE")
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(requested: bool) -> None:
+    if requested:
         from importlib.metadata import version
 
         typer.echo(f"robustkit {version('robustkit')}")
@@ -50,12 +50,12 @@ def _version(wanted: bool) -> None:
 def robustkit(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
 ) -> None:
-    """How robust is a model, really?"""
+    """Measure the adversarial robustness of torch models."""
 
 
 @app.command()
 def bench(
-    plan: Annotated[Path | None, typer.Option(help="A TOML file that says all of it.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="A TOML file with the whole plan.")] = None,
     model: Annotated[
         list[str] | None,
         typer.Option(help="zoo:NAME, file.py:factory, package:factory, torchvision:NAME, timm:NAME; may be repeated"),
@@ -63,8 +63,8 @@ def bench(
     data: Annotated[
         str | None, typer.Option(help="mnist-5k, digits, npz:FILE, folder:DIR, torchvision:NAME, file.py:factory")
     ] = None,
-    limit: Annotated[int | None, _number("Take at most so many images.")] = None,
-    offset: Annotated[int | None, _number("Pass over so many images first.")] = None,
+    limit: Annotated[int | None, _integer_option("The largest number of images.")] = None,
+    offset: Annotated[int | None, _integer_option("Number of images to skip first.")] = None,
     threat: Annotated[list[str] | None, typer.Option(help="linf:8/255, l2:0.5, l1:12, pixels:1; may be repeated")] = None,
     attack: Annotated[
         list[str] | None, typer.Option(help="NAME or NAME:field=value,...: pgd:steps=20; see --list; may be repeated")
@@ -74,40 +74,46 @@ def bench(
         list[str] | None,
         typer.Option(help="none, quantise:levels=8, jpeg, median, gaussian-noise, random-resize, file.py:factory; repeatable"),
     ] = None,
-    seed: Annotated[int | None, _number("Of all noise; default 0.")] = None,
-    block: Annotated[int | None, _number("Images that are attacked and written down at a time; default 100.")] = None,
-    batch_size: Annotated[int | None, _number("The most of them that go through a model at once; default 100.")] = None,
+    seed: Annotated[int | None, _integer_option("Seed of all random numbers; default 0.")] = None,
+    block: Annotated[int | None, _integer_option("Images per block; each finished block is saved; default 100.")] = None,
+    batch_size: Annotated[int | None, _integer_option("The largest batch for the model; default 100.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N")] = None,
-    threads: Annotated[int | None, _number("Of torch, in each worker; default 1.")] = None,
-    workers: Annotated[int, _number("Processes that share the work; the numbers stay the same.")] = 1,
+    threads: Annotated[int | None, _integer_option("Threads of torch in each worker; default 1.")] = None,
+    workers: Annotated[int, _integer_option("Number of processes; it does not change the results.")] = 1,
     normalize: Annotated[
-        str | None, typer.Option(help="MEAN,STD to put before the models; or one a channel: 0.5:0.5:0.5,0.2:0.2:0.2")
+        str | None, typer.Option(help="MEAN,STD to normalise the inputs of the models; or per channel: 0.5:0.5:0.5,0.2:0.2:0.2")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="A new folder; default one with the date under runs/.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="A new folder for the results; default: under runs/, named by date and time.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in --out.")] = False,
     save_adversarial: Annotated[
-        bool, typer.Option("--save-adversarial", help="Write all attacked images, not only those that are solved.")
+        bool, typer.Option("--save-adversarial", help="Save the images of unsolved examples too.")
     ] = False,
     start_from: Annotated[
         list[str] | None,
         typer.Option(
-            help="An earlier run on the same images, or a file with x_adv (npz, safetensors), to start at; repeatable"
+            help="An earlier run on the same images, or a file with x_adv (npz, safetensors), to start from; repeatable"
         ),
     ] = None,
-    fail_under: Annotated[float | None, _part("Exit 1 where less than this share is robust.")] = None,
-    baseline: Annotated[Path | None, typer.Option(help="A run to be compared with.")] = None,
+    fail_under: Annotated[float | None, _share_option("Exit 1 if a robust accuracy is below this share.")] = None,
+    baseline: Annotated[Path | None, typer.Option(help="The folder of a run to compare with.")] = None,
     fail_if_worse: Annotated[
-        float | None, _part("Exit 1 where robust accuracy fell by more than this below --baseline.")
+        float | None, _share_option("Exit 1 if a robust accuracy is below that of --baseline by more than this.")
     ] = None,
     junit: Annotated[Path | None, typer.Option(help="Write records and gates as JUnit XML.")] = None,
     format: Annotated[str, typer.Option(help="text or json, on standard output")] = "text",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Try a few images and tell what the run would take.")] = False,
-    list_names: Annotated[bool, typer.Option("--list", help="Show the names that may be used.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Try a few images, print the estimated cost and time, and stop.")
+    ] = False,
+    list_names: Annotated[
+        bool, typer.Option("--list", help="List the available models, data, threats, attacks and goals.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Measure how robust models are: a table here, results.json and report.html in a folder.
+    """Measure the robustness of models; prints a table and writes results.json and report.html to a folder.
 
-    Without arguments: two reference models, every attack, a thousand real digits, in about a minute.
+    Without options it attacks two reference models on real digits and takes about a minute.
     """
     from robustkit.commands.bench import RunOptions, bench_command
     from robustkit.commands.listing import list_command
@@ -136,20 +142,20 @@ def bench(
         start_from,
         defence,
     )
-    manner = RunOptions(out, resume, workers, fail_under, baseline, fail_if_worse, junit, format, dry_run)
-    code = bench_command(request, manner)
+    options = RunOptions(out, resume, workers, fail_under, baseline, fail_if_worse, junit, format, dry_run)
+    code = bench_command(request, options)
     if code:
         raise typer.Exit(code)
 
 
 @app.command()
 def compare(
-    run_a: Annotated[Path, typer.Argument(help="The folder of a run, as the version before.")],
-    run_b: Annotated[Path, typer.Argument(help="The folder of another, as the version after.")],
+    run_a: Annotated[Path, typer.Argument(help="The folder of the first run, such as the old version.")],
+    run_b: Annotated[Path, typer.Argument(help="The folder of the second run, such as the new version.")],
     format: Annotated[str, typer.Option(help="text or json")] = "text",
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Compare two runs image by image: which one stays right, and whether that is more than chance."""
+    """Compare the robustness of two runs image by image, with exact tests."""
     from robustkit.commands.compare import compare_command
 
     compare_command(run_a, run_b, format)
@@ -160,7 +166,7 @@ def report(
     run: Annotated[Path, typer.Argument(help="The folder of a run, finished or not.")],
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Write report.html of a run anew, and show its table."""
+    """Write report.html of a run again and print its table."""
     from robustkit.commands.report import report_command
 
     report_command(run)
@@ -171,14 +177,14 @@ def attack(
     model: Annotated[str, typer.Option(help="As for bench.")],
     data: Annotated[str, typer.Option(help="As for bench.")],
     threat: Annotated[str, typer.Option(help="As for bench.")],
-    out: Annotated[Path, typer.Option(help="A new npz file: x and y as npz: reads them, success, size, index.")],
+    out: Annotated[Path, typer.Option(help="A new npz file: x and y as --data npz:FILE reads them, success, size, index.")],
     attack: Annotated[str, typer.Option(help="As for bench.")] = "pgd",
     goal: Annotated[str, typer.Option(help="As for bench.")] = "misclassify",
     defence: Annotated[str, typer.Option(help="As for bench.")] = "none",
-    limit: Annotated[int | None, _number("Take at most so many images.")] = None,
-    offset: Annotated[int, _number("Pass over so many images first.")] = 0,
-    seed: Annotated[int, _number("Of all noise.")] = 0,
-    batch_size: Annotated[int, _number("The most images that go through the model at once.")] = 100,
+    limit: Annotated[int | None, _integer_option("The largest number of images.")] = None,
+    offset: Annotated[int, _integer_option("Number of images to skip first.")] = 0,
+    seed: Annotated[int, _integer_option("Seed of all random numbers.")] = 0,
+    batch_size: Annotated[int, _integer_option("The largest batch for the model.")] = 100,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
     normalize: Annotated[str | None, typer.Option(help="As for bench.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
@@ -196,21 +202,23 @@ def attack(
 
 @app.command()
 def train(
-    model: Annotated[str, typer.Option(help="file.py:factory or package.module:factory; trained from what it returns.")],
+    model: Annotated[
+        str, typer.Option(help="file.py:factory or package.module:factory; training starts from the model that it returns.")
+    ],
     data: Annotated[str, typer.Option(help="As for bench, for example mnist-5k:train.")],
     out: Annotated[Path, typer.Option(help="A new .safetensors file for the weights.")],
     loss: Annotated[
-        str, typer.Option(help="standard, or madry: on the worst points that --attack finds in --threat")
+        str, typer.Option(help="standard, or madry: on adversarial examples that --attack finds in --threat")
     ] = "madry",
-    threat: Annotated[str | None, typer.Option(help="As for bench; needed by madry.")] = None,
+    threat: Annotated[str | None, typer.Option(help="As for bench; required by madry.")] = None,
     attack: Annotated[str, typer.Option(help="As for bench.")] = "pgd:steps=10,reach=2.5",
-    epochs: Annotated[int, _number("How many times all images are seen.")] = 10,
-    batch_size: Annotated[int, _number("Images a step.")] = 128,
+    epochs: Annotated[int, _integer_option("Number of epochs.")] = 10,
+    batch_size: Annotated[int, _integer_option("Number of images per step.")] = 128,
     lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3,
-    seed: Annotated[int, _number("Of weights, order and noise.")] = 0,
+    seed: Annotated[int, _integer_option("Seed of the initial weights, the order and the noise.")] = 0,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Train a model, against an adversary if wanted, and write its weights for `bench --model SPEC@weights=FILE`."""
+    """Train a model, adversarially by default, and write its weights for `bench --model SPEC@weights=FILE`."""
     from robustkit.commands.train import TrainOptions, train_command
 
     train_command(TrainOptions(model, data, loss, threat, attack, epochs, batch_size, lr, seed), out)
@@ -220,7 +228,7 @@ def train(
 def crosscheck(
     model: Annotated[str, typer.Option(help="As for bench.")] = "zoo:mnist-cnn",
     data: Annotated[str, typer.Option(help="As for bench.")] = "mnist-5k",
-    limit: Annotated[int, _number("Take at most so many images.")] = 256,
+    limit: Annotated[int, _integer_option("The largest number of images.")] = 256,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Run the same attacks through foolbox and other installed libraries, and compare image by image."""
@@ -232,7 +240,7 @@ def crosscheck(
 
 @zoo_app.command("list")
 def zoo_list() -> None:
-    """What ships, and how good it is."""
+    """List the reference models and their scores."""
     from robustkit.commands.zoo import list_command
 
     list_command()
@@ -243,7 +251,7 @@ def zoo_train(
     name: Annotated[str, typer.Argument(help="Name of a reference model.")],
     out: Annotated[Path, typer.Option(help="Folder for the weights and the card.")] = Path("."),
 ) -> None:
-    """Train a reference model anew by its recipe."""
+    """Train a reference model by its recipe."""
     from robustkit.commands.zoo import train_command
 
     train_command(name, out)
@@ -251,7 +259,7 @@ def zoo_train(
 
 @zoo_app.command("verify")
 def zoo_verify(name: Annotated[list[str] | None, typer.Argument(help="Names; default all.")] = None) -> None:
-    """Recompute what the cards say: hashes and accuracies."""
+    """Recompute the hashes and accuracies of the cards."""
     from robustkit.commands.zoo import verify_command
 
     if verify_command(name):
@@ -259,15 +267,15 @@ def zoo_verify(name: Annotated[list[str] | None, typer.Argument(help="Names; def
 
 
 def main(words: list[str] | None = None) -> int:
-    """Run the command line and return the exit code: 0 done, 1 a check failed, 2 the request was wrong, 130 interrupted."""
+    """Run the command line and return the exit code: 0 done, 1 a check failed, 2 an invalid request, 130 interrupted."""
     words = sys.argv[1:] if words is None else words
     try:
-        # Without words: what there is. Ctrl-C comes back as 130.
+        # Without arguments: the help. Ctrl-C is returned as 130.
         code = int(app(words or ["--help"], prog_name="robustkit", standalone_mode=False) or 0)
     except Exception as error:
         if "--debug" in words or not _is_request_error(error):
             raise
-        print(f"robustkit: {_told(error)}", file=sys.stderr)
+        print(f"robustkit: {_one_line(error)}", file=sys.stderr)
         return 2
     if code == 130:
         print("robustkit: interrupted", file=sys.stderr)
@@ -275,7 +283,7 @@ def main(words: list[str] | None = None) -> int:
 
 
 def _is_request_error(error: Exception) -> bool:
-    """Whether the words were wrong, or what they named; anything else is a defect of ours and shows its traceback."""
+    """Whether the request was wrong; any other error is a defect and shows its traceback."""
     from robustkit.errors import RobustkitError
 
     return isinstance(error, RobustkitError) or _is_of_typer(error)
@@ -286,8 +294,8 @@ def _is_of_typer(error: Exception) -> bool:
     return isinstance(error, typer.BadParameter.__mro__[2])
 
 
-def _told(error: Exception) -> str:
-    """An error in one line; where the words were wrong, with the place that says which are right."""
+def _one_line(error: Exception) -> str:
+    """An error in one line; where an option is wrong, with the command that prints the help."""
     message = " ".join(str(getattr(error, "format_message", error.__str__)()).split())
     if not _is_of_typer(error):
         return message

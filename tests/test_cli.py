@@ -137,7 +137,7 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path):
     out, err = running.communicate()
     assert (running.returncode, out) == (130, "")
     again = f"robustkit bench --out {tmp_path / 'out'} --resume"
-    assert err == f"robustkit: what was finished is in {tmp_path / 'out'}; go on with: {again}\nrobustkit: interrupted\n"
+    assert err == f"robustkit: finished blocks are in {tmp_path / 'out'}; continue with: {again}\nrobustkit: interrupted\n"
     (record,) = json.loads((tmp_path / "out" / "results.json").read_text())["records"]
     assert record["attack"] == "fgsm"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
@@ -215,14 +215,14 @@ def test_zoo_list_shows_every_model_whole(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "differing", "code", "lines"),
     [
-        ([], (), 0, [f"zoo:{name} is what its card says" for name in zoo.names()]),
-        (["digits-mlp"], (), 0, ["zoo:digits-mlp is what its card says"]),
+        ([], (), 0, [f"zoo:{name} agrees with its card" for name in zoo.names()]),
+        (["digits-mlp"], (), 0, ["zoo:digits-mlp agrees with its card"]),
         (["digits-mlp"], ("digits-mlp",), 1, ["[red]n of zoo:digits-mlp is 1 " + "x" * 100, "second"]),
         (
             ["digits-mlp", "mnist-cnn"],
             ("digits-mlp",),
             1,
-            ["[red]n of zoo:digits-mlp is 1 " + "x" * 100, "second", "zoo:mnist-cnn is what its card says"],
+            ["[red]n of zoo:digits-mlp is 1 " + "x" * 100, "second", "zoo:mnist-cnn agrees with its card"],
         ),
     ],
 )
@@ -235,7 +235,7 @@ def test_zoo_verify_is_1_when_a_card_differs(monkeypatch, capsys, words, differi
 
 def test_zoo_verify_measures(capsys):
     assert cli.main(["zoo", "verify", "digits-mlp"]) == 0
-    assert capsys.readouterr().out == "zoo:digits-mlp is what its card says\n"
+    assert capsys.readouterr().out == "zoo:digits-mlp agrees with its card\n"
 
 
 def test_zoo_train_says_where_the_weights_are(monkeypatch, capsys, tmp_path):

@@ -37,11 +37,11 @@ def mnist():
 def digits():
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    return found.images[:, None] / 16, found.target
+    bunch = load_digits()
+    return bunch.images[:, None] / 16, bunch.target
 
 
-# The hashes were computed once from the first split that was released: a change is a new data set under an old name.
+# Hashes of the first released split; other hashes would mean another data set under the same name.
 @pytest.mark.parametrize(
     ("name", "source", "held_out", "shape", "hashes"),
     [
@@ -57,8 +57,8 @@ def test_the_split_is_fixed_disjoint_complete_and_stratified(name, source, held_
     assert len(test) + len(train) == len(labels)
     assert rows(test).isdisjoint(rows(train))
     assert rows(test) | rows(train) == whole
-    everyone = torch.from_numpy(labels.astype(np.int64)).bincount()
-    assert torch.equal(test.y.bincount(), (everyone.double() / 5).round().long())
+    labels_per_class = torch.from_numpy(labels.astype(np.int64)).bincount()
+    assert torch.equal(test.y.bincount(), (labels_per_class.double() / 5).round().long())
     assert test.x.shape[1:] == shape
     assert test.classes == tuple("0123456789")
     assert (test.hash, train.hash) == hashes
@@ -68,10 +68,10 @@ def test_the_order_is_random_but_fixed():
     first, again = load("digits"), load("digits")
     assert torch.equal(first.x, again.x)
     assert not torch.equal(first.y, first.y.sort().values)
-    assert first.y[:100].bincount(minlength=10).min() > 0  # so that --limit 100 still sees every class
+    assert first.y[:100].bincount(minlength=10).min() > 0  # so that --limit 100 covers every class
 
 
-def test_loading_leaves_the_random_state_alone():
+def test_loading_restores_the_random_state():
     before, legacy = torch.get_rng_state(), np.random.get_state()[1].tolist()
     load("digits")
     assert torch.equal(before, torch.get_rng_state())
@@ -89,7 +89,7 @@ def test_part_is_a_slice_with_a_hash_of_its_own():
 
 
 @pytest.mark.parametrize("wrong", [{"offset": -1}, {"offset": 359}, {"limit": 0}, {"limit": 1.5}, {"offset": True}])
-def test_part_refuses_what_holds_nothing(wrong):
+def test_part_refuses_empty_parts(wrong):
     with pytest.raises(ArgumentError, match=f"{next(iter(wrong))}="):
         load("digits").part(**wrong)
 
@@ -121,8 +121,8 @@ REFUSED = {
     "no x": ({"y": LABELS}, "no array x"),
     "no y": ({"x": FLOATS}, "no array y"),
     "neither": ({"a": FLOATS}, "no array x and no array y"),
-    "object x": ({"x": np.array([{}] * 6), "y": LABELS}, "nothing pickled is ever loaded"),
-    "object y": ({"x": FLOATS, "y": LABELS.astype(object)}, "nothing pickled is ever loaded"),
+    "object x": ({"x": np.array([{}] * 6), "y": LABELS}, "pickled objects are never loaded"),
+    "object y": ({"x": FLOATS, "y": LABELS.astype(object)}, "pickled objects are never loaded"),
     "nan": ({"x": with_one(np.nan), "y": LABELS}, "from nan to nan"),
     "above": ({"x": with_one(1.5), "y": LABELS}, "to 1.5"),
     "below": ({"x": with_one(-0.5), "y": LABELS}, "from -0.5"),
@@ -134,28 +134,28 @@ REFUSED = {
     "float NHWC": ({"x": FLOATS.transpose(0, 2, 3, 1), "y": LABELS}, r"transpose\(0, 3, 1, 2\)"),
     "byte NCHW": ({"x": BYTES.transpose(0, 3, 1, 2).repeat(2, 3), "y": LABELS}, r"transpose\(0, 2, 3, 1\)"),
     "lengths": ({"x": FLOATS, "y": LABELS[:5]}, r"x has shape \(6, 3, 5, 4\), y has shape \(5,\)"),
-    "empty": ({"x": FLOATS[:0], "y": LABELS[:0]}, "and x a pixel"),
-    "no pixels": ({"x": FLOATS[:, :, :0], "y": LABELS}, "and x a pixel"),
+    "empty": ({"x": FLOATS[:0], "y": LABELS[:0]}, "x must not be empty"),
+    "no pixels": ({"x": FLOATS[:, :, :0], "y": LABELS}, "x must not be empty"),
     "huge label": ({"x": FLOATS, "y": LABELS.astype(np.uint64) + np.uint64(2**63)}, "y runs from 9223372036854775808"),
-    "scalar": ({"x": np.float32(1), "y": LABELS}, "one label an image"),
+    "scalar": ({"x": np.float32(1), "y": LABELS}, "one label per image"),
     "column": ({"x": FLOATS, "y": LABELS[:, None]}, r"y has shape \(6, 1\)"),
     "negative": ({"x": FLOATS, "y": LABELS - 1}, "y runs from -1 to 1"),
     "float labels": ({"x": FLOATS, "y": LABELS.astype(np.float32)}, "y is float32"),
     "few classes": ({"x": FLOATS, "y": LABELS, "classes": np.array(["a", "b"])}, "each of the 3 labels"),
-    "numbered classes": ({"x": FLOATS, "y": LABELS, "classes": np.arange(3)}, "must be strings"),
+    "numbered classes": ({"x": FLOATS, "y": LABELS, "classes": np.arange(3)}, "must hold strings"),
 }
 
 
-@pytest.mark.parametrize(("arrays", "told"), REFUSED.values(), ids=REFUSED)
-def test_a_wrong_npz_is_refused_in_one_line(arrays, told, tmp_path):
-    with pytest.raises(ArgumentError, match=told) as caught:
+@pytest.mark.parametrize(("arrays", "reason"), REFUSED.values(), ids=REFUSED)
+def test_an_invalid_npz_is_refused_in_one_line(arrays, reason, tmp_path):
+    with pytest.raises(ArgumentError, match=reason) as caught:
         load(npz(tmp_path, **arrays))
     assert "\n" not in str(caught.value)
     assert "some: data.npz" in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"not an archive", b"PK\x03\x04 cut short"])
-def test_what_is_no_npz_is_refused(content, tmp_path):
+def test_other_files_than_npz_are_refused(content, tmp_path):
     (tmp_path / "data.npz").write_bytes(content)
     with pytest.raises(ArgumentError, match="cannot be read as plain arrays"):
         load(f"npz:{tmp_path}/data.npz")
@@ -170,7 +170,7 @@ def test_a_single_array_and_a_missing_file_are_refused(tmp_path):
 
 
 class Trap:
-    """Pickled as a call that leaves a file behind."""
+    """Unpickling it creates a file."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -181,15 +181,15 @@ class Trap:
 
 @pytest.mark.parametrize("where", ["x", "y", "classes", "whole file"])
 def test_no_pickle_inside_an_npz_is_executed(where, tmp_path):
-    sprung, spec = tmp_path / "sprung", f"npz:{tmp_path}/data.npz"
-    trap = Trap(sprung)
+    executed, spec = tmp_path / "executed", f"npz:{tmp_path}/data.npz"
+    trap = Trap(executed)
     if where == "whole file":
         (tmp_path / "data.npz").write_bytes(pickle.dumps(trap))
     else:
         np.savez(tmp_path / "data.npz", **{"x": FLOATS, "y": LABELS, where: np.array([trap], dtype=object)})
     with pytest.raises(ArgumentError):
         load(spec)
-    assert not sprung.exists()
+    assert not executed.exists()
 
 
 def picture(file, array):
@@ -207,7 +207,7 @@ def test_a_folder_is_read_in_sorted_order(tmp_path):
     assert torch.equal(data.x, torch.from_numpy(BYTES[[2, 1, 0]]).permute(0, 3, 1, 2) / 255)
 
 
-def test_grey_pictures_keep_one_channel_until_a_coloured_one_joins(tmp_path):
+def test_grey_images_have_one_channel_unless_one_is_coloured(tmp_path):
     picture(tmp_path / "a" / "0.png", BYTES[0, ..., 0])
     picture(tmp_path / "b" / "0.png", BYTES[1, ..., 0])
     assert load(f"folder:{tmp_path}").x.shape == (2, 1, 5, 4)
@@ -217,7 +217,7 @@ def test_grey_pictures_keep_one_channel_until_a_coloured_one_joins(tmp_path):
     assert torch.equal(data.x[0], torch.from_numpy(BYTES[0, ..., 0]).expand(3, 5, 4) / 255)
 
 
-def test_wrong_folders_are_refused_by_the_file_that_is_wrong(tmp_path):
+def test_invalid_folders_are_refused_with_the_name_of_the_file(tmp_path):
     with pytest.raises(ArgumentError, match="no folder"):
         load(f"folder:{tmp_path}/none")
     with pytest.raises(ArgumentError, match="holds no images"):
@@ -227,7 +227,7 @@ def test_wrong_folders_are_refused_by_the_file_that_is_wrong(tmp_path):
     with pytest.raises(ArgumentError, match=r"a/1.png is 4x3, a/0.png is 4x5"):
         load(f"folder:{tmp_path}")
     (tmp_path / "a" / "1.png").write_text("no picture")
-    with pytest.raises(ArgumentError, match=r"1.png is no readable image"):
+    with pytest.raises(ArgumentError, match=r"1.png is not a readable image"):
         load(f"folder:{tmp_path}")
     (tmp_path / "a" / "1.png").unlink()
     picture(tmp_path / "a" / "2.png", BYTES[0, ..., 0].astype(np.uint16) * 256)
@@ -272,7 +272,7 @@ def factories(tmp_path, monkeypatch):
     return f"{folder}/mine.py"
 
 
-def test_a_factory_gives_tensors_or_arrays(factories):
+def test_a_factory_returns_tensors_or_arrays(factories):
     before = list(sys.path)
     assert torch.equal(load(f"{factories}:tensors").x, torch.full((3, 1, 2, 2), 0.5))
     data = load(f"{factories}:arrays")
@@ -282,7 +282,7 @@ def test_a_factory_gives_tensors_or_arrays(factories):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "reason"),
     [
         ("none", "no function none; it has tensors, arrays, ragged, alone, failing"),
         ("number", "no function number"),
@@ -292,27 +292,27 @@ def test_a_factory_gives_tensors_or_arrays(factories):
         ("", "must be path/to/file.py:name"),
     ],
 )
-def test_a_wrong_factory_is_named(factories, name, told):
-    with pytest.raises(ArgumentError, match=told):
+def test_an_invalid_factory_is_refused(factories, name, reason):
+    with pytest.raises(ArgumentError, match=reason):
         load(f"{factories}:{name}")
 
 
 @pytest.mark.parametrize("spec", ["cifar", "mnist-5k:", "mnist-5k:test", "digits:train:x", "npz:", "folder:", "", "a.py"])
-def test_an_unknown_spec_is_refused_with_the_known_ones(spec):
+def test_an_unknown_spec_is_refused_with_the_known_forms(spec):
     with pytest.raises(ArgumentError, match="mnist-5k, mnist-5k:train, digits") as caught:
         load(spec)
     assert repr(spec) in str(caught.value)
 
 
 class Broken:
-    """An import hook under which torchvision raises what a build for another torch raises."""
+    """An import hook that raises what torchvision raises if it was built for another torch."""
 
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "torchvision":
             raise RuntimeError("operator torchvision::nms does not exist")
 
 
-def test_a_missing_and_a_broken_torchvision_are_told_with_the_install_line(monkeypatch):
+def test_missing_and_broken_torchvision_raise_with_the_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'robustkit\[vision\]'"):
         load("torchvision:CIFAR10")
@@ -363,7 +363,7 @@ def torchvision(monkeypatch, tmp_path):
 
 
 @pytest.mark.usefixtures("torchvision")
-def test_torchvision_gives_its_test_part():
+def test_torchvision_loads_its_test_set():
     for name in ("ByTrain", "BySplit"):
         data = load(f"torchvision:{name}")
         assert torch.equal(data.x, torch.from_numpy(BYTES[:2]).permute(0, 3, 1, 2) / 255)
@@ -372,28 +372,28 @@ def test_torchvision_gives_its_test_part():
 
 @pytest.mark.usefixtures("torchvision")
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "reason"),
     [
         ("None", "no downloadable test data None"),
         ("NoTestPart", "no downloadable"),
         ("Unreachable", "OSError: no route to host"),
     ],
 )
-def test_torchvision_errors_come_in_one_line(name, told):
-    with pytest.raises(ArgumentError, match=told) as caught:
+def test_torchvision_errors_are_one_line(name, reason):
+    with pytest.raises(ArgumentError, match=reason) as caught:
         load(f"torchvision:{name}")
     assert "\n" not in str(caught.value)
 
 
-def test_data_prints_as_what_it_is():
+def test_the_repr_names_spec_shape_and_hash():
     assert repr(load("digits")) == "Data('digits', x (359, 1, 8, 8), 10 classes, hash a6b951cee90c8a00)"
     assert isinstance(load("digits"), Data)
 
 
 def test_the_data_of_a_factory_are_a_copy(tmp_path, monkeypatch):
-    kept = np.zeros((2, 1, 2, 2), dtype=np.float32)
-    kept.flags.writeable = False
-    monkeypatch.setitem(sys.modules, "keeper", types.SimpleNamespace(kept=kept))
+    array = np.zeros((2, 1, 2, 2), dtype=np.float32)
+    array.flags.writeable = False
+    monkeypatch.setitem(sys.modules, "keeper", types.SimpleNamespace(kept=array))
     (tmp_path / "make.py").write_text("def make():\n    import keeper\n    return keeper.kept, [0, 1]\n")
     load(f"{tmp_path}/make.py:make").x.fill_(1)
-    assert not kept.any()
+    assert not array.any()

@@ -1,4 +1,4 @@
-"""Measures models against attacks and shows what came out."""
+"""Robustness benchmarks: plans, their execution, results, comparisons and reports."""
 
 from robustkit.bench.evaluate import Report, evaluate, run
 from robustkit.bench.plan.plan import Case, Plan, default_plan

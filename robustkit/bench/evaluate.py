@@ -1,4 +1,4 @@
-"""The bench for Python: a plan, or objects in memory, and what came out."""
+"""The bench for Python: run a plan, or evaluate models in memory."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from robustkit.attack import Attack
 from robustkit.bench.execution.executors import Executor, Processes, Serial
-from robustkit.bench.execution.loaded_run import LoadedRun, ResolvedCase, load
-from robustkit.bench.execution.model_under_test import Subject
+from robustkit.bench.execution.loaded_run import LoadedRun, load
+from robustkit.bench.execution.model_under_test import ModelUnderTest
+from robustkit.bench.execution.resolved_case import ResolvedCase
 from robustkit.bench.execution.runner import Outcome, outcomes
 from robustkit.bench.folder import open_folder, results_of
 from robustkit.bench.plan import specs
@@ -35,13 +36,13 @@ from robustkit.threats import Threat
 __all__ = ["Report", "evaluate", "run"]
 
 Model = Target | nn.Module | Fn
-_BLOCK = 100  # images that are attacked at a time, unless a Target takes more at once
+_BLOCK = 100  # images per block, unless a Target has a larger batch size
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Report:
-    """What a run came to; in a notebook it shows itself.
+    """The results of a run; a notebook displays it as a table.
 
     Attributes:
         results: The content of results.json.
@@ -53,28 +54,28 @@ class Report:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """A row for each case."""
+        """One record per case."""
         return list(self.results["records"])
 
     @property
     def worst_case(self) -> list[dict[str, Any]]:
-        """For each model and threat, what survives all attacks: the figure to quote."""
+        """The robust accuracy under the union of all attacks, for each model and threat: the figure to report."""
         return list(self.results["worst_case"])
 
     def save(self, path: str | Path) -> None:
-        """Write the page that shows all of it, one HTML file."""
+        """Write the report, one HTML file."""
         page = report(self.results, self.pictures, command=self.results["command"])
         replace_file(Path(path), page.encode("utf-8"))
 
     def __repr__(self) -> str:
-        told = (
+        lines = (
             f"{row['model']}, {row['threat']}: {row['clean_accuracy']:.1%} clean, {row['robust_accuracy']:.1%} robust at most "
             f"(95 % Wilson interval over the choice of {row['n']:,} images: {row['low']:.1%} to {row['high']:.1%})"
             for row in self.worst_case
         )
-        return "\n".join(["Report", *told])
+        return "\n".join(["Report", *lines])
 
-    def __rich__(self) -> Any:  # Any: what rich can print
+    def __rich__(self) -> Any:  # Any: a rich renderable
         return table(self.records, self.worst_case)
 
     def _repr_html_(self) -> str:
@@ -82,22 +83,22 @@ class Report:
 
 
 def run(plan: Plan, *, out: str | Path | None = None, resume: bool = False, workers: int = 1, progress: bool = False) -> Report:
-    """Measure what a plan names.
+    """Run a plan.
 
     Args:
-        plan: What to measure; `robustkit.bench.read_plan` reads one from a file.
-        out: A folder to write the run to, as the command line does. Default: nothing is written.
-        resume: Whether to go on with the run that is there.
-        workers: How many processes share the work; a script that asks for several must keep its own work under
-            `if __name__ == "__main__":`, since each of them imports it.
-        progress: Whether to show a bar on a terminal.
+        plan: The plan; `robustkit.bench.read_plan` reads one from a file.
+        out: A folder for the run, as on the command line. By default nothing is written.
+        resume: Resume the run in this folder.
+        workers: Number of processes. With more than one, a script must keep its own work under
+            `if __name__ == "__main__":`, because each process imports the script.
+        progress: Show a progress bar on a terminal.
 
     Returns:
-        What came out.
+        The results.
 
     Raises:
-        ArgumentError: Something in the plan means nothing, cannot be read, or cannot be done.
-        MissingExtraError: An optional dependency is needed.
+        ArgumentError: The plan is invalid, or names something that cannot be read or run.
+        MissingExtraError: An optional dependency is missing.
     """
     executor: Executor = Serial() if workers == 1 else Processes(workers)
     loaded = load(plan)
@@ -123,77 +124,82 @@ def evaluate(
     seed: int = 0,
     progress: bool = False,
 ) -> Report:
-    """Measure how robust a model in memory is, or several.
+    """Evaluate the robustness of one or several models in memory.
 
     Args:
         model: Maps images (N, C, H, W) to logits (N, classes), with the normalisation inside (`robustkit.Normalize`): a
-            module, a function, or a `Target`, which says how many images go through it at once and how a defence may be
-            differentiated: `Quantise(8).guard(model)` is attacked along every view. Several as a dictionary:
+            module, a function, or a `Target`, which states the batch size and how a defence may be differentiated;
+            `Quantise(8).guard(model)` is attacked through every view. Several models as a dictionary:
             {"plain": a, "trained against PGD": b}.
-        data: A pair of tensors or arrays (x, y), x inside the bounds of the threat and y whole numbers from 0; a DataLoader
-            or anything else that yields pairs of tensors, which are put together in memory; or a `robustkit.data.Data`.
-        threat: What may change, one or several: `Linf(8 / 255)`, or "linf:8/255".
-        attacks: One or several: objects, or names as on the command line: `PGD(steps=100)`, "pgd:steps=100".
-        goals: misclassify, least-likely, classify-as:K.
-        limit: Take at most so many examples.
-        seed: Of all noise.
-        progress: Whether to show a bar on a terminal.
+        data: A pair of tensors or arrays (x, y), x inside the bounds of the threat and y integers from 0; a DataLoader or
+            another iterable of pairs of tensors, which are concatenated in memory; or a `robustkit.data.Data`.
+        threat: One or several threats: `Linf(8 / 255)`, or "linf:8/255".
+        attacks: One or several attacks, objects or names as on the command line: `PGD(steps=100)`, "pgd:steps=100".
+        goals: One or several of misclassify, least-likely, classify-as:K.
+        limit: The largest number of examples.
+        seed: The seed of all noise.
+        progress: Show a progress bar on a terminal.
 
     Returns:
-        What came out: a record for each model, threat, attack and goal, and what survives all attacks together.
+        The results: a record for each model, threat, attack and goal, and the worst case over attacks.
 
     Raises:
-        ArgumentError: Anything above that means nothing, or does not fit together.
+        ArgumentError: An argument is invalid, or arguments do not fit each other.
     """
     models = dict(model) if isinstance(model, Mapping) else {_name(Target.of(model)): model}
     targets = {name: one if isinstance(one, Target) else Target(one, batch_size=_BLOCK) for name, one in models.items()}
     for name in targets:
         if not isinstance(name, str):
             raise ArgumentError(f'model: the name {name!r} must be a string: {{"plain": a, "robust": b}}')
-    held = _data(data, limit)
-    threats = [_meant("threat", one, Threat, specs.threat, specs.threat_words) for one in _several(threat)]
-    meant = [_meant("attacks", one, Attack, specs.attack, repr) for one in _several(attacks)]
-    goals = [_meant("goals", one, str, specs.goal, str)[0] for one in _several(goals)]
-    behind = {name: described(target) or NONE for name, target in targets.items()}
-    trials = [
-        ResolvedCase(Case(name, told, word, goal, behind[name]), attack, one, specs.goal(goal))
+    examples = _load_data(data, limit)
+    threats = [_spec_and_value("threat", one, Threat, specs.threat, specs.threat_words) for one in _as_list(threat)]
+    resolved_attacks = [_spec_and_value("attacks", one, Attack, specs.attack, repr) for one in _as_list(attacks)]
+    goals = [_spec_and_value("goals", one, str, specs.goal, str)[0] for one in _as_list(goals)]
+    defences = {name: described(target) or NONE for name, target in targets.items()}
+    cases = [
+        ResolvedCase(Case(name, threat_spec, attack_spec, goal, defences[name]), attack, one, specs.goal(goal))
         for name in targets
-        for told, one in threats
-        for word, attack in meant
+        for threat_spec, one in threats
+        for attack_spec, attack in resolved_attacks
         for goal in goals
     ]
-    words = (
-        f"robustkit.evaluate({', '.join(targets)}, {held.spec}, threat={threat!r}, attacks={attacks!r}, "
+    command = (
+        f"robustkit.evaluate({', '.join(targets)}, {examples.spec}, threat={threat!r}, attacks={attacks!r}, "
         f"goals={goals!r}, limit={limit}, seed={seed})"
     )
-    loaded = _loaded(targets, held, trials, seed, words)
+    loaded = _load(targets, examples, cases, seed, command)
     return _report(loaded, list(_outcomes(loaded, None, Serial(), 1, progress)))
 
 
-def _loaded(targets: Mapping[str, Target], held: Data, trials: Sequence[ResolvedCase], seed: int, words: str) -> LoadedRun:
-    most = max((target.batch_size for target in targets.values()), default=_BLOCK)
+def _load(
+    targets: Mapping[str, Target], examples: Data, resolved: Sequence[ResolvedCase], seed: int, command: str
+) -> LoadedRun:
+    """The loaded run of models in memory."""
+    batch_size = max((target.batch_size for target in targets.values()), default=_BLOCK)
     devices = {_device(target) for target in targets.values()}
     if len(devices) > 1:
-        raise ArgumentError(f"the models are on {', '.join(sorted(map(str, devices)))}; bring them to one device")
-    cases = tuple(trial.case for trial in trials)
+        raise ArgumentError(f"the models are on {', '.join(sorted(map(str, devices)))}; move them to one device")
+    cases = tuple(one.case for one in resolved)
     plan = Plan(
         cases,
-        held.spec,
+        examples.spec,
         seed=seed,
-        block=max(_BLOCK, most),
-        batch_size=most,
+        block=max(_BLOCK, batch_size),
+        batch_size=batch_size,
         device=str(next(iter(devices), "cpu")),
         threads=torch.get_num_threads(),
     )
     try:
         attacked = {case.subject: targets[case.model] for case in cases}
-        subjects = {name: Subject(name, target, held, plan, weights=target.module) for name, target in attacked.items()}
+        models = {
+            name: ModelUnderTest(name, target, examples, plan, weights=target.module) for name, target in attacked.items()
+        }
     except Exception as error:
         error.add_note(
-            f"robustkit had shown a model images of shape (N, {', '.join(map(str, held.shape[1:]))}), as they were given"
+            f"robustkit called a model with images of shape (N, {', '.join(map(str, examples.shape[1:]))}), those of the data"
         )
         raise
-    return LoadedRun(plan, held, subjects, trials, words)
+    return LoadedRun(plan, examples, models, resolved, command)
 
 
 def _outcomes(loaded: LoadedRun, store: Store | None, executor: Executor, workers: int, progress: bool) -> Iterator[Outcome]:
@@ -209,39 +215,41 @@ def _report(loaded: LoadedRun, done: Sequence[Outcome]) -> Report:
     return Report(results_of(loaded, done), tuple(pictures))
 
 
-def _several(given: Any) -> Sequence[Any]:
-    """One thing, or several, as several."""
+def _as_list(given: Any) -> Sequence[Any]:
+    """A list or tuple as it is, anything else as a list of one."""
     return given if isinstance(given, list | tuple) else [given]
 
 
-def _meant(name: str, given: Any, kind: type, read: Callable[[str], Any], words: Callable[[Any], str]) -> tuple[str, Any]:
-    """The words for what was given, and what they mean."""
+def _spec_and_value(
+    name: str, given: Any, kind: type, parse: Callable[[str], Any], to_spec: Callable[[Any], str]
+) -> tuple[str, Any]:
+    """The spec of an argument and its value, whichever of the two was given."""
     if isinstance(given, str):
-        return given, read(given)
+        return given, parse(given)
     if not isinstance(given, kind):
         example = {"threat": "Linf(8 / 255)", "attacks": "PGD(steps=100)", "goals": '"misclassify"'}[name]
         raise ArgumentError(f"{name}={given!r} must be {example}, or a name as on the command line; several as a list")
-    return words(given), given
+    return to_spec(given), given
 
 
-def _data(given: Any, limit: int | None) -> Data:  # Any: what users have
+def _load_data(given: Any, limit: int | None) -> Data:  # Any: tensors, arrays, a loader or Data
     if isinstance(given, Data):
         return given.part(0, limit)
     pair = isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(part, Tensor | np.ndarray) for part in given)
-    x, y = map(torch.as_tensor, given) if pair else _together(given, limit)
+    x, y = map(torch.as_tensor, given) if pair else _concatenate(given, limit)
     if x.shape[:1] != y.shape or not len(y) or y.dtype.is_floating_point or int(y.min()) < 0:
         raise ArgumentError(
             f"data: x has shape {tuple(x.shape)}, y is {y.dtype} of shape {tuple(y.shape)}; give images (N, C, H, W) and one "
-            "label 0, 1, 2, ... for each"
+            "label 0, 1, 2, ... per image"
         )
     x, y = x.detach().cpu(), y.detach().cpu().long()
-    x = x.float() if x.dtype == torch.bfloat16 else x  # numpy, by which data are hashed, does not know it
+    x = x.float() if x.dtype == torch.bfloat16 else x  # data are hashed through numpy, which has no bfloat16
     classes = tuple(str(label) for label in range(int(y.max()) + 1))
     return Data(x, y, classes, "(x, y)" if pair else type(given).__name__).part(0, limit)
 
 
-def _together(loader: Iterable[Any], limit: int | None) -> tuple[Tensor, Tensor]:
-    """The batches of a loader, as far as they are wanted."""
+def _concatenate(loader: Iterable[Any], limit: int | None) -> tuple[Tensor, Tensor]:
+    """The batches of a loader, until there are `limit` examples."""
     xs, ys, n = [], [], 0
     try:
         for x, y in loader:
@@ -253,13 +261,13 @@ def _together(loader: Iterable[Any], limit: int | None) -> tuple[Tensor, Tensor]
         return torch.cat(xs), torch.cat(ys)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ArgumentError(
-            f"data={type(loader).__name__} does not yield pairs of tensors (x, y) that fit together ({error}); give two "
+            f"data={type(loader).__name__} does not yield pairs of tensors (x, y) that can be concatenated ({error}); give two "
             "tensors, a DataLoader or a robustkit.data.Data"
         ) from error
 
 
 def _name(target: Target) -> str:
-    """The class of what is attacked, or the name of the function."""
+    """The name of the function, or the class of the module."""
     return str(getattr(target.fn, "__name__", type(target.fn).__name__))
 
 

@@ -1,4 +1,4 @@
-"""Files that a user names on the command line: new ones, written whole, and refused in one line where they cannot be."""
+"""Output files named on the command line: checked before the work, written atomically."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ __all__ = ["check_new", "write_output"]
 
 
 def check_new(out: Path, suffix: str, why: str) -> None:
-    """Refuse a file of another kind, or one that exists."""
+    """Refuse a file with another suffix, or one that exists."""
     if out.suffix != suffix:
         raise ArgumentError(f"out={str(out)!r} must end in {suffix}{why}")
     if out.exists():
-        raise ArgumentError(f"out={str(out)!r} exists; nothing is overwritten: name a new file")
+        raise ArgumentError(f"out={str(out)!r} exists, and nothing is overwritten; name a new file")
 
 
 def write_output(name: str, path: Path, content: bytes) -> None:
-    """Write a file that the option `name` names, with the folders above it.
+    """Write the file of the option `name`; missing folders are created.
 
     Raises:
         ArgumentError: It cannot be written.

@@ -1,4 +1,4 @@
-"""`robustkit attack`: one attack, and the images that it made."""
+"""`robustkit attack`: run one attack and write its adversarial images."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ __all__ = ["attack_command"]
 
 
 def attack_command(plan: Plan, out: Path) -> None:
-    """Run the one case of `plan` and write an npz file that `--data npz:FILE` reads.
+    """Run the only case of `plan` and write an npz file that `--data npz:FILE` reads.
 
-    It holds x, the attacked images, (N, C, H, W) float32; y, their true classes, (N,); success, (N,) bool; size, how much
-    of the budget each change takes, (N,) float64; index, which example of the data each is, (N,).
+    The file has x, the adversarial images, (N, C, H, W) float32; y, the true classes, (N,); success, (N,) bool; size, the
+    perturbation sizes in the norm of the threat, (N,) float64; index, the indices of the examples in the data, (N,).
 
     Raises:
-        ArgumentError: The file exists or cannot be written, or the plan means nothing.
+        ArgumentError: The file exists or cannot be written, or the plan is invalid.
     """
     check_new(out, ".npz", ": the images are written as arrays x and y")
     store, loaded = Memory(), load(plan)

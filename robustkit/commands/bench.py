@@ -1,4 +1,4 @@
-"""`robustkit bench`: from the words of the command line to a finished folder, and to a verdict where one is asked for."""
+"""`robustkit bench`: run a plan, write its folder, and check the gates."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ from robustkit.bench.plan.request import Request, plan_of
 from robustkit.bench.reporting.junit import junit
 from robustkit.bench.reporting.live import Live
 from robustkit.bench.reporting.table import preview_table, table
-from robustkit.bench.results import read_run as past
-from robustkit.bench.results.read_run import Run
+from robustkit.bench.results.read_run import Run, read
 from robustkit.bench.results.record import worst_case
 from robustkit.commands._output import write_output
 from robustkit.errors import ArgumentError
@@ -43,18 +42,18 @@ INTERRUPTED = 130
 @final
 @dataclass(frozen=True)
 class RunOptions:
-    """How a plan is run, shown and judged; nothing here changes a number.
+    """How a plan is run, shown and gated; nothing here changes a number.
 
     Attributes:
-        out: Its folder; default a new one with the date.
-        resume: Whether to go on with the run that is there.
-        workers: How many processes do the work.
-        fail_under: The least robust accuracy that passes, in [0, 1].
-        baseline: The folder of a run to be compared with.
-        fail_if_worse: By how much the robust accuracy may fall below that of the baseline.
-        junit: A file for the verdicts, as continuous integration reads them.
-        format: Whether the table or results.json goes to standard output.
-        dry_run: Only tell what the run would take.
+        out: The folder; by default a new one named by date and time.
+        resume: Resume the run in this folder.
+        workers: Number of processes.
+        fail_under: The lowest robust accuracy that passes, in [0, 1].
+        baseline: The folder of a run to compare with.
+        fail_if_worse: The largest allowed fall of robust accuracy below the baseline, in [0, 1].
+        junit: A JUnit XML file for the verdicts.
+        format: Print the table ("text") or results.json ("json").
+        dry_run: Only estimate the cost of the run.
     """
 
     out: Path | None = None
@@ -69,9 +68,9 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         if self.resume and self.out is None:
-            raise ArgumentError("--resume needs --out DIR: the folder of the run that is to go on")
+            raise ArgumentError("--resume needs --out DIR: the folder of the run to resume")
         if self.fail_if_worse is not None and self.baseline is None:
-            raise ArgumentError(f"fail_if_worse={self.fail_if_worse} needs --baseline RUN: the run not to be worse than")
+            raise ArgumentError(f"fail_if_worse={self.fail_if_worse} needs --baseline RUN: the run to compare with")
         if self.fail_under is not None and not 0 <= self.fail_under <= 1:
             raise ArgumentError(f"fail_under={self.fail_under:g} must lie in [0, 1]: write 0.9 for 90 %")
         if self.fail_if_worse is not None and not 0 <= self.fail_if_worse <= 1:
@@ -81,58 +80,60 @@ class RunOptions:
 
     @property
     def executor(self) -> Executor:
-        """Who does the work."""
+        """This process, or several worker processes."""
         return Serial() if self.workers == 1 else Processes(self.workers)
 
 
-def bench_command(request: Request, manner: RunOptions) -> int:
-    """Run, show, write and judge; the exit code comes back: 0 done, 1 a gate failed, 130 interrupted.
+def bench_command(request: Request, options: RunOptions) -> int:
+    """Run the plan and write the results; returns the exit code: 0 done, 1 a gate failed, 130 interrupted.
 
-    Files are written after every block and every case, so that whatever stops a run leaves what was finished.
+    Files are written after every block and every case, so an interrupted run loses only unfinished blocks.
     """
-    executor, screen = manner.executor, Console()
-    plan = _plan(request, manner)
-    baseline = _baseline(manner.baseline) if manner.baseline is not None else None
-    if manner.junit is not None:
-        _check_junit(manner.junit)
-    with redirect_stdout(sys.stderr):  # what a model prints is not the answer
+    executor, screen = options.executor, Console()
+    plan = _plan(request, options)
+    baseline = _baseline(options.baseline) if options.baseline is not None else None
+    if options.junit is not None:
+        _check_junit(options.junit)
+    with redirect_stdout(sys.stderr):  # a model may print; standard output is for the results
         loaded = load(plan)
-    if manner.dry_run:
-        screen.print(preview_table(preview(loaded), manner.workers))
+    if options.dry_run:
+        screen.print(preview_table(preview(loaded), options.workers))
         return 0
-    _judged(_promised(loaded), baseline, manner)  # a gate that cannot be asked is refused now, and not after hours
-    with open_folder(manner.out, loaded.plan, resume=manner.resume) as folder:
+    _verdicts(_placeholder(loaded), baseline, options)  # an invalid gate is refused now, not after hours
+    with open_folder(options.out, loaded.plan, resume=options.resume) as folder:
         try:
             folder.begin(loaded)
             with redirect_stdout(sys.stderr):
-                results, run = _run(loaded, folder, executor, manner.workers)
+                results, run = _run(loaded, folder, executor, options.workers)
         except OSError as error:
             raise ArgumentError(
-                f"out={str(folder.path)!r} cannot be written ({error.strerror}); make room, and go on with --resume"
+                f"out={str(folder.path)!r} cannot be written ({error.strerror}); make room, and continue with --resume"
             ) from error
         except KeyboardInterrupt:
-            again = shlex.join(["robustkit", "bench", "--out", str(folder.path), "--resume"])
-            print(f"robustkit: what was finished is in {folder.path}; go on with: {again}", file=sys.stderr)
+            command = shlex.join(["robustkit", "bench", "--out", str(folder.path), "--resume"])
+            print(f"robustkit: finished blocks are in {folder.path}; continue with: {command}", file=sys.stderr)
             return INTERRUPTED
-        verdicts = _judged(run, baseline, manner)
-        if manner.junit is not None:
-            write_output("junit", manner.junit, junit(results, verdicts).encode("utf-8"))
-        _show(screen, results, folder, verdicts, manner)
+        verdicts = _verdicts(run, baseline, options)
+        if options.junit is not None:
+            write_output("junit", options.junit, junit(results, verdicts).encode("utf-8"))
+        _show(screen, results, folder, verdicts, options)
     return 0 if all(verdict.passed for verdict in verdicts) else 1
 
 
-def _plan(request: Request, manner: RunOptions) -> Plan:
-    """What to run; `--resume` without any other word means the plan of that folder."""
-    if not manner.resume or manner.out is None or request.given():
+def _plan(request: Request, options: RunOptions) -> Plan:
+    """The plan to run; `--resume` without further options takes the plan of the folder."""
+    if not options.resume or options.out is None or request.given():
         return plan_of(request)
-    if not (manner.out / "plan.toml").is_file():
-        raise ArgumentError(f"out={str(manner.out)!r} holds no plan.toml, so there is no run to go on with; say what to run")
-    return read_plan(manner.out / "plan.toml")
+    if not (options.out / "plan.toml").is_file():
+        raise ArgumentError(
+            f"out={str(options.out)!r} has no plan.toml, so there is no run to resume; give the options of a new run"
+        )
+    return read_plan(options.out / "plan.toml")
 
 
 def _run(loaded: LoadedRun, folder: Folder, executor: Executor, workers: int) -> tuple[dict[str, Any], Run]:
     done: list[Outcome] = []
-    # On stderr, so that standard output holds the answer alone.
+    # Progress goes to stderr; standard output is for the results.
     with Live(Console(stderr=True), loaded, workers) as live:
         for outcome in outcomes(loaded, folder.store, executor, live.progress):
             done.append(outcome)
@@ -142,62 +143,63 @@ def _run(loaded: LoadedRun, folder: Folder, executor: Executor, workers: int) ->
 
 
 def _baseline(path: Path) -> Run:
-    """The run to be compared with; half of one would ask for less than it seems."""
-    run = past.read(path)
+    """The finished run to compare with; a gate on an unfinished baseline would check less than it seems."""
+    run = read(path)
     done, cases = len(run.results["records"]), run.results.get("cases", 0)
     if done < cases:
         raise ArgumentError(
-            f"baseline={str(path)!r} has finished {done} of {cases} cases; go on with: robustkit bench --out {path} --resume"
+            f"baseline={str(path)!r} has finished {done} of {cases} cases; continue it with: "
+            f"robustkit bench --out {path} --resume"
         )
     return run
 
 
 def _check_junit(path: Path) -> None:
-    """Refuse now what could not be written when all is done."""
+    """Refuse a file that could not be written at the end."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ArgumentError(f"junit={str(path)!r} cannot be written ({error.strerror}); name another file") from error
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ArgumentError(f"junit={str(path)!r} cannot be written; name a file in a folder of yours")
+        raise ArgumentError(f"junit={str(path)!r} cannot be written; name a file in a folder that you may write to")
 
 
-def _promised(loaded: LoadedRun) -> Run:
-    """The run as it will be, with figures that mean nothing yet."""
+def _placeholder(loaded: LoadedRun) -> Run:
+    """The run with the right cases and meaningless figures, to check gates against."""
     plan = loaded.plan
-    nobody = [np.zeros(len(loaded.images(case)), np.bool_) for case in range(len(loaded.trials))]
+    robust = [np.zeros(len(loaded.images(case)), np.bool_) for case in range(len(loaded.cases))]
     records = [
         {
-            **asdict(trial.case),
+            **asdict(resolved.case),
             "data": plan.data,
-            "defence": trial.case.defended,
-            "recipe": repr(trial.attack),
+            "defence": resolved.case.defended,
+            "recipe": repr(resolved.attack),
             "seed": plan.seed,
-            "n": len(robust),
+            "n": len(images),
             "clean_accuracy": 0.0,
             "robust_accuracy": 0.0,
             "flags": [],
             "data_hash": plan.pins[plan.data],
         }
-        for trial, robust in zip(loaded.trials, nobody, strict=True)
+        for resolved, images in zip(loaded.cases, robust, strict=True)
     ]
-    results = results_of(loaded, []) | {"records": records, "worst_case": worst_case(list(zip(records, nobody, strict=True)))}
-    return Run(Path("the run that is asked for"), results, tuple(nobody))
+    results = results_of(loaded, []) | {"records": records, "worst_case": worst_case(list(zip(records, robust, strict=True)))}
+    return Run(Path("the run that is asked for"), results, tuple(robust))
 
 
-def _judged(run: Run, baseline: Run | None, manner: RunOptions) -> tuple[Verdict, ...]:
+def _verdicts(run: Run, baseline: Run | None, options: RunOptions) -> tuple[Verdict, ...]:
     verdicts: tuple[Verdict, ...] = ()
-    if manner.fail_under is not None:
-        verdicts += gates.fail_under(run.results, manner.fail_under)
+    if options.fail_under is not None:
+        verdicts += gates.fail_under(run.results, options.fail_under)
     if baseline is not None:
-        verdicts += gates.fail_if_worse(run, baseline, manner.fail_if_worse or 0.0)
+        verdicts += gates.fail_if_worse(run, baseline, options.fail_if_worse or 0.0)
     return verdicts
 
 
-def _show(screen: Console, results: dict[str, Any], folder: Folder, verdicts: Sequence[Verdict], manner: RunOptions) -> None:
-    if manner.format == "json":
-        told = [{"name": verdict.name, "passed": verdict.passed, "why": verdict.why} for verdict in verdicts]
-        sys.stdout.write(json.dumps(results | {"out": str(folder.path), "gates": told}, indent=1) + "\n")
+def _show(screen: Console, results: dict[str, Any], folder: Folder, verdicts: Sequence[Verdict], options: RunOptions) -> None:
+    if options.format == "json":
+        gate_rows = [{"name": verdict.name, "passed": verdict.passed, "why": verdict.why} for verdict in verdicts]
+        sys.stdout.write(json.dumps(results | {"out": str(folder.path), "gates": gate_rows}, indent=1) + "\n")
         return
     screen.print(table(results["records"], results["worst_case"]))
     for verdict in verdicts:

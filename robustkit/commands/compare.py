@@ -1,4 +1,4 @@
-"""`robustkit compare`: two runs image by image."""
+"""`robustkit compare`: compare two runs image by image."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ __all__ = ["compare_command"]
 
 
 def compare_command(a: Path, b: Path, format: str = "text") -> None:
-    """Print what stays right under one run, the other, or both.
+    """Print how many images are robust in one run, in the other, or in both.
 
     Raises:
-        ArgumentError: A folder holds no run, or the two cannot be compared.
+        ArgumentError: A folder has no run, or the two cannot be compared.
     """
     if format not in ("text", "json"):
         raise ArgumentError(f"format={format!r} must be text or json")
     runs = past.read(a), past.read(b)
-    found = compare(*runs, solved=(solvers(runs[0]), solvers(runs[1])))
+    comparison = compare(*runs, solved=(solvers(runs[0]), solvers(runs[1])))
     if format == "json":
-        sys.stdout.write(json.dumps(as_json(found), indent=1) + "\n")
+        sys.stdout.write(json.dumps(as_json(comparison), indent=1) + "\n")
     else:
-        Console().print(comparison_table(found))
+        Console().print(comparison_table(comparison))

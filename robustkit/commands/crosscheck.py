@@ -7,7 +7,7 @@ from rich.console import Console
 from torch import nn
 
 from robustkit import data as real_data
-from robustkit.bench.execution.model_under_test import load_subject
+from robustkit.bench.execution.model_under_test import load_model_under_test
 from robustkit.bench.plan.plan import Case, Plan
 from robustkit.data import Data
 from robustkit.interop.crosscheck import (
@@ -51,7 +51,7 @@ def crosscheck_command(model: str, data: str, limit: int, autoattack: int = AUTO
         load_foolbox()  # says how to install it
     plan = Plan((Case(model, "linf:0.1", "pgd"),), data, limit=limit)
     part = real_data.load(data).part(0, limit)
-    target = load_subject(model, part, plan).target
+    target = load_model_under_test(model, part, plan).target
     assert target.module is not None
     rows, screen = crosscheck(target.module, part.x, part.y), Console()
     screen.print(comparison_table(rows))

@@ -1,4 +1,4 @@
-"""`robustkit bench --list`: the names that may be written on the command line."""
+"""`robustkit bench --list`: the names that the command line accepts."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ __all__ = ["list_command"]
 def list_command() -> None:
     """Print models, data, defences, threats, attacks with their fields and defaults, and goals.
 
-    Attacks of other packages are loaded for that; what is wrong with one goes to standard error, in one line.
+    Attacks of other packages are loaded for this; an error in one goes to standard error, in one line.
     """
     screen = Console()
-    with redirect_stdout(sys.stderr):  # what a package prints is not the answer
+    with redirect_stdout(sys.stderr):  # standard output is for the list alone
         names = _names()
     for title, lines in names.items():
         screen.print(Text(title, "bold"))
@@ -44,7 +44,7 @@ def _names() -> dict[str, list[str]]:
             *defences.FORMS[-2:],
         ],
         "threats": [example for *_, example in specs.THREATS],
-        "attacks": [*(_attack(name, *told) for name, told in specs.attack_names().items()), *_theirs()],
+        "attacks": [*(_attack(name, cls, preset) for name, (cls, preset) in specs.attack_names().items()), *_plugin_attacks()],
         "goals": list(specs.GOALS),
     }
 
@@ -53,7 +53,7 @@ def _fields(name: str) -> str:
     return ",".join(f"{field}={value}" for field, value in defences.settable(name).items())
 
 
-def _theirs() -> Iterator[str]:
+def _plugin_attacks() -> Iterator[str]:
     for name, plugin in specs.plugins().items():
         try:
             yield _attack(name, plugin.load(), {}, "of " + " ".join(plugin.packages[0]))
@@ -62,7 +62,7 @@ def _theirs() -> Iterator[str]:
 
 
 def _attack(name: str, cls: type[Attack], preset: Mapping[str, Any], *more: str) -> str:
-    """A name with its fields as they stand when nothing is said, what it sees, and the threats that it serves."""
-    told = ",".join(f"{field}={value}" for field, value in specs.settable(cls, preset).items())
-    universal = ["one change for all images"] if cls.universal else []
-    return f"{name}:{told}".rstrip(":") + f"  ({'; '.join([cls.access, specs.served(cls), *universal, *more])})"
+    """A name with its fields and defaults, its access to the model, and the threats that it supports."""
+    fields = ",".join(f"{field}={value}" for field, value in specs.settable(cls, preset).items())
+    universal = ["one perturbation for all images"] if cls.universal else []
+    return f"{name}:{fields}".rstrip(":") + f"  ({'; '.join([cls.access, specs.served(cls), *universal, *more])})"

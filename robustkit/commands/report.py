@@ -1,4 +1,4 @@
-"""`robustkit report`: the page and the table of a run that was made before."""
+"""`robustkit report`: write the report of an earlier run again and print its table."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ __all__ = ["report_command"]
 
 
 def report_command(path: Path) -> None:
-    """Write report.html anew from what is in the folder, and print the table."""
+    """Write report.html again from the files of the run, and print the table."""
     run, screen = past.read(path), Console()
     if not run.results["records"]:
-        raise ArgumentError(f"run={str(path)!r} has no finished case yet; go on with: robustkit bench --out {path} --resume")
+        raise ArgumentError(
+            f"run={str(path)!r} has no finished case yet; continue it with: robustkit bench --out {path} --resume"
+        )
     page = report(run.results, run.pictures, command=run.results["command"])
     try:
         replace_file(path / "report.html", page.encode("utf-8"))

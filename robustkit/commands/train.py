@@ -1,4 +1,4 @@
-"""`robustkit train`: a model of the user's, trained in the simplest sound way."""
+"""`robustkit train`: standard or adversarial training of a model."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ __all__ = ["TrainOptions", "train_command"]
 @final
 @dataclass(frozen=True)
 class TrainOptions:
-    """What to train, on what, and how.
+    """The model, the data and the hyperparameters of a training run.
 
     Attributes:
-        model: A factory's spec; training goes on from the weights that it returns.
-        data: A data spec.
-        loss: "standard", or "madry": on the worst points that an attack finds.
-        threat: What that attack may change.
-        attack: The attack's spec.
-        epochs: How many times all images are seen.
-        batch_size: Images a step.
-        lr: Of Adam.
-        seed: Of random weights, order and noise.
+        model: Spec of a factory; training starts from the weights of the model that it returns.
+        data: Data spec.
+        loss: "standard", or "madry": the loss on adversarial examples.
+        threat: Threat spec of these examples.
+        attack: Spec of the attack that makes them.
+        epochs: Number of epochs.
+        batch_size: Number of images per step.
+        lr: Learning rate of Adam.
+        seed: Seed of the initial weights, the order and the noise.
     """
 
     model: str
@@ -64,46 +64,49 @@ class TrainOptions:
         if self.loss not in ("standard", "madry"):
             raise ArgumentError(f"loss={self.loss!r} does not exist; there are standard and madry")
         if self.loss == "madry" and self.threat is None:
-            raise ArgumentError("threat is missing; say against what, for example --threat linf:0.1, or take --loss standard")
+            raise ArgumentError(
+                "threat is missing; give the threat to train against, such as --threat linf:0.1, or --loss standard"
+            )
 
 
-def train_command(course: TrainOptions, out: Path) -> None:
-    """Train and write the weights, epoch by epoch told on standard output.
+def train_command(options: TrainOptions, out: Path) -> None:
+    """Train, print the progress of each epoch, and write the weights.
 
     Raises:
-        ArgumentError: The file exists or cannot be written, or something in `course` means nothing.
+        ArgumentError: The file exists or cannot be written, or an option is invalid.
     """
     check_new(out, ".safetensors", "; other formats may execute code")
-    held, model = real_data.load(course.data), load_model(course.model)
-    _loss(course, 1.0)  # refused now, if it means nothing
+    examples, model = real_data.load(options.data), load_model(options.model)
+    _loss(options, 1.0)  # an invalid spec is refused before training
     screen = Console()
-    with fork_rng(course.seed):
-        # A seed for the order of the images apart from the one that the model's own noise draws from.
-        order = torch.Generator().manual_seed(course.seed)
-        loader = DataLoader(TensorDataset(held.x, held.y), course.batch_size, shuffle=True, generator=order)
-        optimizer = Adam(model.parameters(), course.lr)
-        for epoch in range(course.epochs):
-            # Small nets that meet the whole eps at once often learn nothing, so it grows over the first third.
-            share = min(1.0, (epoch + 1) / (course.epochs // 3 + 1))
-            (told,) = fit(model, loader, loss=_loss(course, share), optimizer=optimizer, epochs=1, seed=course.seed + epoch)
-            line = f"epoch {epoch + 1} of {course.epochs}: loss {told.loss:.4f}, clean accuracy in training {told.accuracy:.1%}"
-            screen.print(Text(line), soft_wrap=True)
+    with fork_rng(options.seed):
+        # The order of the images has a generator of its own, apart from the one of the model's noise.
+        order = torch.Generator().manual_seed(options.seed)
+        loader = DataLoader(TensorDataset(examples.x, examples.y), options.batch_size, shuffle=True, generator=order)
+        optimizer = Adam(model.parameters(), options.lr)
+        for epoch in range(options.epochs):
+            # Small nets often learn nothing at the full eps from the start, so eps grows over the first third of the epochs.
+            share = min(1.0, (epoch + 1) / (options.epochs // 3 + 1))
+            (result,) = fit(model, loader, loss=_loss(options, share), optimizer=optimizer, epochs=1, seed=options.seed + epoch)
+            figures = f"loss {result.loss:.4f}, clean accuracy in training {result.accuracy:.1%}"
+            screen.print(Text(f"epoch {epoch + 1} of {options.epochs}: {figures}"), soft_wrap=True)
     _write(model, out)
-    if told.accuracy < 2 / len(held.classes):
-        word = (
-            f"it has hardly learnt anything: one of {len(held.classes)} classes would be right by chance as often; train it by "
+    if result.accuracy < 2 / len(examples.classes):
+        warning = (
+            f"the model has hardly learnt anything: its accuracy is near the chance of {len(examples.classes)} classes; try "
+            "--loss standard first, more epochs, another --lr, or a smaller eps"
         )
-        screen.print(Text(word + "--loss standard first, more epochs, another --lr, or a smaller eps", "bold"), soft_wrap=True)
-    again = f"robustkit bench --model {course.model}@weights={out} --data {course.data.removesuffix(':train')}"
-    screen.print(Text(f"weights: {out}\nmeasure it: {again} --threat {course.threat or 'linf:0.1'}"), soft_wrap=True)
+        screen.print(Text(warning, "bold"), soft_wrap=True)
+    command = f"robustkit bench --model {options.model}@weights={out} --data {options.data.removesuffix(':train')}"
+    screen.print(Text(f"weights: {out}\nmeasure it: {command} --threat {options.threat or 'linf:0.1'}"), soft_wrap=True)
 
 
-def _loss(course: TrainOptions, share: float) -> Loss:
-    """What is made small, at some share of eps."""
-    if course.loss == "standard" or course.threat is None:
+def _loss(options: TrainOptions, share: float) -> Loss:
+    """The training loss, at a share of eps."""
+    if options.loss == "standard" or options.threat is None:
         return standard
-    threat, attack = specs.threat(course.threat), specs.attack(course.attack)
-    specs.check_served(course.attack, attack, course.threat, threat)
+    threat, attack = specs.threat(options.threat), specs.attack(options.attack)
+    specs.check_served(options.attack, attack, options.threat, threat)
     if not isinstance(threat, Pixels):
         threat = replace(threat, eps=threat.eps * share)
     return partial(madry, attack=attack, threat=threat)

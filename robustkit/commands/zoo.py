@@ -39,18 +39,18 @@ def list_command() -> None:
 
 
 def train_command(name: str, folder: Path) -> None:
-    """Train, write, and say what came out."""
+    """Train a reference model, write its weights and card, and print its scores."""
     card = zoo.train(name, folder)
-    told = f"{folder / name}.safetensors: {card.scores.clean_accuracy:.1%} clean, {card.training_s} s"
-    Console().print(Text(told), soft_wrap=True)
+    line = f"{folder / name}.safetensors: {card.scores.clean_accuracy:.1%} clean, {card.training_s} s"
+    Console().print(Text(line), soft_wrap=True)
 
 
 def verify_command(names: Sequence[str] | None) -> int:
-    """Print what differs from the cards; 0 if nothing does, else 1."""
+    """Print the differences from the cards; returns 0 if there are none, else 1."""
     screen, failed = Console(), 0
     for name in names or zoo.names():
         differences = zoo.verify(name)
         failed |= bool(differences)
-        for line in differences or (f"zoo:{name} is what its card says",):
+        for line in differences or (f"zoo:{name} agrees with its card",):
             screen.print(Text(line), soft_wrap=True)
     return int(failed)

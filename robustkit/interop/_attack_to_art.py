@@ -28,6 +28,7 @@ __all__ = ["NORMS", "attack_class", "preprocessor_class"]
 # Any in this file: ART is optional, so a type checker may not find its types.
 
 NORMS: Mapping[type[Threat], float] = MappingProxyType({Linf: np.inf, L2: 2, L1: 1})  # the threats that ART supports
+_PARAMETERS = ("attack", "threat", "goal", "eps", "targeted", "seed", "keep", "batch_size", "verbose")  # for `set_params`
 
 
 def attack_class(access: str) -> Any:
@@ -37,18 +38,7 @@ def attack_class(access: str) -> Any:
     gradients = (estimators.LossGradientsMixin,) if access == "white" else ()
 
     class RobustkitAttack(base.EvasionAttack):  # type: ignore[misc, name-defined]
-        attack_params: ClassVar[list[str]] = [
-            *base.EvasionAttack.attack_params,
-            "attack",
-            "threat",
-            "goal",
-            "eps",
-            "targeted",
-            "seed",
-            "keep",
-            "batch_size",
-            "verbose",
-        ]
+        attack_params: ClassVar[list[str]] = [*base.EvasionAttack.attack_params, *_PARAMETERS]
         _estimator_requirements = (estimators.BaseEstimator, *gradients, mixin)
 
         def __init__(self, attack: Attack, estimator: Any, threat: Threat, goal: Goal) -> None:

@@ -1,4 +1,4 @@
-"""Training against attacks: losses for any loop, and one loop for any model."""
+"""Adversarial training: losses for any training loop, and a training loop for any model."""
 
 from robustkit.training.fit import Epoch, Loss, fit
 from robustkit.training.losses import madry, standard

@@ -1,4 +1,4 @@
-"""What training makes small: scalar losses of a model on a batch, for any loop."""
+"""Training losses of a model on a batch, for any training loop."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ __all__ = ["madry", "standard"]
 
 
 def standard(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """The mean cross-entropy on the batch as it is.
+    """The mean cross-entropy on clean examples.
 
     Args:
         model: A classifier, (N, *S) -> logits (N, C).
         x: Inputs, (N, *S).
-        y: Their classes, (N,) int64 in [0, C).
+        y: Labels, (N,) int64 in [0, C).
 
     Returns:
-        A scalar with a graph to the parameters.
+        A scalar tensor, differentiable with respect to the parameters.
     """
     return cross_entropy(model(x), y)
 
 
 def madry(model: nn.Module, x: Tensor, y: Tensor, *, attack: Attack, threat: Threat, seed: int = 0) -> Tensor:
-    """The mean cross-entropy at the points that an attack finds: adversarial training.
+    """The mean cross-entropy on adversarial examples: adversarial training.
 
-    The attack sees the model in evaluation mode; the loss is taken in the model's own mode.
+    The attack runs on the model in evaluation mode; the loss is computed in the model's current mode.
 
     Args:
         model: A classifier, (N, *S) -> logits (N, C).
         x: Inputs inside the threat's bounds, (N, *S).
-        y: Their classes, (N,) int64 in [0, C).
-        attack: How the inner maximum is sought, for instance `PGD(steps=10)`.
-        threat: What the adversary may change.
-        seed: Names the attack's random numbers: give a different one at every step, or every batch starts from the same
-            points. `fit` does so by itself.
+        y: Labels, (N,) int64 in [0, C).
+        attack: The attack for the inner maximisation, for example `PGD(steps=10)`.
+        threat: The threat model.
+        seed: Seed of the attack. It must differ in every step, or every batch uses the same random start; `fit` passes a
+            new one in every step.
 
     Returns:
-        A scalar with a graph to the parameters.
+        A scalar tensor, differentiable with respect to the parameters.
 
     Raises:
-        ArgumentError: A value outside its range, inputs outside the bounds among them.
-        ShapeError: Tensors that do not fit each other, or an output that is no logits.
+        ArgumentError: A value is out of range, or inputs are outside the bounds.
+        ShapeError: Shapes do not match, or the output is not logits.
 
     Source: Madry et al. 2018, eq. 2.1 (https://arxiv.org/abs/1706.06083).
     """

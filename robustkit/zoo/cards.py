@@ -1,4 +1,4 @@
-"""What is known of a reference model: how it was made, what it scores, and under which terms it may be used."""
+"""Cards of reference models: recipe, accuracy and licences."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from robustkit.data import load
 from robustkit.errors import ArgumentError
 from robustkit.zoo.recipes import Recipe, one_thread
 
-__all__ = ["Card", "Scores", "read", "score", "sha256", "table"]
+__all__ = ["Card", "Scores", "measure_scores", "read_card", "recipe_to_dict", "sha256"]
 
-_JUDGE = PGD(steps=40)
+_EVALUATION_ATTACK = PGD(steps=40)
 
-Plain = str | int | float | None
+JsonValue = str | int | float | None
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model gets right of its held-out data.
+    """The accuracy of a model on its held-out data.
 
     Attributes:
         data: Spec of the held-out data.
-        data_hash: `Data.hash` of it.
+        data_hash: `Data.hash` of the held-out data.
         n: Number of images.
-        clean_accuracy: Share classified right.
-        robust_accuracy: Share classified right both before and after the attack.
-        attack: That attack, with seed 0.
-        threat: What it may change.
+        clean_accuracy: Share classified correctly.
+        robust_accuracy: Share classified correctly both before and after the attack.
+        attack: The attack, run with seed 0.
+        threat: The threat model.
     """
 
     data: str
@@ -48,24 +48,24 @@ class Scores:
 
 @dataclass(frozen=True)
 class Card:
-    """The facts about a reference model, as measured when it was made.
+    """Facts about a reference model, measured when it was trained.
 
     Attributes:
-        name: What `zoo.load` calls it.
-        recipe: All fields of its recipe, functions by their names.
+        name: The name for `zoo.load`.
+        recipe: All fields of its recipe, functions by name.
         seed: The seed of the recipe.
-        sha256: Of the weights file.
-        parameters: Number of trained numbers.
-        scores: On held-out data.
-        training_s: Processor seconds that the training took, on one thread.
-        torch: Version of torch that trained it.
+        sha256: SHA-256 of the weights file, in hexadecimal.
+        parameters: Number of parameters.
+        scores: Accuracies on the held-out data.
+        training_s: Processor seconds of the training, on one thread.
+        torch: Version of torch.
         processor: Instruction set that torch used; another one may round differently.
-        data_licence: What the source of the data says about it.
-        weights_licence: Of the weights.
+        data_licence: Licence of the data, as its source states it.
+        weights_licence: Licence of the weights.
     """
 
     name: str
-    recipe: dict[str, Plain]
+    recipe: dict[str, JsonValue]
     seed: int
     sha256: str
     parameters: int
@@ -81,32 +81,34 @@ class Card:
         path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
-def read(path: Path) -> Card:
-    """The card in a file.
+def read_card(path: Path) -> Card:
+    """Read a card from a file.
 
     Raises:
-        ArgumentError: The file is missing or is no card.
+        ArgumentError: The file is missing or is not a card.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return Card(**{**found, "scores": Scores(**found["scores"])})
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Card(**{**content, "scores": Scores(**content["scores"])})
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ArgumentError(f"path={str(path)!r} is no card of a reference model ({error}); `zoo.train` writes one") from error
+        raise ArgumentError(
+            f"path={str(path)!r} is not a card of a reference model ({error}); write one with zoo.train"
+        ) from error
 
 
-def score(model: nn.Module, recipe: Recipe) -> Scores:
-    """The model measured on the held-out data of its recipe, on one thread; takes seconds."""
+def measure_scores(model: nn.Module, recipe: Recipe) -> Scores:
+    """Measure the clean and robust accuracy on the held-out data of the recipe, on one thread."""
     data = load(recipe.data)
     with one_thread():
         with torch.no_grad():
-            right = model(data.x).argmax(1) == data.y
-        broken = _JUDGE(model, data.x, data.y, threat=recipe.threat).success
-    clean, robust = (int(hits.sum()) / len(data) for hits in (right, ~broken))
-    return Scores(recipe.data, data.hash, len(data), clean, robust, repr(_JUDGE), repr(recipe.threat))
+            correct = model(data.x).argmax(1) == data.y
+        attacked = _EVALUATION_ATTACK(model, data.x, data.y, threat=recipe.threat).success
+    clean, robust = (int(mask.sum()) / len(data) for mask in (correct, ~attacked))
+    return Scores(recipe.data, data.hash, len(data), clean, robust, repr(_EVALUATION_ATTACK), repr(recipe.threat))
 
 
 def sha256(path: Path) -> str:
-    """Of a file, in hexadecimal.
+    """Return the SHA-256 of a file, in hexadecimal.
 
     Raises:
         ArgumentError: The file cannot be read.
@@ -114,15 +116,17 @@ def sha256(path: Path) -> str:
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        raise ArgumentError(f"path={str(path)!r} cannot be read ({error}); reinstall robustkit, or train it anew") from error
+        raise ArgumentError(
+            f"path={str(path)!r} cannot be read ({error}); reinstall robustkit, or train the model again"
+        ) from error
 
 
-def table(recipe: Recipe) -> dict[str, Plain]:
-    """The fields of a recipe as JSON knows them: functions by their names, attacks and threats as they print."""
-    return {field.name: _plain(getattr(recipe, field.name)) for field in fields(recipe)}
+def recipe_to_dict(recipe: Recipe) -> dict[str, JsonValue]:
+    """Convert a recipe to JSON values: functions by name, attacks and threats by repr."""
+    return {field.name: _to_json_value(getattr(recipe, field.name)) for field in fields(recipe)}
 
 
-def _plain(value: object) -> Plain:
+def _to_json_value(value: object) -> JsonValue:
     if value is None or isinstance(value, str | int | float):
         return value
     return value.__name__ if isinstance(value, FunctionType) else repr(value)

@@ -1,4 +1,4 @@
-"""The architectures of the reference models: images in [0, 1] in, logits out."""
+"""The architectures of the reference models, from images in [0, 1] to logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How each reference model is made: data, architecture, training, and the seed that makes it repeatable."""
+"""How each reference model is trained: data, architecture, hyperparameters and seed."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from robustkit.threats import Linf, Threat
 from robustkit.training import fit, madry, standard
 from robustkit.zoo.nets import digits_mlp, mnist_cnn
 
-__all__ = ["RECIPES", "Batches", "Recipe", "build", "one_thread"]
+__all__ = ["RECIPES", "Recipe", "ShiftedBatches", "one_thread", "train_recipe"]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A reference model from its data to its weights.
+    """The hyperparameters of a reference model.
 
     Attributes:
-        data: The spec of the held-out data; the model learns from `data:train`.
-        net: Makes the network; its weights are drawn from the global generator, which `build` seeds.
-        threat: What the card's robust accuracy is measured against.
-        epochs: Passes over the training data, by Adam.
-        batch: Images in a step.
+        data: The spec of the held-out data; the model is trained on `data:train`.
+        net: Makes the network; its weights are drawn from the global generator, which `train_recipe` seeds.
+        threat: The threat of adversarial training and of the card's robust accuracy.
+        epochs: Number of epochs; the optimiser is Adam.
+        batch: Batch size.
         lr: The highest learning rate of the one-cycle schedule.
-        seed: Of the initial weights, the order and shifts of the images, and the attacks.
-        shift: The most pixels by which an image is moved each way.
-        attack: Trained against, within `threat`; None trains on clean images.
-        warmup: The epochs in which eps grows to that of `threat`, in equal steps.
+        seed: Seed of the initial weights, the order and shifts of the images, and the attacks.
+        shift: The largest random shift of an image in each direction, in pixels.
+        attack: The attack of adversarial training; None trains on clean images.
+        warmup: Number of epochs in which eps grows linearly to that of `threat`.
     """
 
     data: str
@@ -65,13 +65,13 @@ RECIPES: Final[Mapping[str, Recipe]] = MappingProxyType(
 )
 
 
-class Batches:
-    """Shuffled and shifted batches of some data: another order at each pass, the same ones for the same seed.
+class ShiftedBatches:
+    """Shuffled batches of randomly shifted images: a new order in each epoch, reproducible by the seed.
 
     Attributes:
         data: The images, (N, C, H, W).
-        batch: Images in a batch; those that fill none are left out of a pass.
-        shift: The most pixels by which an image is moved each way; zeros move in.
+        batch: Batch size; an incomplete last batch is dropped.
+        shift: The largest shift in each direction, in pixels; zeros are padded.
     """
 
     def __init__(self, data: Data, batch: int, shift: int, seed: int) -> None:
@@ -84,42 +84,46 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(self.data), generator=self._generator)
         for rows in order[: len(self) * self.batch].reshape(-1, self.batch):
-            yield self._shifted(self.data.x[rows]), self.data.y[rows]
+            yield self._shift_randomly(self.data.x[rows]), self.data.y[rows]
 
-    def _shifted(self, x: Tensor) -> Tensor:
+    def _shift_randomly(self, x: Tensor) -> Tensor:
         if not self.shift:
             return x
         n, _, height, width = x.shape
         padded = torch.nn.functional.pad(x, [self.shift] * 4)
         down, right = torch.randint(2 * self.shift + 1, (2, n, 1), generator=self._generator)
         rows, columns = down + torch.arange(height), right + torch.arange(width)
-        # (N, 1, 1), (N, H, 1) and (N, 1, W) choose the pixels; the channels end up last: (N, H, W, C)
-        every = torch.arange(n).reshape(n, 1, 1)
-        return padded[every, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2).contiguous()
+        # Indices (N, 1, 1), (N, H, 1) and (N, 1, W) select pixels; the result has channels last: (N, H, W, C).
+        examples = torch.arange(n).reshape(n, 1, 1)
+        return padded[examples, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2).contiguous()
 
 
-def build(recipe: Recipe) -> nn.Module:
-    """The trained model in evaluation mode; the same bits for the same recipe, torch and processor family."""
+def train_recipe(recipe: Recipe) -> nn.Module:
+    """Train a model and return it in evaluation mode; bits repeat for the same recipe, torch and processor family."""
     data = load(f"{recipe.data}:train")
     with one_thread(), fork_rng(recipe.seed):
         model = recipe.net()
-        batches = Batches(data, recipe.batch, recipe.shift, recipe.seed)
+        batches = ShiftedBatches(data, recipe.batch, recipe.shift, recipe.seed)
         optimizer = Adam(model.parameters())
         schedule = OneCycleLR(optimizer, recipe.lr, total_steps=recipe.epochs * len(batches))
         for epoch in range(recipe.epochs):
-            loss = standard if recipe.attack is None else partial(madry, attack=recipe.attack, threat=_threat(recipe, epoch))
+            loss = (
+                standard
+                if recipe.attack is None
+                else partial(madry, attack=recipe.attack, threat=_warmup_threat(recipe, epoch))
+            )
             fit(model, batches, loss=loss, optimizer=optimizer, epochs=1, schedule=schedule, seed=recipe.seed + epoch)
     return model.eval()
 
 
-def _threat(recipe: Recipe, epoch: int) -> Threat:
-    """The threat of the recipe, smaller during the warm-up."""
+def _warmup_threat(recipe: Recipe, epoch: int) -> Threat:
+    """Return the threat of an epoch: that of the recipe, with a smaller eps during the warm-up."""
     return replace(recipe.threat, eps=recipe.threat.eps * min(1.0, (epoch + 1) / (recipe.warmup + 1)))
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Torch on one thread, so that sums are formed in one order; afterwards as before."""
+    """Run torch on one thread, so that sums have a fixed order; restore the number of threads afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

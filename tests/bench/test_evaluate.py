@@ -198,7 +198,7 @@ def test_normalising_inside_the_model_is_the_same_as_outside():
         ({"goals": ["classify-as:10"]}, "has the classes 0 to 9"),
         ({"attacks": []}, "the plan holds no case"),
         ({"attacks": ["fgsm", "fgsm"]}, "twice; leave one out"),
-        ({"limit": 0}, "limit=0 must be at least 1"),
+        ({"limit": 0}, "limit=0 must be a whole number, at least 1"),
         ({"limit": 1.5}, "limit=1.5 must be a whole number"),
         ({"model": {1: NET}}, "the name 1 must be a string"),
         ({"model": {}}, "the plan holds no case"),
@@ -217,7 +217,7 @@ def test_a_models_own_error_is_the_callers_to_see():
 
     with pytest.raises(ZeroDivisionError, match="mine") as caught:
         evaluate(broken, (X, Y), threat=Linf(0.1), attacks=["fgsm"])
-    assert caught.value.__notes__ == ["robustkit had shown a model images of shape (N, 1, 8, 8), as they were given"]
+    assert caught.value.__notes__ == ["robustkit called a model with images of shape (N, 1, 8, 8), those of the data"]
 
 
 PLAN = Plan((Case("zoo:digits-mlp", "linf:0.1", "fgsm"),), "digits", limit=40, block=10)
@@ -228,7 +228,7 @@ def test_a_plan_may_be_run_into_a_folder_and_resumed(tmp_path):
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results == report.results
     assert run(PLAN, out=tmp_path / "run", resume=True).records == report.records
-    with pytest.raises(ArgumentError, match="exists; nothing is overwritten"):
+    with pytest.raises(ArgumentError, match="exists, and nothing is overwritten"):
         run(PLAN, out=tmp_path / "run")
 
 

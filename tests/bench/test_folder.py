@@ -104,7 +104,7 @@ def test_what_exists_is_refused_and_left_alone(tmp_path, kind):
     if kind == "full folder":
         (out / "mine").write_text("mine")
     before = content(tmp_path)
-    with pytest.raises(ArgumentError, match=r"exists; nothing is overwritten: .*--resume"), open_folder(out, LOADED.plan):
+    with pytest.raises(ArgumentError, match=r"exists, and nothing is overwritten; .*--resume"), open_folder(out, LOADED.plan):
         raise AssertionError("not reached")
     assert content(tmp_path) == before
     assert os.path.lexists(out)
@@ -113,9 +113,9 @@ def test_what_exists_is_refused_and_left_alone(tmp_path, kind):
 @pytest.mark.parametrize(
     ("kind", "told"),
     [
-        ("file", "is no folder"),
-        ("other files", "holds no run but 'mine'"),
-        ("old results", "holds no run but 'results.json'"),
+        ("file", "is not a folder"),
+        ("other files", "contains 'mine' but no run"),
+        ("old results", "contains 'results.json' but no run"),
         ("no", None),
     ],
 )
@@ -139,17 +139,17 @@ def test_resuming_begins_where_nothing_is_and_never_in_a_strange_place(tmp_path,
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"seed": 1}, r"\(other seed\)"),
-        ({"limit": 19, "block": 7}, r"\(other limit, block\)"),
-        ({"cases": PLAN.cases[:1]}, r"\(other cases\)"),
-        ({"pins": {**LOADED.plan.pins, "digits": "0"}}, r"\(other hashes\)"),
+        ({"seed": 1}, r"\(different: seed\)"),
+        ({"limit": 19, "block": 7}, r"\(different: limit, block\)"),
+        ({"cases": PLAN.cases[:1]}, r"\(different: cases\)"),
+        ({"pins": {**LOADED.plan.pins, "digits": "0"}}, r"\(different: hashes\)"),
     ],
 )
 def test_a_run_of_another_plan_is_not_resumed(tmp_path, change, told):
     out = tmp_path / "out"
     written(out)
     before = content(out)
-    told += r"; name a new folder, or resume that run by: robustkit bench --out"
+    told += r"; name a new folder, or resume that run: robustkit bench --out"
     other = replace(LOADED.plan, **change)
     with pytest.raises(ArgumentError, match=told), open_folder(out, other, resume=True):
         raise AssertionError("not reached")
@@ -163,7 +163,7 @@ def test_a_run_that_was_begun_elsewhere_is_not_resumed(tmp_path):
     results["environment"]["torch"] = "1.0"
     (out / "results.json").write_text(json.dumps(results))
     before = content(out)
-    with pytest.raises(ArgumentError, match=r"begun elsewhere \(torch was 1\.0, is .*\), and its numbers are not to be mixed"):
+    with pytest.raises(ArgumentError, match=r"begun in another environment \(torch was 1\.0, is .*\), and its numbers must not be mixed"):
         written(out, resume=True)
     assert content(out) == before
 

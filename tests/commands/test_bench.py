@@ -11,7 +11,7 @@ import pytest
 
 from robustkit import cli
 from robustkit.bench import read_plan
-from robustkit.bench.execution.model_under_test import hash_matches
+from robustkit.bench.plan.hashes import hash_matches
 from robustkit.bench.plan.request import Request
 from robustkit.commands import bench as command
 from robustkit.commands.bench import RunOptions, bench_command
@@ -141,7 +141,7 @@ def test_an_interruption_keeps_what_was_finished_and_tells_how_to_go_on(made, tm
         patch.setattr(command, "outcomes", failing(2, KeyboardInterrupt()))
         assert bench_command(SMALL, RunOptions(out)) == 130
     assert capsys.readouterr().err == (
-        f"robustkit: what was finished is in {out}; go on with: robustkit bench --out '{out}' --resume\n"
+        f"robustkit: finished blocks are in {out}; continue with: robustkit bench --out '{out}' --resume\n"
     )
     assert len(results(out)["records"]) == 2
     assert cli.main(["bench", "--out", str(out), "--resume"]) == 0
@@ -218,7 +218,7 @@ def test_a_baseline_is_compared_with_image_by_image(made, tmp_path, capsys):
     assert bench_command(SMALL, RunOptions(tmp_path / "a", baseline=made)) == 0
     weak = replace(SMALL, attack=["fgsm"])
     for unlike, told in [
-        (weak, "attacked in the same ways"),
+        (weak, "attacked in the same way"),
         (replace(SMALL, limit=20), "data_hash"),
         (replace(SMALL, threat=["linf:0.2"]), "no record in common"),
     ]:
@@ -228,7 +228,7 @@ def test_a_baseline_is_compared_with_image_by_image(made, tmp_path, capsys):
     shutil.copytree(made, half)
     told = results(half)
     (half / "results.json").write_text(json.dumps(told | {"records": told["records"][:1]}))
-    with pytest.raises(ArgumentError, match="has finished 1 of 4 cases; go on with: robustkit bench --out"):
+    with pytest.raises(ArgumentError, match="has finished 1 of 4 cases; continue it with: robustkit bench --out"):
         bench_command(SMALL, RunOptions(tmp_path / "b", baseline=half))
     for junit in (tmp_path, tmp_path / "half" / "plan.toml" / "x.xml"):
         with pytest.raises(ArgumentError, match=r"junit=.* cannot be written"):
@@ -302,7 +302,7 @@ def test_a_run_is_held_to_the_code_of_a_model_and_not_to_its_weights_alone(tmp_p
     assert bench_command(asked, RunOptions(tmp_path / "run")) == 0
     before = results(tmp_path / "run")
     next((tmp_path / "run" / "examples").rglob("*.safetensors")).unlink()
-    for mean, told in ((0.9, "has the hash"), (0.30001, "does not say what it said when this run began")):
+    for mean, told in ((0.9, "has the hash"), (0.30001, "has other outputs than when this run began")):
         (tmp_path / "nets.py").write_text(CODE.format(mean=mean) + "# as long as that was before\n" * round(mean))
         with pytest.raises(ArgumentError, match=told):
             bench_command(Request(), RunOptions(tmp_path / "run", resume=True))

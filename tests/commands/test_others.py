@@ -19,7 +19,7 @@ BENCH = ["bench", "--model", "zoo:digits-mlp", "--data", "digits", "--limit", "6
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Three runs: pgd, the same with another seed, and fgsm and pgd."""
+    """Three runs: pgd, the same with andifferent: seed, and fgsm and pgd."""
     root = tmp_path_factory.mktemp("runs")
     assert main([*BENCH, "--attack", "pgd:steps=5", "--out", str(root / "a")]) == 0
     assert main([*BENCH, "--attack", "pgd:steps=5", "--seed", "1", "--out", str(root / "seed")]) == 0
@@ -62,7 +62,7 @@ def test_report_of_an_unfinished_run_says_so(runs, tmp_path, capsys):
     del results["records"][0]
     (out / "results.json").write_text(json.dumps(results))
     assert main(["report", str(out)]) == 2
-    assert "has no finished case yet; go on with: robustkit bench --out" in capsys.readouterr().err
+    assert "has no finished case yet; continue it with: robustkit bench --out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

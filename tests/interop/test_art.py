@@ -1,4 +1,4 @@
-"""Attacks and defences cross between ART and this package: ART's own tools on one side, our laws on the other."""
+"""Attacks and defences are converted between ART and this package, and tested with ART's tools and our laws."""
 
 import copy
 import functools
@@ -64,8 +64,8 @@ def classifier_of(net, *, clip_values=(0.0, 1.0), kind=PyTorchClassifier, **keyw
     )
 
 
-def taken(classifier, x, y):
-    """The images that a classifier gets right, as arrays: whoever is wrong anyway is not fooled."""
+def correct_only(classifier, x, y):
+    """Return the correctly classified images and their labels, as arrays."""
     right = classifier.predict(x.numpy()).argmax(1) == y.numpy()
     return x.numpy()[right], y.numpy()[right]
 
@@ -75,7 +75,7 @@ def fooled(classifier, x_adv, y):
 
 
 class Rounding(PreprocessorPyTorch):
-    """Rounding with the identity for a derivative, as ART documents it."""
+    """Rounding with the identity as its gradient, written as ART documents it."""
 
     def __init__(self):
         super().__init__(device_type="cpu", is_fitted=True, apply_fit=False, apply_predict=True)
@@ -88,7 +88,7 @@ class Rounding(PreprocessorPyTorch):
 
 
 class Smoothing(PreprocessorPyTorch):
-    """A mean that torch differentiates."""
+    """Average pooling, which torch differentiates."""
 
     def __init__(self):
         super().__init__(device_type="cpu", is_fitted=True, apply_fit=False, apply_predict=True)
@@ -98,7 +98,7 @@ class Smoothing(PreprocessorPyTorch):
 
 
 class NumpyRounding(Preprocessor):
-    """The same without torch; ART differentiates it as the identity."""
+    """Rounding in numpy; ART's gradient for it is the identity."""
 
     def __init__(self):
         super().__init__(is_fitted=True, apply_fit=False, apply_predict=True)
@@ -108,7 +108,7 @@ class NumpyRounding(Preprocessor):
 
 
 class Whole(nn.Module):
-    """A model of one part: ART takes an `nn.Sequential` to pieces, and TRADES then looks at the first."""
+    """A model in one module: ART splits an `nn.Sequential`, and its TRADES then uses the first layer."""
 
     def __init__(self, net):
         super().__init__()
@@ -119,23 +119,23 @@ class Whole(nn.Module):
 
 
 class Shift(Attack):
-    """One change for all: learned on the mean gradient, put on every example."""
+    """A universal perturbation: the sign of the mean gradient."""
 
     universal = True
 
-    def __init__(self, by=None):
-        self.with_surrogate = by
+    def __init__(self, direction=None):
+        self.direction = direction
 
     def fitted(self, problem):
         grads = [part.loss_and_grad(part.x)[1] for part in problem.batches(problem.batch_size)]
         return Shift(-torch.cat(grads).mean(0, keepdim=True).sign())
 
     def run(self, problem):
-        return problem.threat.project(problem.x + self.with_surrogate * problem.threat.eps, problem.x)
+        return problem.threat.project(problem.x + self.direction * problem.threat.eps, problem.x)
 
 
 class Guess(Attack):
-    """Random points and no gradients."""
+    """Tries random points; uses no gradients."""
 
     access = "score"
 
@@ -146,32 +146,34 @@ class Guess(Attack):
         return x_adv
 
 
-# the defence that ART reports as unbroken
+# a defence that looks robust in ART
 
 
-def test_rounding_looks_unbroken_in_art_and_is_not(trained):
+def test_rounding_looks_robust_in_art_but_is_not(trained):
     net, x, y = trained
     documented, ours = (classifier_of(net, preprocessing_defences=[step]) for step in (Rounding(), preprocessor(Quantise(8))))
-    x, y = taken(documented, x, y)
-    assert np.array_equal(documented.predict(x), ours.predict(x))  # it is the same defence
+    x, y = correct_only(documented, x, y)
+    assert np.array_equal(documented.predict(x), ours.predict(x))  # both are the same defence
     pgd = functools.partial(ProjectedGradientDescent, eps=EPS, eps_step=EPS / 10, max_iter=40, verbose=False)
-    assert fooled(documented, pgd(documented).generate(x, y), y) == 0  # ART, the way ART documents
+    assert fooled(documented, pgd(documented).generate(x, y), y) == 0  # ART, with a preprocessor as ART documents it
     assert fooled(ours, pgd(ours).generate(x, y), y) >= 0.95  # ART, with our defence
     for classifier in (documented, ours, classifier_of(net, preprocessing_defences=[NumpyRounding()])):
         assert fooled(classifier, to_art(PGD(), classifier, threat=Linf(EPS)).generate(x, y), y) >= 0.95
     images, labels, guarded = torch.from_numpy(x), torch.from_numpy(y), Quantise(8).guard(net)
-    seeing, blind = (from_art(pgd)(guarded.with_view(view), images, labels, threat=Linf(EPS)) for view in ("bpda", "exact"))
-    assert seeing.success.float().mean() >= 0.95
-    assert torch.equal(seeing.success, net(Quantise(8)(seeing.x_adv)).argmax(1) != labels)
-    assert not blind.success.any()
+    with_bpda, with_exact = (
+        from_art(pgd)(guarded.with_view(view), images, labels, threat=Linf(EPS)) for view in ("bpda", "exact")
+    )
+    assert with_bpda.success.float().mean() >= 0.95
+    assert torch.equal(with_bpda.success, net(Quantise(8)(with_bpda.x_adv)).argmax(1) != labels)
+    assert not with_exact.success.any()
 
 
-# ours under ART
+# our attacks in ART
 
 
 @pytest.mark.parametrize("attack", [FGSM(), PGD(steps=5)], ids=repr)
 @pytest.mark.parametrize("threat", [Linf(0.1), L2(1.0), L1(3.0), Pixels(3)], ids=lambda t: type(t).__name__)
-def test_art_hands_out_what_the_attack_returns(trained, attack, threat):
+def test_art_returns_what_the_attack_returns(trained, attack, threat):
     net, x, y = trained
     adapter = to_art(attack, classifier_of(net), threat=threat, seed=3)
     direct = attack(net, x, y, threat=threat, seed=3).x_adv.numpy()
@@ -185,7 +187,7 @@ def test_art_hands_out_what_the_attack_returns(trained, attack, threat):
     assert np.array_equal(adapter.generate(x=x.numpy().astype(np.float64), y=one_hot), direct)
 
 
-def test_without_labels_the_predictions_stand_in(trained):
+def test_without_labels_the_predictions_are_used(trained):
     net, x, y = trained
     adapter, predicted = to_art(PGD(steps=5), classifier_of(net), threat=Linf(0.1)), net(x).argmax(1)
     assert np.array_equal(adapter.generate(x.numpy()), adapter.generate(x.numpy(), predicted.numpy()))
@@ -202,11 +204,11 @@ def test_predictions_are_those_of_evaluation_mode(trained):
 
 def test_targeted_is_the_goal_classify_as(trained):
     net, x, y = trained
-    wanted, adapter = (y + 1) % 10, to_art(PGD(steps=5), classifier_of(net), threat=Linf(0.2), goal=ClassifyAs(margin))
-    direct = PGD(steps=5)(net, x, wanted, goal=ClassifyAs(margin), threat=Linf(0.2)).x_adv
+    target_class, adapter = (y + 1) % 10, to_art(PGD(steps=5), classifier_of(net), threat=Linf(0.2), goal=ClassifyAs(margin))
+    direct = PGD(steps=5)(net, x, target_class, goal=ClassifyAs(margin), threat=Linf(0.2)).x_adv
     assert adapter.targeted is True
-    assert np.array_equal(adapter.generate(x.numpy(), wanted.numpy()), direct.numpy())
-    with pytest.raises(ArgumentError, match="wanted classes"):
+    assert np.array_equal(adapter.generate(x.numpy(), target_class.numpy()), direct.numpy())
+    with pytest.raises(ArgumentError, match="target classes"):
         adapter.generate(x.numpy())
     adapter.set_params(targeted=False)
     assert adapter.goal == Misclassify(margin)
@@ -274,13 +276,13 @@ def test_gradients_go_through_the_preprocessing(trained):
     assert torch.allclose(torch.from_numpy(classifier.predict(x.numpy())), whole(x), atol=1e-5)
     found = to_art(PGD(steps=5), classifier, threat=Linf(0.1), keep="last").generate(x.numpy(), y)
     direct = PGD(steps=5)(whole, x, y, threat=Linf(0.1), keep="last").x_adv.numpy()
-    assert (np.abs(found - direct) < 1e-6).mean() > 0.99  # a path may part where the derivative is not smooth
+    assert (np.abs(found - direct) < 1e-6).mean() > 0.99  # paths may differ where the gradient is not continuous
 
 
-def test_numpy_preprocessing_is_followed_as_art_estimates_it(trained):
+def test_numpy_preprocessing_uses_arts_estimated_gradient(trained):
     net, x, y = trained
     classifier = classifier_of(net, preprocessing_defences=[NumpyRounding()], preprocessing=(0.1, 0.9))
-    x, y = taken(classifier, x, y)
+    x, y = correct_only(classifier, x, y)
     assert fooled(classifier, to_art(PGD(), classifier, threat=Linf(EPS)).generate(x, y), y) >= 0.95
     found = to_art(Guess(), classifier, threat=Linf(EPS)).generate(x, y)
     assert fooled(classifier, found, y) > 0.1
@@ -289,7 +291,7 @@ def test_numpy_preprocessing_is_followed_as_art_estimates_it(trained):
 def test_success_is_judged_on_what_the_estimator_predicts(trained):
     net, x, y = trained
     filtered = classifier_of(net, postprocessing_defences=[Rounded(decimals=1, apply_predict=True)])
-    images, labels = taken(filtered, x, y)
+    images, labels = correct_only(filtered, x, y)
     found = to_art(PGD(), filtered, threat=Linf(EPS)).generate(images, labels)
     assert fooled(filtered, found, labels) >= 0.95
 
@@ -304,17 +306,17 @@ def test_success_is_judged_on_what_the_estimator_predicts(trained):
     assert (smoothed.predict(found, verbose=False).argmax(1) != y[:8].numpy()).mean() > 0.5
 
 
-def test_any_classifier_will_do_for_attacks_that_see_outputs_alone(trained):
+def test_attacks_on_outputs_work_with_any_classifier(trained):
     net, x, y = trained
     box = BlackBoxClassifier(lambda z: net(torch.from_numpy(z)).detach().numpy(), (1, 8, 8), 10, clip_values=(0, 1))
     found = to_art(Guess(), box, threat=Linf(0.3)).generate(x.numpy(), y)
     direct = Guess()(net, x, y, threat=Linf(0.3)).x_adv
     assert np.array_equal(found, direct.numpy())
-    with pytest.raises(ArgumentError, match="must be a classifier"):  # ART's own requirement
+    with pytest.raises(ArgumentError, match="must be an ART classifier"):  # ART's own requirement
         to_art(PGD(), box, threat=Linf(0.3))
 
 
-def test_channels_may_come_last(trained):
+def test_channels_last_is_supported(trained):
     net, x, y = trained
     torch.manual_seed(0)
     colour = nn.Sequential(nn.Conv2d(3, 1, 1), net).eval()
@@ -341,7 +343,7 @@ def test_channels_may_come_last(trained):
     assert ((found != x.movedim(1, -1).numpy()).any(-1).sum((1, 2)) <= 3).all()
 
 
-def test_one_change_for_all(trained):
+def test_universal_attacks(trained):
     net, x, y = trained
     found = to_art(Shift(), classifier_of(net), threat=Linf(0.1)).generate(x.numpy(), y)
     direct = Shift()(net, x, y, threat=Linf(0.1)).x_adv
@@ -350,7 +352,7 @@ def test_one_change_for_all(trained):
     assert (((found - x.numpy())[inner.numpy()]).round(4).__abs__() == np.float32(0.1)).all()
 
 
-def test_a_mask_is_refused_where_it_spares_anything(trained):
+def test_a_mask_with_zeros_is_refused(trained):
     net, x, y = trained
     adapter = to_art(FGSM(), classifier_of(net), threat=Linf(0.1))
     assert np.array_equal(adapter.generate(x.numpy(), y, mask=np.ones((8, 8))), adapter.generate(x.numpy(), y))
@@ -358,7 +360,7 @@ def test_a_mask_is_refused_where_it_spares_anything(trained):
         adapter.generate(x.numpy(), y, mask=np.tri(8))
 
 
-def test_the_estimator_is_left_as_found(trained):
+def test_the_estimator_is_restored(trained):
     net, x, y = trained
     net = copy.deepcopy(net).train()
     net[0].eval()
@@ -376,11 +378,11 @@ def test_the_estimator_is_left_as_found(trained):
         assert random_state() == state
 
 
-def test_arts_trainers_take_it_for_one_of_their_own(trained):
+def test_arts_trainers_accept_our_attacks(trained):
     net, x, y = trained
     one_hot = np.eye(10, dtype=np.float32)[y]
 
-    def fresh():
+    def new_classifier():
         twin = Whole(copy.deepcopy(net))
         return classifier_of(twin, optimizer=torch.optim.Adam(twin.parameters(), 5e-3))
 
@@ -388,20 +390,20 @@ def test_arts_trainers_take_it_for_one_of_their_own(trained):
         held = to_art(PGD(), classifier, threat=Linf(0.15)).generate(x.numpy(), y)
         return 1 - fooled(classifier, held, y.numpy())
 
-    classifier = fresh()
+    classifier = new_classifier()
     start = robust(classifier)
     adapter = to_art(PGD(steps=5), classifier, threat=Linf(0.15))
     AdversarialTrainer(classifier, adapter, ratio=1.0).fit(x.numpy(), one_hot, batch_size=32, nb_epochs=15)
     assert robust(classifier) > start + 0.3
-    classifier = fresh()
+    classifier = new_classifier()
     trades = AdversarialTrainerTRADESPyTorch(classifier, to_art(PGD(steps=5), classifier, threat=Linf(0.15)), beta=6.0)
     trades.fit(x.numpy(), one_hot, batch_size=32, nb_epochs=15)
     assert robust(classifier) > start + 0.3
 
 
-def test_arts_autoattack_drives_it(trained, monkeypatch):
+def test_arts_autoattack_runs_our_attacks(trained, monkeypatch):
     net, x, y = trained
-    monkeypatch.setitem(sys.modules, "multiprocess", sys)  # imported by ART, and not used with a pool of none
+    monkeypatch.setitem(sys.modules, "multiprocess", sys)  # ART imports it, but does not use it without a pool
     classifier = classifier_of(net)
     attacks = [to_art(FGSM(), classifier, threat=Linf(0.1)), to_art(PGD(), classifier, threat=Linf(0.1))]
     found = AutoAttack(classifier, eps=0.1, attacks=attacks, targeted=True).generate(x.numpy(), y.numpy())
@@ -413,28 +415,28 @@ def test_arts_autoattack_drives_it(trained, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        ({"attack": PGD}, "must be ours"),
-        ({"threat": 0.1}, "must be ours"),
+        ({"attack": PGD}, "must be (a )?robustkit (attack|objects)"),
+        ({"threat": 0.1}, "must be (a )?robustkit (attack|objects)"),
         ({"goal": "wrong"}, "goal"),
         ({"keep": "worst"}, "keep"),
         ({"batch_size": 0}, "batch_size"),
         ({"seed": "x"}, "seed"),
-        ({"estimator": nn.Linear(1, 1)}, "must be a classifier"),
+        ({"estimator": nn.Linear(1, 1)}, "must be an ART classifier"),
     ],
 )
-def test_wrong_arguments_are_refused_at_once(trained, arguments, why):
+def test_invalid_arguments_are_refused_at_once(trained, arguments, why):
     given = {"attack": PGD(), "estimator": classifier_of(trained[0]), "threat": Linf(0.1), **arguments}
     with pytest.raises(ArgumentError, match=why):
         to_art(given.pop("attack"), given.pop("estimator"), **given)
 
 
 @pytest.mark.parametrize("y", [np.zeros(3), np.zeros((128, 2, 2)), np.zeros((3, 10))])
-def test_labels_that_do_not_fit_are_refused(trained, y):
+def test_labels_of_other_shapes_are_refused(trained, y):
     with pytest.raises(ShapeError, match="y has shape"):
         to_art(FGSM(), classifier_of(trained[0]), threat=Linf(0.1)).generate(trained[1].numpy(), y)
 
 
-# ART's under ours
+# attacks of ART in robustkit
 
 WRAPPED = {
     "fgm": (FastGradientMethod, Linf(0.1), Misclassify()),
@@ -458,7 +460,7 @@ def ref_of(goal, y):
 
 
 @pytest.mark.parametrize("name", WRAPPED)
-def test_every_query_is_counted_and_every_success_recounted(trained, name):
+def test_queries_are_counted_and_success_matches_the_model(trained, name):
     (make, threat, goal), (net, x, y) = WRAPPED[name], trained
     x, ref, counting = x[:10], ref_of(goal, y[:10]), Counting(net).eval()
     result = from_art(make)(Target(counting, batch_size=6), x, ref, goal=goal, threat=threat)
@@ -470,16 +472,16 @@ def test_every_query_is_counted_and_every_success_recounted(trained, name):
     assert result.success.any() or name in ("carlini", "ead", "jsma", "pixel", "pgd")
 
 
-def test_an_attack_that_takes_one_image_at_a_time_gets_one(trained):
+def test_attacks_on_single_images_get_one_at_a_time(trained):
     net, x, y = trained
-    counting = Counting(nn.Sequential(net, nn.Softmax(1))).eval()  # it wants probabilities
+    counting = Counting(nn.Sequential(net, nn.Softmax(1))).eval()  # it needs probabilities
     result = from_art(lambda c: SimBA(c, max_iter=200, epsilon=0.3))(counting, x[:6], y[:6], threat=L2(3.0))
     assert result.success.any()
     assert int(result.forwards.sum()) == counting.forwards
 
 
 @pytest.mark.parametrize("name", ["fgm", "pgd", "deepfool", "square", "jsma"])
-def test_the_world_is_left_as_found(trained, name):
+def test_model_and_random_state_are_restored(trained, name):
     (make, threat, goal), (net, x, y) = WRAPPED[name], trained
     net = copy.deepcopy(net).train()
     net[0].eval()
@@ -495,7 +497,7 @@ def test_the_world_is_left_as_found(trained, name):
 
 
 @pytest.mark.parametrize(("norm", "threat", "eps"), [(np.inf, Linf, 0.1), ("inf", Linf, 0.05), (2, L2, 0.5), (1, L1, 2.0)])
-def test_what_comes_back_is_what_art_returns(trained, norm, threat, eps):
+def test_results_equal_those_of_art(trained, norm, threat, eps):
     net, x, y = trained
     classifier = PyTorchClassifier(
         net,
@@ -508,12 +510,12 @@ def test_what_comes_back_is_what_art_returns(trained, norm, threat, eps):
     make = functools.partial(ProjectedGradientDescent, norm=norm, max_iter=10, verbose=False)
     theirs = make(classifier, eps=eps, eps_step=eps / 3, batch_size=128).generate(x.numpy(), y.numpy())
     ours = from_art(functools.partial(make, eps=0.3, eps_step=0.1))(net, x, y, threat=threat(eps), keep="last")
-    kept = threat(eps).contains(torch.from_numpy(theirs), x)
-    assert kept.float().mean() > 0.9
-    assert torch.allclose(ours.x_adv[kept], torch.from_numpy(theirs)[kept], atol=1e-6)  # eps_step is scaled along
+    inside = threat(eps).contains(torch.from_numpy(theirs), x)
+    assert inside.float().mean() > 0.9
+    assert torch.allclose(ours.x_adv[inside], torch.from_numpy(theirs)[inside], atol=1e-6)  # eps_step is scaled with eps
 
 
-def test_each_example_gets_its_own_budget(trained):
+def test_each_example_has_its_own_eps(trained):
     net, x, y = trained
     eps = torch.tensor([0.02, 0.1, 0.3]).repeat(len(x) // 3 + 1)[: len(x)]
     result = from_art(FastGradientMethod)(net, x, y, threat=Linf(eps), keep="last")
@@ -524,17 +526,17 @@ def test_each_example_gets_its_own_budget(trained):
         assert (result.size[at] > 0.9 * value).all()
 
 
-def test_there_and_back_again_is_the_attack_itself(trained):
+def test_converting_to_art_and_back_gives_the_same_attack(trained):
     net, x, y = trained
-    back = from_art(lambda classifier: to_art(PGD(steps=5), classifier, threat=Linf(1.0), keep="last"))
+    round_trip = from_art(lambda classifier: to_art(PGD(steps=5), classifier, threat=Linf(1.0), keep="last"))
     direct = PGD(steps=5)(net, x, y, threat=Linf(0.1), keep="last")
-    wrapped = back(net, x, y, threat=Linf(0.1), keep="last")  # the budget is the problem's
+    wrapped = round_trip(net, x, y, threat=Linf(0.1), keep="last")  # eps is that of the problem
     assert torch.equal(wrapped.x_adv, direct.x_adv)
-    with pytest.raises(ArgumentError, match="is not what"):
-        back(net, x, y, threat=L2(0.1))
+    with pytest.raises(ArgumentError, match="does not match"):
+        round_trip(net, x, y, threat=L2(0.1))
 
 
-def test_more_images_than_art_predicts_at_once_are_cut(trained):
+def test_large_batches_are_split_to_arts_batch_size(trained):
     net, x, y = trained
     many, labels = x.repeat(2, 1, 1, 1)[:200], y.repeat(2)[:200]
     sizes = []
@@ -546,10 +548,10 @@ def test_more_images_than_art_predicts_at_once_are_cut(trained):
     from_art(lambda c: ProjectedGradientDescent(c, max_iter=2))(
         Target(spy, net, batch_size=256), many, labels, threat=Linf(0.1), keep="last"
     )
-    assert set(sizes) == {1, 128, 72, 200}  # one look at the classes, two parts, the verdict
+    assert set(sizes) == {1, 128, 72, 200}  # counting classes, two batches, the final check
 
 
-def test_an_attack_on_one_image_asks_about_many_points_at_once(trained):
+def test_attacks_on_one_image_query_in_batches_of_the_target(trained):
     net, x, y = trained
     sizes = []
 
@@ -577,48 +579,50 @@ def test_the_laws_hold(make, serves, cases):
     cases(check_attack(from_art(make), serves=serves, examples=8))
 
 
-def test_all_laws_hold_one_by_one_also_with_random_starts(cases):
+def test_all_laws_hold_one_by_one_with_random_starts(cases):
     make = functools.partial(ProjectedGradientDescent, max_iter=3, num_random_init=1)
     cases(check_attack(from_art(make, one_by_one=True), serves=[Linf], examples=6))
-    laws = [law for law in LAWS if law.__name__ != "result_does_not_depend_on_the_batch"]  # in a batch, noise is the batch's
+    laws = [
+        law for law in LAWS if law.__name__ != "result_does_not_depend_on_the_batch"
+    ]  # in a batch, noise belongs to the batch
     cases(sum(check_law(law, from_art(make), _cases([Linf]), 6) for law in laws))
 
 
 @pytest.mark.parametrize("name", ["square", "hsj", "boundary"])
-def test_what_is_attacked_alone_does_not_depend_on_its_company(trained, name):
+def test_examples_attacked_alone_do_not_depend_on_the_batch(trained, name):
     (make, threat, goal), (net, x, y) = WRAPPED[name], trained
 
     def images(rows, size):
         target, ids = Target(net, batch_size=size), torch.arange(9)[rows]
         return from_art(make)(target, x[:9][rows], y[:9][rows], goal=goal, threat=threat, ids=ids, keep="last").x_adv
 
-    turned = torch.arange(9).flip(0)
-    assert torch.allclose(images(turned, 4).flip(0), images(slice(None), 9), atol=1e-6)
+    reversed_rows = torch.arange(9).flip(0)
+    assert torch.allclose(images(reversed_rows, 4).flip(0), images(slice(None), 9), atol=1e-6)
     assert torch.allclose(images(slice(5, 6), 9), images(slice(None), 9)[5:6], atol=1e-6)
 
 
-def test_the_seed_alone_decides(trained):
+def test_results_depend_only_on_the_seed(trained):
     net, x, y = trained
     attack = from_art(WRAPPED["pgd"][0])
 
     def bytes_of(seed):
         torch.rand(7)
         np.random.rand(3)
-        warnings.simplefilter("error")  # those of ART's own are kept from the caller
+        warnings.simplefilter("error")  # ART's own warnings do not reach the caller
         return attack(net, x[:20], y[:20], threat=Linf(0.1), seed=seed, keep="last").x_adv
 
     assert torch.equal(bytes_of(0), bytes_of(0))
     assert not torch.equal(bytes_of(0), bytes_of(1))
 
 
-def test_a_model_without_a_graph_is_told_flat(trained):
+def test_a_model_without_a_graph_raises_the_flag(trained):
     net, x, y = trained
     result = from_art(FastGradientMethod)(lambda z: net(z).detach(), x, y, threat=Linf(0.1))
     assert [flag.name for flag in result.flags] == [FLAT_GRADIENTS]
 
 
-class Lost(FastGradientMethod):
-    """Answers with what is not a number, or in another shape."""
+class ReturnsNan(FastGradientMethod):
+    """Returns NaN, or another shape."""
 
     shape = slice(None)
 
@@ -626,41 +630,41 @@ class Lost(FastGradientMethod):
         return np.full_like(x, np.nan)[self.shape]
 
 
-class Short(Lost):
+class ReturnsOtherShape(ReturnsNan):
     shape = slice(1)
 
 
-def test_what_is_no_image_is_no_success(trained):
+def test_nan_and_other_shapes_are_no_successes(trained):
     net, x, y = trained
-    result = from_art(Lost)(net, x, y, threat=Linf(0.1), keep="last")
+    result = from_art(ReturnsNan)(net, x, y, threat=Linf(0.1), keep="last")
     assert torch.equal(result.x_adv, x)
-    with pytest.raises(ShapeError, match="gave"):
-        from_art(Short)(net, x, y, threat=Linf(0.1), keep="last")
+    with pytest.raises(ShapeError, match="returned"):
+        from_art(ReturnsOtherShape)(net, x, y, threat=Linf(0.1), keep="last")
 
 
-class Always(FastGradientMethod):
-    """An attack that cannot be switched: whatever classes it is told, it may take for the wanted ones."""
+class AlwaysTargeted(FastGradientMethod):
+    """An attack without the parameter `targeted`: it may use labels as target classes."""
 
     attack_params = EvasionAttack.attack_params
-    told = ()
+    received = ()
 
     def generate(self, x, y=None, **kwargs):
-        type(self).told = (*self.told, y)
+        type(self).received = (*self.received, y)
         return x
 
 
-def test_an_attack_that_cannot_be_switched_is_told_no_right_classes(trained, monkeypatch):
+def test_attacks_without_a_targeted_parameter_get_no_labels(trained, monkeypatch):
     net, x, y = trained
-    monkeypatch.setattr(Always, "told", ())
-    from_art(Always)(net, x, y, threat=Linf(0.1), keep="last")
-    from_art(lambda c: Always(c, targeted=True))(net, x, y, goal=ClassifyAs(), threat=Linf(0.1), keep="last")
-    assert Always.told[0] is None
-    assert np.array_equal(Always.told[1], np.eye(10)[y])
-    with pytest.raises(ArgumentError, match="is not served"):
-        from_art(lambda c: Always(c, targeted=True))(net, x, y, threat=Linf(0.1), keep="last")
+    monkeypatch.setattr(AlwaysTargeted, "received", ())
+    from_art(AlwaysTargeted)(net, x, y, threat=Linf(0.1), keep="last")
+    from_art(lambda c: AlwaysTargeted(c, targeted=True))(net, x, y, goal=ClassifyAs(), threat=Linf(0.1), keep="last")
+    assert AlwaysTargeted.received[0] is None
+    assert np.array_equal(AlwaysTargeted.received[1], np.eye(10)[y])
+    with pytest.raises(ArgumentError, match="is not supported"):
+        from_art(lambda c: AlwaysTargeted(c, targeted=True))(net, x, y, threat=Linf(0.1), keep="last")
 
 
-def test_the_number_of_pixels_is_that_of_the_threat(trained, monkeypatch):
+def test_the_number_of_pixels_is_the_eps_of_the_threat(trained, monkeypatch):
     net, x, y = trained
     allowed = []
     monkeypatch.setattr(PixelAttack, "generate", lambda self, x, y=None: allowed.append(self.th) or x)
@@ -668,7 +672,7 @@ def test_the_number_of_pixels_is_that_of_the_threat(trained, monkeypatch):
     assert allowed == [2, 3]
 
 
-def test_pixels_that_art_moves_by_rounding_are_put_back(trained):
+def test_pixels_that_differ_only_by_arts_rounding_are_restored(trained):
     net, x, y = trained
     result = from_art(WRAPPED["pixel"][0])(net, x[:6], y[:6], threat=Pixels(1), keep="last")
     assert ((result.x_adv != x[:6]).flatten(1).sum(1) <= 1).all()
@@ -677,19 +681,19 @@ def test_pixels_that_art_moves_by_rounding_are_put_back(trained):
 @pytest.mark.parametrize(
     ("make", "threat", "goal", "why"),
     [
-        (FastGradientMethod, L2(0.5), Misclassify(), "is not what"),
-        (lambda c: FastGradientMethod(c, norm=2), Pixels(2), Misclassify(), "is not what"),
-        (DeepFool, L2(0.5), ClassifyAs(), "is not served"),
-        (lambda c: c, L2(0.5), Misclassify(), "must give an instance"),
+        (FastGradientMethod, L2(0.5), Misclassify(), "does not match"),
+        (lambda c: FastGradientMethod(c, norm=2), Pixels(2), Misclassify(), "does not match"),
+        (DeepFool, L2(0.5), ClassifyAs(), "is not supported"),
+        (lambda c: c, L2(0.5), Misclassify(), "must return an instance"),
     ],
 )
-def test_what_art_cannot_do_is_refused(trained, make, threat, goal, why):
+def test_unsupported_threats_and_goals_are_refused(trained, make, threat, goal, why):
     net, x, y = trained
     with pytest.raises(ArgumentError, match=why):
         from_art(make)(net, x, y, goal=goal, threat=threat)
 
 
-def test_an_instance_is_no_way_to_make_one(trained):
+def test_an_attack_instance_is_refused(trained):
     with pytest.raises(ArgumentError, match="must be a function"):
         from_art(FastGradientMethod(classifier_of(trained[0])))
 
@@ -698,11 +702,11 @@ def test_the_recipe_is_readable():
     assert repr(from_art(FastGradientMethod)) == "ArtAttack(make=FastGradientMethod, one_by_one=False)"
 
 
-# our defences under ART
+# our defences in ART
 
 
 class Blur(Defence):
-    """A learned mean with dropout, whose first view has another value than itself."""
+    """A learned average with dropout, whose first view has a different value."""
 
     def __init__(self):
         super().__init__()
@@ -723,10 +727,10 @@ def test_a_preprocessor_has_the_value_of_the_defence_and_the_gradient_of_its_fir
     exact, labels = step(x.numpy(), y.numpy())
     assert np.array_equal(exact, blur.conv(x).detach().numpy())  # without the dropout
     assert np.array_equal(labels, y.numpy())
-    asked = x.clone().requires_grad_()
-    (expected,) = torch.autograd.grad((weight * 3 * blur.conv(asked)).sum(), asked)
-    (step.forward(asked)[0] * weight).sum().backward()
-    assert torch.allclose(asked.grad, expected, atol=1e-6)
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad((weight * 3 * blur.conv(leaf)).sum(), leaf)
+    (step.forward(leaf)[0] * weight).sum().backward()
+    assert torch.allclose(leaf.grad, expected, atol=1e-6)
     assert np.allclose(step.estimate_gradient(x.numpy(), weight.numpy()), expected.numpy(), atol=1e-6)
     assert blur.conv.weight.grad is None
     assert blur.drop.training
@@ -750,7 +754,7 @@ def test_a_preprocessor_is_applied_in_training_if_asked(apply_fit):
     assert (step.apply_fit, step.apply_predict, step.is_fitted) == (apply_fit, True, True)
 
 
-def test_a_preprocessor_of_nothing_is_refused():
+def test_a_preprocessor_needs_a_defence():
     with pytest.raises(ArgumentError, match="must be a Defence"):
         preprocessor(nn.Identity())
     step = preprocessor(Quantise(8))
@@ -769,7 +773,7 @@ def test_a_preprocessor_of_nothing_is_refused():
         lambda: preprocessor(Quantise(8)),
     ],
 )
-def test_a_missing_art_is_told_with_the_install_line(monkeypatch, call):
+def test_missing_art_raises_with_the_install_command(monkeypatch, call):
     monkeypatch.setitem(sys.modules, "art.attacks.evasion", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'robustkit\[art\]'"):
         call()

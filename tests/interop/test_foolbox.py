@@ -1,4 +1,4 @@
-"""Attacks cross between foolbox and this package without a bit being lost, a query uncounted or a failure believed."""
+"""Attacks are converted between foolbox and this package: results are equal, queries counted, failures not believed."""
 
 import copy
 import os
@@ -26,19 +26,21 @@ def fmodel_of(net, bounds=(0, 1)):
     return fb.PyTorchModel(net, bounds=bounds, device="cpu")
 
 
-# ours under foolbox
+# our attacks in foolbox
 
 
 @pytest.mark.parametrize("attack", [FGSM(), PGD(steps=5), PGD(steps=5, random_start=False)], ids=repr)
 @pytest.mark.parametrize("threat", [Linf(1.0), L2(1.0), L1(1.0)], ids=lambda t: type(t).__name__)
-def test_foolbox_hands_out_what_the_attack_returns(trained, attack, threat):
+def test_foolbox_returns_what_the_attack_returns(trained, attack, threat):
     net, x, y = trained
     raw, clipped, success = to_foolbox(attack, threat=threat, seed=3)(fmodel_of(net), x, y, epsilons=EPSILONS)
     for i, eps in enumerate(EPSILONS):
         direct = attack(net, x, y, threat=type(threat)(eps), seed=3)
         assert torch.equal(raw[i], direct.x_adv)
         assert (clipped[i] - direct.x_adv).abs().max() < 1e-6
-        assert (success[i] == direct.success).float().mean() > 0.98  # an image on the very boundary may fall by foolbox's cut
+        assert (
+            success[i] == direct.success
+        ).float().mean() > 0.98  # foolbox's clipping may change an image near the decision boundary
     alone = to_foolbox(attack, threat=threat, seed=3)(fmodel_of(net), x, y, epsilons=EPSILONS[1])
     assert torch.equal(alone[0], raw[1])
     assert torch.equal(alone[2], success[1])
@@ -52,15 +54,17 @@ def test_pgd_equals_foolbox_bit_for_bit_under_its_own_interface(trained):
         assert all(torch.equal(a, b) for a, b in zip(mine, yours, strict=True))
 
 
-def test_a_wanted_class_is_the_goal_classify_as(trained):
+def test_targeted_misclassification_is_the_goal_classify_as(trained):
     net, x, y = trained
-    wanted = (y + 1) % 10
-    raw, _, success = to_foolbox(PGD(), threat=Linf(1.0))(fmodel_of(net), x, fb.TargetedMisclassification(wanted), epsilons=0.2)
-    assert torch.equal(raw, PGD()(net, x, wanted, goal=ClassifyAs(), threat=Linf(0.2)).x_adv)
-    assert torch.equal(success, net(raw).argmax(1) == wanted)
+    target_class = (y + 1) % 10
+    raw, _, success = to_foolbox(PGD(), threat=Linf(1.0))(
+        fmodel_of(net), x, fb.TargetedMisclassification(target_class), epsilons=0.2
+    )
+    assert torch.equal(raw, PGD()(net, x, target_class, goal=ClassifyAs(), threat=Linf(0.2)).x_adv)
+    assert torch.equal(success, net(raw).argmax(1) == target_class)
 
 
-def test_a_goal_brings_its_own_loss(trained):
+def test_the_loss_is_that_of_the_goal(trained):
     net, x, y = trained
     goal = Misclassify(margin)
     raw, _, _ = to_foolbox(PGD(), threat=Linf(1.0), goal=goal, keep="last")(fmodel_of(net), x, y, epsilons=0.05)
@@ -82,8 +86,8 @@ def test_repeats_are_the_best_of_separate_seeds(trained):
         ]
         wins = torch.stack([s[2] for s in separate])
         assert torch.equal(success[i], wins.any(0))
-        assert int(wins.any(0).sum()) > int(wins.sum(1).max())  # so that a draw that came twice would be seen
-        first = wins.int().argmax(0)  # the first success, or the first draw where there is none
+        assert int(wins.any(0).sum()) > int(wins.sum(1).max())  # detects repeated random numbers
+        first = wins.int().argmax(0)  # the first success, else the first repeat
         assert torch.equal(raw[i], torch.stack([s[0] for s in separate])[first, torch.arange(len(x))])
 
 
@@ -106,7 +110,7 @@ def test_pixels_are_counted_as_locations(trained):
         assert torch.equal(raw[i], clipped[i])
         assert ((raw[i] != x).any(1).flatten(1).sum(1) <= eps).all()
         assert torch.equal(success[i], net(raw[i]).argmax(1) != y)
-    assert (fb.distances.l0(x, raw[1]) > 20).any()  # which is why foolbox's own count would not do
+    assert (fb.distances.l0(x, raw[1]) > 20).any()  # foolbox counts values, not locations
     assert torch.equal(attack.distance(x, raw[1]), (raw[1] != x).any(1).flatten(1).sum(1).float())
     with pytest.raises(ArgumentError, match="cannot shrink"):
         attack.distance.clip_perturbation(x, torch.zeros_like(x), 1)
@@ -125,7 +129,7 @@ class Divide(nn.Module):
         return x / 255
 
 
-def test_an_epsilon_of_zero_changes_nothing(trained):
+def test_epsilon_zero_returns_the_inputs(trained):
     net, x, y = trained
     raw, _, success = to_foolbox(PGD(), threat=Linf(1.0))(fmodel_of(net), x, y, epsilons=[0.0])
     assert torch.equal(raw[0], x)
@@ -136,10 +140,10 @@ def test_an_epsilon_of_zero_changes_nothing(trained):
     ("keywords", "criterion", "why"),
     [
         ({}, lambda y: fb.Misclassification(y) & fb.TargetedMisclassification(y), "has no loss"),
-        ({"goal": ClassifyAs()}, lambda y: y, "does not go with the criterion"),
+        ({"goal": ClassifyAs()}, lambda y: y, "does not match the criterion"),
     ],
 )
-def test_criteria_that_cannot_be_followed_are_refused(trained, keywords, criterion, why):
+def test_unsupported_criteria_are_refused(trained, keywords, criterion, why):
     net, x, y = trained
     with pytest.raises(ArgumentError, match=why):
         to_foolbox(PGD(), threat=Linf(1.0), **keywords)(fmodel_of(net), x, criterion(y), epsilons=0.1)
@@ -154,7 +158,7 @@ def test_criteria_that_cannot_be_followed_are_refused(trained, keywords, criteri
         (PGD(), {"goal": "misclassify"}),
     ],
 )
-def test_wrong_arguments_are_refused_at_once(attack, keywords):
+def test_invalid_arguments_are_refused_at_once(attack, keywords):
     with pytest.raises(ArgumentError):
         to_foolbox(attack, **{"threat": Linf(0.1), **keywords})
 
@@ -166,7 +170,7 @@ def test_arrays_of_other_frameworks_are_refused(trained):
         to_foolbox(PGD(), threat=Linf(1.0))(model, x.numpy(), y.numpy(), epsilons=0.1)
 
 
-# foolbox's under ours
+# attacks of foolbox in robustkit
 
 WRAPPED = {
     "pgd": (fb.attacks.LinfPGD(steps=5), Linf(0.1), Misclassify()),
@@ -188,7 +192,7 @@ def ref_of(goal, y):
 
 @pytest.mark.parametrize("name", WRAPPED)
 @pytest.mark.parametrize("keep", ["first", "last", "smallest"])
-def test_success_is_what_a_recount_says_inside_the_threat(trained, name, keep):
+def test_success_matches_the_model_inside_the_threat(trained, name, keep):
     (attack, threat, goal), (net, x, y) = WRAPPED[name], trained
     x, ref = x[:24], ref_of(goal, y[:24])
     result = from_foolbox(attack)(net, x, ref, goal=goal, threat=threat, keep=keep)
@@ -207,14 +211,14 @@ def test_every_query_is_counted(trained, name):
 
 
 @pytest.mark.parametrize("name", WRAPPED)
-def test_the_world_is_left_as_found(trained, name):
+def test_model_and_random_state_are_restored(trained, name):
     (attack, threat, goal), (net, x, y) = WRAPPED[name], trained
     net = copy.deepcopy(net).train()
     net[0].eval()
     for parameter in net.parameters():
         parameter.grad = torch.full_like(parameter, 0.5)
     before, state = copy.deepcopy(net.state_dict()), random_state()
-    for target in (net, lambda z: net(z)):  # a plain function hides its module, so nobody can freeze the parameters
+    for target in (net, lambda z: net(z)):  # a plain function, whose parameters cannot be frozen
         from_foolbox(attack)(target, x[:8], ref_of(goal, y[:8]), goal=goal, threat=threat)
         assert all((p.grad == 0.5).all() and p.requires_grad for p in net.parameters())
         assert [part.training for part in net] == [False] + [True] * 6
@@ -223,7 +227,7 @@ def test_the_world_is_left_as_found(trained, name):
 
 
 @pytest.mark.parametrize("name", ["pgd", "noise", "boundary", "gen"])
-def test_the_seed_alone_decides(trained, name):
+def test_results_depend_only_on_the_seed(trained, name):
     (attack, threat, goal), (net, x, y) = WRAPPED[name], trained
 
     def bytes_of(seed):
@@ -235,7 +239,7 @@ def test_the_seed_alone_decides(trained, name):
 
 
 @pytest.mark.parametrize("criterion", [fb.Misclassification, fb.TargetedMisclassification])
-def test_what_comes_back_is_what_foolbox_returns(trained, criterion, recwarn):
+def test_results_equal_those_of_foolbox(trained, criterion, recwarn):
     net, x, y = trained
     goal = ClassifyAs() if criterion is fb.TargetedMisclassification else Misclassify()
     attack = fb.attacks.LinfPGD(random_start=False)
@@ -243,13 +247,13 @@ def test_what_comes_back_is_what_foolbox_returns(trained, criterion, recwarn):
     ours = from_foolbox(attack)(net, x, y, goal=goal, threat=Linf(0.1), keep="last")
     assert torch.equal(ours.x_adv, theirs[0])
     assert torch.equal(ours.success, theirs[2])
-    assert not recwarn.list  # foolbox warns of models in training mode, past all filters
+    assert not recwarn.list  # foolbox warns about models in training mode despite filters
 
 
-def test_there_and_back_again_is_the_attack_itself(trained):
+def test_converting_to_foolbox_and_back_gives_the_same_attack(trained):
     net, x, y = trained
-    there_and_back = from_foolbox(to_foolbox(PGD(), threat=Linf(1.0), keep="last"))
-    direct, wrapped = (a(net, x, y, threat=Linf(0.1), keep="last") for a in (PGD(), there_and_back))
+    round_trip = from_foolbox(to_foolbox(PGD(), threat=Linf(1.0), keep="last"))
+    direct, wrapped = (a(net, x, y, threat=Linf(0.1), keep="last") for a in (PGD(), round_trip))
     assert torch.equal(direct.x_adv, wrapped.x_adv)
 
 
@@ -260,13 +264,13 @@ def test_there_and_back_again_is_the_attack_itself(trained):
         (fb.attacks.EADAttack(steps=2, binary_search_steps=1), L1(0.05)),
     ],
 )
-def test_black_images_that_foolbox_takes_for_successes_are_not(trained, attack, threat):
+def test_black_images_that_foolbox_reports_are_no_successes(trained, attack, threat):
     net, x, y = trained
     right = net(x).argmax(1) == y
     x, y = x[right], y[right]
     claimed = attack(fmodel_of(net), x, y, epsilons=None)
     black = (claimed[0] == 0).flatten(1).all(1) & claimed[2]
-    assert int(black.sum()) > 20  # foolbox does say so
+    assert int(black.sum()) > 20  # foolbox reports them as successes
     result = from_foolbox(attack)(net, x, y, threat=threat)
     within = PGD(steps=100)(net, x, y, threat=threat)
     assert not (result.success & black & ~within.success).any()
@@ -274,7 +278,7 @@ def test_black_images_that_foolbox_takes_for_successes_are_not(trained, attack, 
     assert int(result.success.sum()) <= 1
 
 
-def test_examples_that_are_wrong_anyway_cost_one_query(trained):
+def test_misclassified_examples_cost_one_query(trained):
     net, x, y = trained
     y = torch.where(torch.arange(len(y)) < 40, (y + 1) % 10, y)
     wrong = net(x).argmax(1) != y
@@ -284,7 +288,7 @@ def test_examples_that_are_wrong_anyway_cost_one_query(trained):
     assert (result.backwards[~wrong] == 5).all()
 
 
-def test_each_example_gets_its_own_budget(trained):
+def test_each_example_has_its_own_eps(trained):
     net, x, y = trained
     eps = torch.tensor([0.02, 0.1, 0.3]).repeat(len(x) // 3 + 1)[: len(x)]
     attack = from_foolbox(fb.attacks.LinfPGD(random_start=False))
@@ -295,28 +299,28 @@ def test_each_example_gets_its_own_budget(trained):
         assert (result.size[at] > 0.9 * value).all()
 
 
-def test_the_adversarys_view_is_followed_and_the_deployed_function_judged(trained):
+def test_gradients_use_the_view_and_success_the_deployed_function(trained):
     net, x, y = trained
 
     def deployed(z):
         return net((z * 8).round() / 8)
 
-    blind, seeing = Target(deployed, module=net), Target(deployed, module=net, views={"bpda": net})
-    results = [from_foolbox(fb.attacks.LinfPGD())(t, x, y, threat=Linf(0.2), keep="last") for t in (blind, seeing)]
+    without_view, with_view = Target(deployed, module=net), Target(deployed, module=net, views={"bpda": net})
+    results = [from_foolbox(fb.attacks.LinfPGD())(t, x, y, threat=Linf(0.2), keep="last") for t in (without_view, with_view)]
     assert int(results[1].success.sum()) > int(results[0].success.sum()) + 30
     assert torch.equal(results[1].success, deployed(results[1].x_adv).argmax(1) != y)
 
 
-def test_a_model_without_a_graph_is_told_flat(trained):
+def test_a_model_without_a_graph_has_flat_gradients(trained):
     net, x, y = trained
     result = from_foolbox(fb.attacks.LinfPGD(steps=4, random_start=False))(lambda z: net(z).detach(), x, y, threat=Linf(0.1))
-    asked = net(x).argmax(1) == y
-    assert torch.equal(result.success, ~asked)
-    assert (result.flat[asked] == 4).all()
+    correct = net(x).argmax(1) == y
+    assert torch.equal(result.success, ~correct)
+    assert (result.flat[correct] == 4).all()
 
 
 class Broken(fb.attacks.base.FixedEpsilonAttack):
-    """Returns what is not a number, after a question about the first example alone."""
+    """Returns NaN, after a query of only the first example."""
 
     distance = fb.distances.linf
 
@@ -325,20 +329,20 @@ class Broken(fb.attacks.base.FixedEpsilonAttack):
         return inputs * float("nan")
 
 
-def test_what_is_not_a_number_is_no_success(trained):
+def test_nan_results_are_no_successes(trained):
     net, x, y = trained
     result = from_foolbox(Broken())(Target(net, batch_size=1), x[:9], y[:9], threat=Linf(0.1), keep="last")
     assert torch.equal(result.x_adv, x[:9])
     assert torch.equal(result.success, net(x[:9]).argmax(1) != y[:9])
 
 
-def test_queries_about_some_examples_need_a_batch_of_one(trained):
+def test_queries_of_some_examples_need_batch_size_one(trained):
     net, x, y = trained
     with pytest.raises(ShapeError, match="batch_size=1"):
         from_foolbox(Broken())(net, x[:9], y[:9], threat=Linf(0.1))
 
 
-def test_a_minimum_norm_attack_may_search_on(trained):
+def test_early_stop_of_minimum_norm_attacks_is_optional(trained):
     net, x, y = trained
     seen = []
 
@@ -357,19 +361,19 @@ def test_a_minimum_norm_attack_may_search_on(trained):
 @pytest.mark.parametrize(
     ("attack", "threat", "goal", "why"),
     [
-        (fb.attacks.LinfPGD(), L2(0.5), Misclassify(), "is not what"),
-        (fb.attacks.L2PGD(), Pixels(2), Misclassify(), "is not what"),
+        (fb.attacks.LinfPGD(), L2(0.5), Misclassify(), "does not match"),
+        (fb.attacks.L2PGD(), Pixels(2), Misclassify(), "does not match"),
         (fb.attacks.LinfPGD(), Linf(0.1, bounds=None), Misclassify(), "bounds=None"),
-        (fb.attacks.FGSM(), Linf(0.1), ClassifyAs(), "is not served"),
+        (fb.attacks.FGSM(), Linf(0.1), ClassifyAs(), "is not supported"),
     ],
 )
-def test_what_foolbox_cannot_do_is_refused(trained, attack, threat, goal, why):
+def test_unsupported_threats_and_goals_are_refused(trained, attack, threat, goal, why):
     net, x, y = trained
     with pytest.raises(ArgumentError, match=why):
         from_foolbox(attack)(net, x, y, goal=goal, threat=threat)
 
 
-def test_a_class_is_no_attack():
+def test_an_attack_class_is_refused():
     with pytest.raises(ArgumentError, match="must be an instance"):
         from_foolbox(fb.attacks.LinfPGD)
 
@@ -384,13 +388,13 @@ def test_the_recipe_is_readable():
 
 
 @pytest.mark.parametrize("call", [lambda: to_foolbox(PGD(), threat=Linf(0.1)), lambda: from_foolbox(None)])
-def test_a_missing_foolbox_is_told_with_the_install_line(monkeypatch, call):
+def test_missing_foolbox_raises_with_the_install_command(monkeypatch, call):
     monkeypatch.setitem(sys.modules, "foolbox", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'robustkit\[foolbox\]'"):
         call()
 
 
-def test_the_import_needs_no_git_warns_of_nothing_and_leaves_the_environment(tmp_path):
+def test_the_import_needs_no_git_does_not_warn_and_restores_the_environment(tmp_path):
     code = """
 import os, sys
 from robustkit import PGD, Linf

@@ -1,4 +1,4 @@
-"""The training loop: the bits of a loop written by hand, and nothing else touched."""
+"""The training loop equals a hand-written one bit for bit, and restores all state."""
 
 from functools import partial
 
@@ -20,7 +20,7 @@ Y = torch.arange(22) % 3
 
 
 def net():
-    """With batch statistics and dropout, so that modes and the global generator matter."""
+    """Return a net with batch norm and dropout, so that training flags and the global generator matter."""
     torch.manual_seed(1)
     return nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(), nn.Linear(32, 3))
 
@@ -29,20 +29,20 @@ def batches(seed=3):
     return DataLoader(TensorDataset(X, Y), 8, shuffle=True, generator=torch.Generator().manual_seed(seed))
 
 
-def tools(model):
+def make_optimizer(model):
     optimizer = Adam(model.parameters())
     return optimizer, OneCycleLR(optimizer, 1e-2, total_steps=9)
 
 
 def by_hand(model, loader, loss, epochs):
-    optimizer, schedule = tools(model)
+    optimizer, schedule = make_optimizer(model)
     history, step = [], 0
     for _ in range(epochs):
-        losses, right = [], 0
+        losses, correct = [], 0
         for x, y in loader:
             model.eval()
             with torch.no_grad():
-                right += int((model(x).argmax(1) == y).sum())
+                correct += int((model(x).argmax(1) == y).sum())
             model.train()
             optimizer.zero_grad()
             value = loss(model, x, y, step)
@@ -51,7 +51,7 @@ def by_hand(model, loader, loss, epochs):
             schedule.step()
             losses += [value.item()] * len(x)
             step += 1
-        history.append((sum(losses) / len(losses), right / len(losses)))
+        history.append((sum(losses) / len(losses), correct / len(losses)))
     return history
 
 
@@ -72,7 +72,7 @@ def test_fit_equals_a_hand_written_loop_bit_for_bit(loss, same_by_hand):
     torch.manual_seed(2)
     expected = by_hand(theirs, batches(), same_by_hand, epochs=3)
     torch.manual_seed(2)
-    optimizer, schedule = tools(ours)
+    optimizer, schedule = make_optimizer(ours)
     history = fit(ours, batches(), loss=loss, optimizer=optimizer, epochs=3, schedule=schedule, seed=7)
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
     assert [epoch.accuracy for epoch in history] == [accuracy for _, accuracy in expected]
@@ -93,7 +93,7 @@ def test_no_two_steps_and_no_two_runs_share_a_seed():
     assert len(seen) == len(set(seen)) == 3 * 4 * 3
 
 
-def test_the_modes_are_restored_whatever_happens():
+def test_training_flags_are_restored_also_after_an_error():
     model = net()
     model[1].eval()
     before = [part.training for part in model.modules()]
@@ -124,7 +124,7 @@ def test_frozen_parameters_stay_frozen_and_unchanged():
     assert not model[0].weight.requires_grad
 
 
-def test_a_model_that_is_no_classifier_is_trained_without_an_accuracy():
+def test_other_models_than_classifiers_have_no_accuracy():
     torch.manual_seed(1)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 16))
 
@@ -143,7 +143,7 @@ def test_epochs_must_be_a_whole_number_above_zero(epochs):
         fit(model, batches(), loss=standard, optimizer=SGD(model.parameters()), epochs=epochs)
 
 
-def test_a_loader_that_runs_dry_is_told():
+def test_an_exhausted_loader_is_refused():
     model = net()
     with pytest.raises(ArgumentError, match="loader gave no batch"):
         fit(model, iter([(X, Y)]), loss=standard, optimizer=SGD(model.parameters()), epochs=2)

@@ -1,4 +1,4 @@
-"""Training losses: each equals the loop that its definition says."""
+"""Each training loss equals a hand-written loop."""
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ Y = torch.arange(7) % 3
 
 
 def net():
-    """With batch statistics, so that the mode matters."""
+    """Return a net with batch norm, so that the training flag matters."""
     torch.manual_seed(1)
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
 
@@ -43,11 +43,11 @@ def test_madry_equals_a_hand_written_loop():
     expected = by_hand(theirs, X, Y, 0.2, 4, seed=5)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(gradients(ours, loss), gradients(theirs, expected), rtol=1e-5, atol=1e-6)
-    # one pass in training mode has moved the running statistics, the attack's passes have not
+    # one pass in training mode updates the running statistics, the passes of the attack do not
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
 
 
-def test_madry_is_the_loss_at_the_points_of_the_attack_in_the_models_own_mode():
+def test_madry_is_the_loss_on_adversarial_examples_in_the_models_current_mode():
     for mode in (True, False):
         model = net().train(mode)
         x_adv = FGSM().perturb(model, X, Y, threat=L2(1.0))
@@ -56,13 +56,13 @@ def test_madry_is_the_loss_at_the_points_of_the_attack_in_the_models_own_mode():
         assert torch.equal(loss, cross_entropy(net().train(mode)(x_adv), Y))
 
 
-def test_another_seed_starts_elsewhere_and_the_same_repeats():
+def test_the_seed_determines_the_random_start():
     model = net().eval()
     losses = [madry(model, X, Y, attack=PGD(steps=1, reach=0.1), threat=Linf(0.2), seed=seed) for seed in (0, 1, 0)]
     assert losses[0] == losses[2] != losses[1]
 
 
-def test_standard_is_the_mean_of_minus_log_softmax():
+def test_standard_is_the_mean_cross_entropy():
     model = net().eval()
     expected = -model(X).double().log_softmax(1)[torch.arange(7), Y].mean()
     torch.testing.assert_close(standard(model, X, Y).double(), expected, rtol=1e-6, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Reference models: what is shipped is what the cards say, and can be made again."""
+"""The shipped reference models match their cards and can be trained again."""
 
 import json
 import shutil
@@ -11,20 +11,20 @@ from robustkit import zoo
 from robustkit.data import load as load_data
 from robustkit.errors import ArgumentError
 from robustkit.zoo import nets
-from robustkit.zoo.cards import table
-from robustkit.zoo.recipes import RECIPES, Batches
+from robustkit.zoo.cards import recipe_to_dict
+from robustkit.zoo.recipes import RECIPES, ShiftedBatches
 
 NAMES = ("mnist-cnn", "mnist-cnn-robust", "digits-mlp")
-# Each with a margin below what was measured when the recipe was written, so that a retrained model may replace it.
+# Lower bounds of the accuracies, with a margin for a model that is trained again.
 AT_LEAST = {"mnist-cnn": (0.97, 0.0), "mnist-cnn-robust": (0.96, 0.8), "digits-mlp": (0.96, 0.0)}
 
 
 def same_machine(card):
-    """Whether bits can be expected to repeat here."""
+    """Return whether this machine should reproduce the bits of the card."""
     return (card.torch, card.processor) == (torch.__version__, torch.backends.cpu.get_cpu_capability())
 
 
-def test_the_models_have_their_names():
+def test_the_names_of_the_models():
     assert set(zoo.names()) == set(NAMES)
 
 
@@ -44,10 +44,10 @@ def test_shipped_weights_score_what_their_card_says(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_card_tells_everything_about_its_model(name):
+def test_a_card_describes_its_model(name):
     card, model = zoo.card(name), zoo.load(name)
     assert card.name == name
-    assert card.recipe == table(RECIPES[name])
+    assert card.recipe == recipe_to_dict(RECIPES[name])
     assert card.seed == RECIPES[name].seed
     assert card.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert card.scores.threat == repr(RECIPES[name].threat)
@@ -57,7 +57,7 @@ def test_a_card_tells_everything_about_its_model(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_model_comes_in_evaluation_mode_and_fresh_each_time(name):
+def test_load_returns_a_new_model_in_evaluation_mode(name):
     model, other = zoo.load(name), zoo.load(name)
     assert not any(part.training for part in model.modules())
     with torch.no_grad():
@@ -65,7 +65,7 @@ def test_a_model_comes_in_evaluation_mode_and_fresh_each_time(name):
     assert next(other.parameters()).abs().sum() > 0
 
 
-def test_training_anew_gives_the_shipped_bytes(tmp_path):
+def test_training_again_gives_the_shipped_bytes(tmp_path):
     shipped = zoo.card("digits-mlp")
     torch.manual_seed(123)
     before, threads = torch.get_rng_state(), torch.get_num_threads()
@@ -88,14 +88,14 @@ def copy(tmp_path):
     return tmp_path
 
 
-def test_exchanged_weights_are_told_and_not_loaded(copy):
+def test_modified_weights_are_reported_and_not_loaded(copy):
     path = copy / "digits-mlp.safetensors"
     weights = load_file(path)
     weights["1.bias"][0] += 1e-3
     save_file(weights, path)
-    (told,) = zoo.verify("digits-mlp", copy)
-    assert "weights of zoo:digits-mlp have SHA-256" in told
-    with pytest.raises(ArgumentError, match="reinstall robustkit, or train it anew"):
+    (difference,) = zoo.verify("digits-mlp", copy)
+    assert "weights of zoo:digits-mlp have SHA-256" in difference
+    with pytest.raises(ArgumentError, match="reinstall robustkit, or train the model again"):
         zoo.load("digits-mlp", copy)
 
 
@@ -103,29 +103,29 @@ def test_exchanged_weights_are_told_and_not_loaded(copy):
     ("key", "value"),
     [("clean_accuracy", 0.99), ("robust_accuracy", 0.5), ("n", 360), ("data_hash", "0" * 16), ("threat", "Linf(eps=0.2)")],
 )
-def test_a_wrong_card_is_told(copy, key, value):
+def test_a_wrong_card_is_reported(copy, key, value):
     path = copy / "digits-mlp.json"
     card = json.loads(path.read_text())
     card["scores"][key] = value
     path.write_text(json.dumps(card))
-    (told,) = zoo.verify("digits-mlp", copy)
-    assert told.startswith(f"{key} of zoo:digits-mlp is ")
-    assert repr(value) in told
+    (difference,) = zoo.verify("digits-mlp", copy)
+    assert difference.startswith(f"{key} of zoo:digits-mlp is ")
+    assert repr(value) in difference
 
 
 @pytest.mark.parametrize("call", [zoo.card, zoo.load, zoo.verify, lambda name: zoo.train(name, "never")])
-def test_an_unknown_name_is_refused_with_the_known_ones(call):
+def test_an_unknown_name_is_refused_with_the_known_names(call):
     with pytest.raises(
-        ArgumentError, match="name='nope' is no reference model; there are mnist-cnn, mnist-cnn-robust, digits-mlp"
+        ArgumentError, match="name='nope' is not a reference model; there are mnist-cnn, mnist-cnn-robust, digits-mlp"
     ):
         call("nope")
 
 
-def test_what_is_missing_or_damaged_is_told(copy):
-    with pytest.raises(ArgumentError, match="no card"):
+def test_missing_and_damaged_files_are_refused(copy):
+    with pytest.raises(ArgumentError, match="is not a card"):
         zoo.load("mnist-cnn", copy)
     (copy / "digits-mlp.json").write_text("{}")
-    with pytest.raises(ArgumentError, match="no card"):
+    with pytest.raises(ArgumentError, match="is not a card"):
         zoo.verify("digits-mlp", copy)
     with pytest.raises(ArgumentError, match="folder="):
         zoo.train("digits-mlp", copy / "digits-mlp.json" / "inside")
@@ -140,9 +140,9 @@ def test_networks_map_images_to_logits_row_by_row():
         torch.testing.assert_close(out[2:3], net(x[2:3]))
 
 
-def test_batches_cover_the_data_once_a_pass_in_another_order():
+def test_batches_cover_the_data_once_per_epoch_in_a_new_order():
     data = load_data("digits").part(0, 60)
-    batches, again = Batches(data, 20, 0, seed=1), Batches(data, 20, 0, seed=1)
+    batches, again = ShiftedBatches(data, 20, 0, seed=1), ShiftedBatches(data, 20, 0, seed=1)
     first, second = (torch.cat([x for x, _ in batches]) for _ in range(2))
     assert len(batches) == 3
     assert not torch.equal(first, second)
@@ -154,11 +154,11 @@ def test_batches_cover_the_data_once_a_pass_in_another_order():
             assert label in data.y[(data.x == image).flatten(1).all(1)]
 
 
-def test_shifts_move_every_image_whole_by_at_most_the_given_pixels():
+def test_images_are_shifted_by_at_most_the_given_pixels():
     data = load_data("digits").part(0, 20)
     seen = set()
     for _ in range(20):
-        batches = Batches(data, 20, 2, seed=len(seen))
+        batches = ShiftedBatches(data, 20, 2, seed=len(seen))
         ((x, y),) = batches
         for image, label in zip(x[:, 0], y, strict=True):
             moves = {

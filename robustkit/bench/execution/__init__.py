@@ -1,1 +1,1 @@
-"""What is run: models on their data, blocks, the processes that do them."""
+"""Execution of a plan: models on their data, blocks, and the processes that compute them."""

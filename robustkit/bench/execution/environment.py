@@ -1,8 +1,10 @@
-"""What a number depends on besides the plan: versions and hardware; no time, no process, no number of workers."""
+"""What numbers depend on besides the plan: versions, hardware and threads; not the time, the host or the number of workers."""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy
@@ -10,11 +12,11 @@ import torch
 
 import robustkit
 
-__all__ = ["environment"]
+__all__ = ["environment", "torch_threads"]
 
 
 def environment(device: str, threads: int) -> dict[str, Any]:
-    """Versions, platform, the device by its name, and the threads that torch uses in each worker."""
+    """Versions, the platform, the name of the device, and the number of threads that torch uses in each worker."""
     cuda = device.startswith("cuda") and torch.cuda.is_available()
     return {
         "robustkit": robustkit.__version__,
@@ -25,3 +27,14 @@ def environment(device: str, threads: int) -> dict[str, Any]:
         "threads": threads,
         "device": torch.cuda.get_device_name(device) if cuda else device,
     }
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Set the number of torch threads, and restore the previous number afterwards."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""Who does the work: this process, or several that may die. Neither knows what the work is."""
+"""Executors: run tasks in this process, or in several worker processes that may die. They know nothing about the tasks."""
 
 from __future__ import annotations
 
@@ -23,45 +23,45 @@ from robustkit.errors import ArgumentError, RobustkitError
 __all__ = ["Executor", "Processes", "Serial"]
 
 Task = TypeVar("Task")
-Done = TypeVar("Done")
-Maker = Callable[[], Callable[[Task], Done]]
+Output = TypeVar("Output")
+Factory = Callable[[], Callable[[Task], Output]]
 
 
 class Executor(ABC):
-    """Does tasks in any order; each at least once, so a task must come out the same when it is done again."""
+    """Runs tasks in any order. A task may run more than once, so it must return the same output each time."""
 
     @abstractmethod
-    def run(self, make: Maker[Task, Done], tasks: Sequence[Task]) -> Iterator[Done]:
-        """What the tasks come to, as they are done.
+    def run(self, make: Factory[Task, Output], tasks: Sequence[Task]) -> Iterator[Output]:
+        """Yield the outputs of the tasks as they finish.
 
         Args:
-            make: Called once wherever work is done; returns the function that does a task.
-            tasks: What to do.
+            make: Returns the function that runs a task; called once in every process that runs tasks.
+            tasks: The tasks.
         """
 
 
 @final
 @dataclass(frozen=True)
 class Serial(Executor):
-    """One after another, here."""
+    """Runs tasks one after another in this process."""
 
-    def run(self, make: Maker[Task, Done], tasks: Sequence[Task]) -> Iterator[Done]:
-        """What the tasks come to, in their order."""
-        do = make()
-        return (do(task) for task in tasks)
+    def run(self, make: Factory[Task, Output], tasks: Sequence[Task]) -> Iterator[Output]:
+        """Yield the outputs of the tasks, in order."""
+        function = make()
+        return (function(task) for task in tasks)
 
 
 @final
 @dataclass(frozen=True)
 class Processes(Executor):
-    """So many processes of their own. `make`, the tasks and what they come to must be picklable, and `make` hashable.
+    """Runs tasks in worker processes. `make`, the tasks and their outputs must be picklable, and `make` hashable.
 
-    Where a worker is killed, others take its place, and the tasks that were under way are done again at the end, one at a
-    time, so that one that kills does not take the others with it. Workers end when this process does.
+    If a worker is killed, the pool is replaced. The tasks that were running are repeated at the end, one at a time, so that a
+    task that kills its worker does not affect others. Workers end when this process does.
 
     Attributes:
-        workers: How many.
-        patience: How many times a task may kill its worker, alone, before it is given up.
+        workers: The number of processes.
+        patience: How many times a task may kill its worker while it runs alone, before it is given up.
     """
 
     workers: int
@@ -69,82 +69,83 @@ class Processes(Executor):
 
     def __post_init__(self) -> None:
         if self.workers < 1:
-            raise ArgumentError(f"workers={self.workers} must be at least 1; one for each idle core is a good number")
+            raise ArgumentError(f"workers={self.workers} must be at least 1; use one per idle core")
 
-    def run(self, make: Maker[Task, Done], tasks: Sequence[Task]) -> Iterator[Done]:
-        """What the tasks come to, as they are done.
+    def run(self, make: Factory[Task, Output], tasks: Sequence[Task]) -> Iterator[Output]:
+        """Yield the outputs of the tasks as they finish.
 
         Raises:
-            RobustkitError: What the work raised of this kind; or a task killed its worker again and again. All others are
-                done then.
+            RobustkitError: A task raised it; or a task killed its worker `patience` times, after all other tasks are done.
         """
-        left, suspects, deaths = deque(tasks), deque[Task](), Counter[int]()
-        vain = 0
-        while left:
+        waiting, suspects, deaths = deque(tasks), deque[Task](), Counter[int]()
+        failed_starts = 0
+        while waiting:
             count = 0
-            for done in self._until_a_death(make, left, suspects, 2 * self.workers):  # so few that results cannot pile up
+            for output in self._run_until_death(make, waiting, suspects, 2 * self.workers):  # few, so outputs cannot pile up
                 count += 1
-                yield done
-            vain = 0 if count or not suspects else vain + 1
-            if vain >= self.patience:
+                yield output
+            failed_starts = 0 if count or not suspects else failed_starts + 1
+            if failed_starts >= self.patience:
                 raise RobustkitError(
-                    f"workers={self.workers}: workers died {vain} times in a row before they had done anything, so they cannot "
-                    'start; a script must keep its work under if __name__ == "__main__", and one worker alone shows what else '
-                    "is wrong"
+                    f"workers={self.workers}: workers died {failed_starts} times in a row before they finished anything, so "
+                    'they cannot start; a script must keep its work under if __name__ == "__main__", and workers=1 shows any '
+                    "other error"
                 )
         given_up: list[Task] = []
         while suspects:
-            guilty: deque[Task] = deque()
-            yield from self._until_a_death(make, suspects, guilty, 1)
-            for task in guilty:
+            killers: deque[Task] = deque()
+            yield from self._run_until_death(make, suspects, killers, 1)
+            for task in killers:
                 deaths[id(task)] += 1
                 (suspects if deaths[id(task)] < self.patience else given_up).append(task)
         if given_up:
             raise RobustkitError(
-                f"workers={self.workers}: {given_up[0]!r} killed its worker {self.patience} times, most likely for want of "
-                "memory; take a smaller batch_size. All else that could be done is done"
+                f"workers={self.workers}: {given_up[0]!r} killed its worker {self.patience} times, most likely for lack of "
+                "memory; take a smaller batch_size. All other tasks are done"
             )
 
-    def _until_a_death(self, make: Maker[Task, Done], left: deque[Task], lost: deque[Task], most: int) -> Iterator[Done]:
-        """What the tasks in `left` come to; if a worker dies, those under way (at most `most`) are `lost`."""
+    def _run_until_death(
+        self, make: Factory[Task, Output], waiting: deque[Task], interrupted: deque[Task], max_running: int
+    ) -> Iterator[Output]:
+        """Yield the outputs of the waiting tasks; if a worker dies, stop and move the running tasks to `interrupted`."""
         running: dict[Future[Any], Task] = {}
         died = False
-        with _pool(min(self.workers, most)) as pool:
+        with _pool(min(self.workers, max_running)) as pool:
             try:
-                while (left or running) and not died:
-                    while left and len(running) < most:
-                        with _uninterrupted():
-                            future = pool.submit(_done, make, left[0])
-                        running[future] = left.popleft()
+                while (waiting or running) and not died:
+                    while waiting and len(running) < max_running:
+                        with _sigint_blocked():
+                            future = pool.submit(_run_task, make, waiting[0])
+                        running[future] = waiting.popleft()
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         if isinstance(future.exception(), BrokenProcessPool):
                             died = True
                         else:
-                            yield _told(future.result())
+                            yield _unwrap(future.result())
                             del running[future]
-            except BrokenProcessPool:  # when a task was handed over
+            except BrokenProcessPool:  # raised by submit
                 pass
             finally:
-                lost.extend(running.values())
+                interrupted.extend(running.values())
 
 
 @contextmanager
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Spawned processes that end at once when this block ends, however it does."""
+    """Spawned processes that end at once when this block ends, in whatever way."""
     context = multiprocessing.get_context("spawn")
-    theirs, ours = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(workers, context, _begin, (theirs,))
+    worker_end, parent_end = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (worker_end,))
     try:
         yield pool
     finally:
-        ours.close()
-        theirs.close()
+        parent_end.close()
+        worker_end.close()
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """What is started here does not hear Ctrl-C, from its first moment on; who starts it hears it afterwards."""
+def _sigint_blocked() -> Iterator[None]:
+    """Block SIGINT, so that processes started here inherit the mask and never see Ctrl-C."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -152,28 +153,28 @@ def _uninterrupted() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _begin(theirs: Connection) -> None:
-    """A worker starts: it ends when the other end of the pipe is closed, by its parent or by its parent's death."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    os.dup2(2, 1)  # what the work prints is not the answer, which alone goes to standard output
+def _start_worker(pipe: Connection) -> None:
+    """Initialise a worker: it exits when the parent closes its end of the pipe, or dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
+    os.dup2(2, 1)  # standard output is for the results alone: what tasks print goes to standard error
 
-    def watch() -> None:
+    def exit_with_parent() -> None:
         try:
-            theirs.recv()
+            pipe.recv()
         except (EOFError, OSError):
             os._exit(0)
 
-    Thread(target=watch, daemon=True).start()
+    Thread(target=exit_with_parent, daemon=True).start()
 
 
 @lru_cache(maxsize=1)
 def _made(make: Callable[[], Any]) -> Any:
-    """The function that does tasks, made once a worker."""
+    """The function that runs a task, made once per worker."""
     return make()
 
 
-def _done(make: Callable[[], Any], task: Any) -> tuple[str, Any]:
-    # Exceptions go as words: one that cannot be unpickled would break the pool.
+def _run_task(make: Callable[[], Any], task: Any) -> tuple[str, Any]:
+    # Exceptions are sent as text: one that cannot be unpickled would break the pool.
     try:
         return "done", _made(make)(task)
     except RobustkitError as error:
@@ -182,7 +183,8 @@ def _done(make: Callable[[], Any], task: Any) -> tuple[str, Any]:
         return "failed", traceback.format_exc()
 
 
-def _told(outcome: tuple[str, Any]) -> Any:
+def _unwrap(outcome: tuple[str, Any]) -> Any:
+    """The output of a task, or its exception."""
     kind, value = outcome
     if kind == "refused":
         raise ArgumentError(value)

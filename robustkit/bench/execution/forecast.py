@@ -1,4 +1,4 @@
-"""How long a run will still take: each case costs what its blocks have cost so far."""
+"""The remaining time of a run, extrapolated from the blocks that are done."""
 
 from __future__ import annotations
 
@@ -10,55 +10,55 @@ __all__ = ["Forecast"]
 
 @final
 class Forecast:
-    """What is known of the costs of a run.
+    """Estimates the remaining time of a run.
 
-    Images of one case cost about the same, images of different cases anything: one step or a thousand. So the images that
-    are left are counted by case, each at the price of that case. What goes by beside the blocks (writing, waiting) is counted
-    by the image over all cases.
+    Images of one case cost about the same; images of different cases may differ by a factor of a thousand. So remaining images
+    are counted by case, at the mean time per image of that case. Overhead outside the blocks (writing, waiting) is estimated
+    per image, over all cases.
 
     Args:
-        images: How many images each case has.
-        workers: How many blocks are done at a time.
+        images: The number of images of each case.
+        workers: The number of blocks that run at a time.
     """
 
     def __init__(self, images: Sequence[int], workers: int = 1) -> None:
-        self._left = list(images)
+        self._remaining = list(images)
         self._seconds = [0.0] * len(images)
-        self._timed = [0] * len(images)
+        self._finished = [0] * len(images)
         self._workers = workers
-        self._watched: tuple[float, float] | None = None  # when the first block that was done now ended, and the last one
-        self._work, self._done = 0.0, 0  # of those since the first one
+        self._interval: tuple[float, float] | None = None  # when the first and the last block of this session ended
+        self._work, self._images = 0.0, 0  # seconds and images of the blocks of this session, without the first
 
     def add(self, case: int, images: int, seconds: float, at: float | None = None) -> None:
-        """A block is there.
+        """Record a finished block.
 
         Args:
-            case: Of which case.
-            images: How many it has.
-            seconds: How long it took, now or in an earlier run.
-            at: The time by the clock if it was done just now.
+            case: The index of its case.
+            images: Its number of images.
+            seconds: How long it took, in this session or an earlier one.
+            at: The clock time at which it ended, if it was computed in this session.
         """
-        self._left[case] -= images
-        self._timed[case] += images
+        self._remaining[case] -= images
+        self._finished[case] += images
         self._seconds[case] += seconds
-        if at is not None and self._watched is None:
-            self._watched = (at, at)
-        elif at is not None and self._watched is not None:
-            self._watched = (self._watched[0], at)
+        if at is not None and self._interval is None:
+            self._interval = (at, at)
+        elif at is not None and self._interval is not None:
+            self._interval = (self._interval[0], at)
             self._work += seconds
-            self._done += images
+            self._images += images
 
-    def left(self) -> float | None:
-        """Seconds to go; None as long as there is a case of which nothing has been done."""
-        if any(left and not timed for left, timed in zip(self._left, self._timed, strict=True)):
+    def seconds_left(self) -> float | None:
+        """The remaining time in seconds; None while some case has no finished block."""
+        if any(remaining and not finished for remaining, finished in zip(self._remaining, self._finished, strict=True)):
             return None
-        each = zip(self._left, self._seconds, self._timed, strict=True)
-        work = sum(left * seconds / timed for left, seconds, timed in each if left)
-        return (work + sum(self._left) * self._beside()) / self._workers
+        cases = zip(self._remaining, self._seconds, self._finished, strict=True)
+        work = sum(remaining * seconds / finished for remaining, seconds, finished in cases if remaining)
+        return (work + sum(self._remaining) * self._overhead()) / self._workers
 
-    def _beside(self) -> float:
-        """Seconds of a worker that go by with an image, without being spent on it."""
-        if self._watched is None or not self._done:
+    def _overhead(self) -> float:
+        """Seconds per image that a worker spends outside of blocks."""
+        if self._interval is None or not self._images:
             return 0.0
-        first, last = self._watched
-        return max(0.0, (last - first) * self._workers - self._work) / self._done
+        first, last = self._interval
+        return max(0.0, (last - first) * self._workers - self._work) / self._images

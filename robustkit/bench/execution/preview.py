@@ -1,4 +1,4 @@
-"""What a plan would take: measured on a few images, before hours are spent."""
+"""A dry run: what a plan would cost, measured on a few images of each case."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from robustkit.bench.statistics.power import minimum_detectable_difference, samp
 
 __all__ = ["Preview", "preview"]
 
-GLANCE = 0.1  # seconds of clean images: what is tried must be small beside the run, and not so small that it misleads
-LEAST = 4
+CLEAN_SECONDS = 0.1  # attack as many images as the model classifies in this time: few beside the run, enough to extrapolate
+MIN_IMAGES = 4
 
 
 @final
 @dataclass(frozen=True)
 class Preview:
-    """What one case would take.
+    """The expected cost of one case.
 
     Attributes:
-        case: Which.
-        images: How many it has.
-        tried: How many of them were attacked to know the rest.
-        forwards: To expect, over all images.
-        backwards: To expect, likewise.
-        seconds: To expect, of one worker.
-        width: The widest that the 95 % interval of robust accuracy can become with so many images.
+        case: The case.
+        images: Its number of images.
+        tried: How many of them were attacked for the estimate.
+        forwards: Expected forward passes, over all images.
+        backwards: Expected backward passes, over all images.
+        seconds: Expected time of one worker, in seconds.
+        width: The largest possible width of the 95 % interval of robust accuracy for this number of images.
     """
 
     case: Case
@@ -43,43 +43,46 @@ class Preview:
 
     @property
     def half_width(self) -> float:
-        """Half of that: how far the interval reaches to either side where half of the images stay right."""
+        """Half the width: how far the interval reaches to either side at a robust accuracy of 50 %."""
         return self.width / 2
 
     @property
-    def finds(self) -> float | None:
-        """The smallest difference of two models that a comparison on so many images finds with a chance of 80 %.
+    def detectable_difference(self) -> float | None:
+        """The smallest difference between two models that a paired comparison on these images detects with 80 % power.
 
-        One image in ten is assumed to be decided otherwise by the two, or as many as the difference needs. None where there
-        are too few images for any.
+        The two models are assumed to differ on 10 % of the images, or on as many as the difference needs. None if there are
+        too few images for any difference.
         """
         return minimum_detectable_difference(self.images)
 
     @property
-    def half_needs(self) -> int | None:
-        """How many images it takes to find half of that difference."""
-        return None if self.finds is None else sample_size(self.finds / 2)
+    def images_for_half(self) -> int | None:
+        """The number of images that it takes to detect half of that difference."""
+        return None if self.detectable_difference is None else sample_size(self.detectable_difference / 2)
 
 
 def preview(loaded: LoadedRun) -> list[Preview]:
-    """Attack as many images of each case as its model reads in a tenth of a second, at least 4, and extrapolate."""
-    return [_tried(loaded, index) for index in range(len(loaded.trials))]
+    """Attack a few images of each case and extrapolate.
+
+    As many as the model classifies in a tenth of a second, at least 4 and at most a block.
+    """
+    return [_preview_case(loaded, index) for index in range(len(loaded.cases))]
 
 
-def _tried(loaded: LoadedRun, index: int) -> Preview:
-    images, case = loaded.images(index), loaded.trials[index].case
+def _preview_case(loaded: LoadedRun, index: int) -> Preview:
+    images, case = loaded.images(index), loaded.cases[index].case
     n = len(images)
-    count = min(n, loaded.plan.block, max(LEAST, math.floor(GLANCE / loaded.glance(case.subject))))
+    count = min(n, loaded.plan.block, max(MIN_IMAGES, math.floor(CLEAN_SECONDS / loaded.seconds_per_image(case.subject))))
     block = loaded.measure(Task(index, images.start, images.start + count, "preview"))
-    once = block.spread.learned if block.spread is not None else None  # what does not grow with the images
-    low, high = wilson(n // 2, n)  # a share of one half has the widest interval
-    share = n / count
+    training = block.spread.learned if block.spread is not None else None  # a cost that does not grow with the images
+    low, high = wilson(n // 2, n)  # widest at a proportion of 1/2
+    factor = n / count
     return Preview(
         case,
         n,
         count,
-        round(int(block.result.forwards.sum()) * share) + (once["forwards"] if once else 0),
-        round(int(block.result.backwards.sum()) * share) + (once["backwards"] if once else 0),
-        block.seconds * share + (once["seconds"] if once else 0.0),
+        round(int(block.result.forwards.sum()) * factor) + (training["forwards"] if training else 0),
+        round(int(block.result.backwards.sum()) * factor) + (training["backwards"] if training else 0),
+        block.seconds * factor + (training["seconds"] if training else 0.0),
         high - low,
     )

@@ -1,4 +1,4 @@
-"""Runs a plan: the blocks that are missing are done, and each case is told as soon as it has all of its own."""
+"""Run a plan: compute the missing blocks, and yield each case as soon as all of its blocks are done."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from robustkit.bench.execution.executors import Executor, Serial
-from robustkit.bench.execution.loaded_run import LoadedRun, RunLoader
+from robustkit.bench.execution.loaded_run import LoadedRun
+from robustkit.bench.execution.run_loader import RunLoader
 from robustkit.bench.results.block import Block, Task
 from robustkit.bench.results.picture import Picture
 from robustkit.bench.results.record import Record, make_record
@@ -22,19 +23,19 @@ from robustkit.result import Result
 
 __all__ = ["Outcome", "Progress", "outcomes"]
 
-Progress = Callable[[Block, bool], None]  # a block that is there, and whether it was found or done just now
+Progress = Callable[[Block, bool], None]  # gets a finished block, and whether it was in the store already
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What a case came to.
+    """The outcome of a case.
 
     Attributes:
-        index: Which case of the plan, from 0.
-        record: Its row of results.json.
-        pictures: A few of its images.
-        robust: Which images stayed right, before and after, (N,).
+        index: The index of the case in the plan, from 0.
+        record: Its record of results.json.
+        pictures: Some of its images.
+        robust: Which images are correctly classified both before and after the attack, (N,).
     """
 
     index: int
@@ -49,75 +50,76 @@ def outcomes(
     executor: Executor | None = None,
     progress: Progress = lambda block, found: None,
 ) -> Iterator[Outcome]:
-    """Measure the cases of a plan; each comes out when its last block is there, in whatever order.
+    """Run the cases of a plan; each is yielded when its last block is done, in any order.
 
     Args:
-        loaded: What to measure.
-        store: Where blocks are kept; those that are there are not done again. Default: in memory.
-        executor: Who does them. Default: this process.
+        loaded: The loaded run.
+        store: Keeps the blocks; those that it has are not computed again. By default in memory.
+        executor: Computes the blocks. By default this process.
         progress: Called with every block.
     """
     store, executor = Memory() if store is None else store, Serial() if executor is None else executor
     tasks = loaded.tasks()
-    mine: dict[int, list[Task]] = {case: [] for case in range(len(loaded.trials))}
+    tasks_of: dict[int, list[Task]] = {case: [] for case in range(len(loaded.cases))}
     for task in tasks:
-        mine[task.case].append(task)
-    wanted, missing = {case: set(of_case) for case, of_case in mine.items()}, []
+        tasks_of[task.case].append(task)
+    pending, missing = {case: set(of_case) for case, of_case in tasks_of.items()}, []
     for task in tasks:
         block = store.get(task)
         if block is None:
             missing.append(task)
         else:
-            wanted[task.case].discard(task)
+            pending[task.case].discard(task)
             progress(block, True)
-    yield from (_outcome(loaded, store, mine[case], case) for case, left in wanted.items() if not left)
-    for done in executor.run(RunLoader(loaded.plan, loaded, store=store.shared), loaded.chains(missing)):
-        for block in done:
+    yield from (_outcome(loaded, store, tasks_of[case], case) for case, of_case in pending.items() if not of_case)
+    for blocks in executor.run(RunLoader(loaded.plan, loaded, store=store.shared), loaded.schedule.chains(missing)):
+        for block in blocks:
             case = block.task.case
             store.put(block)
-            wanted[case].discard(block.task)
+            pending[case].discard(block.task)
             progress(block, False)
-            if not wanted[case]:
-                yield _outcome(loaded, store, mine[case], case)
+            if not pending[case]:
+                yield _outcome(loaded, store, tasks_of[case], case)
 
 
 def _outcome(loaded: LoadedRun, store: Store, tasks: Sequence[Task], case: int) -> Outcome:
-    """What the blocks of a case, all its `tasks`, add up to, in the order of their images, whoever did them when."""
-    images, trial, seconds = loaded.images(case), loaded.trials[case], 0.0
+    """Join the blocks of a case, in the order of their images."""
+    images, resolved, seconds = loaded.images(case), loaded.cases[case], 0.0
     n = len(images)
-    # Room made before: thousands of small parts kept until the end would leave the memory in pieces.
-    room, clean, robust = Result.allocate(torch.empty(n, 0)), np.empty(n, np.bool_), np.empty(n, np.bool_)
-    told = Result.allocate(torch.empty(0, 0))
+    # Allocated once: thousands of small tensors kept until the end would fragment the memory.
+    whole, clean, robust = Result.allocate(torch.empty(n, 0)), np.empty(n, np.bool_), np.empty(n, np.bool_)
+    messages = Result.allocate(torch.empty(0, 0))
     pictures: list[Picture] = []
-    spreads: list[UniversalStats] = []
+    universal: list[UniversalStats] = []
     for task in tasks:
-        block = _there(store, task)
-        facts = replace(block.result, x_adv=torch.empty(len(block.result), 0))
+        block = _stored_block(store, task)
+        without_images = replace(block.result, x_adv=torch.empty(len(block.result), 0))
         rows = slice(task.first - images.start, task.last - images.start)
-        told = Result.cat([told, room.write(rows, facts)])
+        messages = Result.cat([messages, whole.write(rows, without_images)])
         clean[rows], robust[rows] = block.clean, block.robust
         pictures += block.pictures
-        spreads += [block.spread] if block.spread is not None else []
+        universal += [block.spread] if block.spread is not None else []
         seconds += block.seconds
-    result = room.with_messages(told)
     record = make_record(
-        trial.case,
+        resolved.case,
         loaded.plan,
-        attack=trial.attack,
-        result=result,
+        attack=resolved.attack,
+        result=whole.with_messages(messages),
         clean=clean,
         robust=robust,
         seconds=seconds,
-        model_hash=loaded.weights[trial.case.subject],
+        model_hash=loaded.weight_hashes[resolved.case.subject],
     )
-    record |= loaded.ways(case)
-    if spreads:
-        record |= universal_facts(record, spreads, loaded.labels(case), loaded.classes)
+    record |= loaded.target_facts(case)
+    if universal:
+        record |= universal_facts(record, universal, loaded.labels(case), loaded.classes)
     return Outcome(case, record, tuple(pictures), robust)
 
 
-def _there(store: Store, task: Task) -> Block:
+def _stored_block(store: Store, task: Task) -> Block:
     block = store.get(task)
     if block is None:
-        raise RobustkitError(f"block {task.name} of case {task.case + 1} is gone or damaged; resume the run to do it again")
+        raise RobustkitError(
+            f"block {task.name} of case {task.case + 1} is missing or damaged; resume the run to compute it again"
+        )
     return block

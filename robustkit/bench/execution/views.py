@@ -1,4 +1,4 @@
-"""An attack along every view of a target: what is robust along one may fall along the next."""
+"""An attack along every view of a target: images that resist it along one view may fall along another."""
 
 from __future__ import annotations
 
@@ -16,75 +16,83 @@ from robustkit.attacks import Standard
 from robustkit.result import Result
 from robustkit.target import Target
 
-__all__ = ["attacked", "on_every_view"]
+__all__ = ["attack_every_view", "views_used"]
 
 
-def attacked(attack: Attack, target: Target) -> tuple[str, ...]:
-    """The views that the attack follows, in order: none where it asks for no gradient, one where it learns one change."""
+def views_used(attack: Attack, target: Target) -> tuple[str, ...]:
+    """The views that an attack runs along, in order: none if it uses no gradient, only the first if it is universal."""
     views = tuple(target.views) if attack.access == "white" else ()
     return views[:1] if attack.universal else views
 
 
-def on_every_view(
-    attack: Attack, target: Target, x: Tensor, ref: Tensor, *, ids: Tensor, keep: Keep, starts: Tensor | None, **asked: Any
-) -> Result:  # Any: goal, threat and seed, as the attack takes them
-    """The attack along the first view, then along each further one on what is left; judged on the deployed function throughout.
+def attack_every_view(
+    attack: Attack, target: Target, x: Tensor, ref: Tensor, *, ids: Tensor, keep: Keep, starts: Tensor | None, **options: Any
+) -> Result:
+    """Run an attack along the first view, then along each further view on the unsolved examples.
 
-    What is left are the examples that are not solved; where the smallest change is wanted, all that need one. Stages of a
-    further view carry its name. Alarms are those of the first view, the one that the target recommends: of the others they
-    are notes, since a view without any signal takes nothing from what another has shown.
+    If the smallest perturbation is wanted, further views get all examples except those that need no perturbation. Success is
+    always judged on the deployed function. Stages of a further view carry its name. Flags of the first view, which the target
+    recommends, are flags of the result; those of a further view are notes, because a view without gradient signal does not
+    invalidate what another view has found.
 
     Args:
-        attack: What is run.
-        target: What is attacked.
+        attack: The attack.
+        target: The target.
         x: The examples, (N, *S).
         ref: What the goal compares with, (N, ...).
-        ids: Their names, (N,) int64.
-        keep: Which point comes back.
-        starts: Where the first attack may begin, (N, *S).
-        **asked: Goal, threat and seed.
+        ids: The index of each example, (N,) int64.
+        keep: Which point is returned.
+        starts: Starting points for the first view, (N, *S), NaN where there is none.
+        **options: goal, threat and seed, as the attack takes them.
     """
-    whole = attack(target, x, ref, ids=ids, keep=keep, starts=starts, **asked)
-    for view in attacked(attack, target)[1:]:
-        left = ~(whole.success & (whole.size == 0)) if keep == "smallest" else ~whole.success
-        rows = left.nonzero().squeeze(1)
+    result = attack(target, x, ref, ids=ids, keep=keep, starts=starts, **options)
+    for view in views_used(attack, target)[1:]:
+        needed = ~(result.success & (result.size == 0)) if keep == "smallest" else ~result.success
+        rows = needed.nonzero().squeeze(1)
         if len(rows):
-            part = _plain(attack)(target.with_view(view), x[rows], ref[rows], ids=ids[rows.to(ids.device)], keep=keep, **asked)
-            whole = _joined(whole, rows, part, view)
-    return whole
+            further = _without_audit(attack)(
+                target.with_view(view), x[rows], ref[rows], ids=ids[rows.to(ids.device)], keep=keep, **options
+            )
+            result = _merge(result, rows, further, view)
+    return result
 
 
-def _plain(attack: Attack) -> Attack:
-    """Without the checks of the deployed function, which are done, and would call for more where a view is blind."""
+def _without_audit(attack: Attack) -> Attack:
+    """The attack without the audit of Standard.
+
+    The audit checks the deployed function, which the first view has done; along a view without signal it would escalate.
+    """
     return replace(attack, audit=False) if isinstance(attack, Standard) else attack
 
 
-def _joined(whole: Result, rows: Tensor, part: Result, view: str) -> Result:
-    """A result with that of some of its examples along another view."""
-    better = part.success & (~whole.success[rows] | (part.size < whole.size[rows]))
-    kept = {
-        name: getattr(whole, name).index_copy(
-            0, rows, torch.where(expand_rows(better, getattr(part, name)), getattr(part, name), getattr(whole, name)[rows])
+def _merge(result: Result, rows: Tensor, further: Result, view: str) -> Result:
+    """A result, updated with that of some of its examples along another view."""
+    better = further.success & (~result.success[rows] | (further.size < result.size[rows]))
+    best = {
+        name: getattr(result, name).index_copy(
+            0,
+            rows,
+            torch.where(expand_rows(better, getattr(further, name)), getattr(further, name), getattr(result, name)[rows]),
         )
         for name in ("x_adv", "success", "rate", "size")
     }
-    spent = {name: getattr(whole, name).index_add(0, rows, getattr(part, name)) for name in ("forwards", "backwards")}
-    solver = torch.where(better, part.solver + len(whole.stages), whole.solver[rows])
-    told = [flag for flag in part.flags if flag not in whole.flags]
-    notes = [Message("other-view", f"view {view!r} by itself would raise {flag.name}: {flag.why}") for flag in told]
+    costs = {name: getattr(result, name).index_add(0, rows, getattr(further, name)) for name in ("forwards", "backwards")}
+    solver = torch.where(better, further.solver + len(result.stages), result.solver[rows])
+    new_flags = [flag for flag in further.flags if flag not in result.flags]
+    notes = [Message("other-view", f"view {view!r} by itself would raise {flag.name}: {flag.why}") for flag in new_flags]
     return replace(
-        whole,
-        **kept,
-        **spent,
-        flat=whole.flat.index_copy(0, rows, _flat(whole, rows, part)),
-        notes=tuple(dict.fromkeys((*whole.notes, *notes, *part.notes))),
-        stages=(*whole.stages, *(replace(stage, name=f"{stage.name} along {view}") for stage in part.stages)),
-        solver=whole.solver.index_copy(0, rows, solver),
+        result,
+        **best,
+        **costs,
+        flat=result.flat.index_copy(0, rows, _merge_flat(result, rows, further)),
+        notes=tuple(dict.fromkeys((*result.notes, *notes, *further.notes))),
+        stages=(*result.stages, *(replace(stage, name=f"{stage.name} along {view}") for stage in further.stages)),
+        solver=result.solver.index_copy(0, rows, solver),
     )
 
 
-def _flat(whole: Result, rows: Tensor, part: Result) -> Tensor:
-    """Gradients without signal: an example is blind only where it is along every view."""
-    flat, other = whole.flat[rows], part.flat
-    blind, also = 2 * flat > whole.backwards[rows], 2 * other > part.backwards
-    return torch.where(blind == also, flat + other, torch.where(blind, other, flat))
+def _merge_flat(result: Result, rows: Tensor, further: Result) -> Tensor:
+    """The number of flat gradients of each example; one has too many only if it has too many along every view."""
+    flat, other = result.flat[rows], further.flat
+    mostly_flat, other_mostly_flat = 2 * flat > result.backwards[rows], 2 * other > further.backwards
+    return torch.where(mostly_flat == other_mostly_flat, flat + other, torch.where(mostly_flat, other, flat))

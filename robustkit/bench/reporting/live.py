@@ -56,7 +56,7 @@ class Live:
             _Left(table_column=Column(no_wrap=True)),
         )
         self._bar = Progress(*columns, console=screen, transient=True, expand=True, disable=not screen.is_terminal)
-        self._cases = [trial.case for trial in loaded.trials]
+        self._cases = [resolved.case for resolved in loaded.cases]
         images = [len(loaded.images(case)) for case in range(len(self._cases))]
         self._forecast = Forecast(images, workers)
         self._task = self._bar.add_task("preparing", total=sum(images), end=None)
@@ -73,7 +73,7 @@ class Live:
         case, images = self._cases[block.task.case], len(block.labels)
         now = time.monotonic()
         self._forecast.add(block.task.case, images, block.seconds, None if found else now)
-        left = self._forecast.left()
+        left = self._forecast.seconds_left()
         end = None if left is None else now + left
         if found:
             done = int(self._bar.tasks[self._task].completed)

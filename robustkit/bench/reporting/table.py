@@ -48,7 +48,7 @@ def _advice(row: Preview) -> str:
         f"{100 * row.half_width:.1f} to either side at 50 %, over the choice of images; the rate itself is an upper bound on "
         "robustness. "
     )
-    finds, needs = row.finds, row.half_needs
+    finds, needs = row.detectable_difference, row.images_for_half
     if finds is None or needs is None:
         return told + "Too few images to compare two models at all."
     return told + (

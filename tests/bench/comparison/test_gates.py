@@ -87,7 +87,7 @@ def test_a_flagged_figure_passes_no_gate(where):
     flagged, clean = fail_under(it.results, 0)
     assert (flagged.passed, clean.passed) == (False, True)
     assert "flat-gradients" in flagged.why
-    assert "may not be believed" in flagged.why
+    assert "do not believe it" in flagged.why
     assert "flat" not in clean.why
 
 
@@ -101,7 +101,7 @@ def test_robust_accuracy_under_other_goals_is_no_gate():
     other = ({"goal": "least-likely", "threat": "l2:1", "attack": "odd (misclassify)"}, right(5, 5))
     assert len(fail_under(run(({}, right(5, 5)), other).results, 0.5)) == 1
     with pytest.raises(
-        ArgumentError, match=r"share=0.5: a gate needs an attack with goal misclassify.*'least-likely'.*add one"
+        ArgumentError, match=r"share=0.5: a gate needs an attack with goal misclassify.*'least-likely'.*add such an attack"
     ):
         fail_under(run(other).results, 0.5)
 
@@ -186,7 +186,7 @@ def test_a_new_flag_fails_and_an_old_one_is_told():
     assert "new flag, do not believe it: flat-gradients" in new.why
     assert "flag" not in gone.why
     assert "flagged like the baseline: flat-gradients" in old.why
-    assert "believed: masked; flagged like the baseline: flat-gradients" in both.why
+    assert "do not believe it: masked; flagged like the baseline: flat-gradients" in both.why
 
 
 def test_what_is_not_measured_any_more_fails_and_what_is_new_is_not_gated():

@@ -1,4 +1,4 @@
-"""Who does the work: every task is done, by real processes that are killed, end with their parent, and tell what went wrong."""
+"""Executors: every task is run, by real processes that are killed, end with their parent, and report errors."""
 
 import os
 import signal
@@ -17,32 +17,32 @@ from robustkit.errors import ArgumentError, MissingExtraError, RobustkitError
 
 @dataclass(frozen=True)
 class Work:
-    """Squares numbers, and leaves a line for every time that it was made or did something."""
+    """Squares numbers, and logs a line each time that it is made or runs a task."""
 
     log: str
-    manner: str = "plain"
+    behaviour: str = "plain"
 
     def __call__(self):
-        self.note("made")
-        return self.do
+        self.log_line("made")
+        return self.run
 
-    def note(self, word):
+    def log_line(self, word):
         with open(self.log, "a") as file:
             file.write(f"{word} {os.getpid()}\n")
 
-    def do(self, task):
-        self.note(task)
-        if self.manner == "dies once" and task == 3 and Path(self.log).read_text().count("\n3 ") == 1:
+    def run(self, task):
+        self.log_line(task)
+        if self.behaviour == "dies once" and task == 3 and Path(self.log).read_text().count("\n3 ") == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.manner == "dies" and task == 3:
+        if self.behaviour == "dies" and task == 3:
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.manner == "refuses" and task == 3:
+        if self.behaviour == "refuses" and task == 3:
             raise ArgumentError("three is too many")
-        if self.manner == "cannot be unpickled" and task == 3:
+        if self.behaviour == "cannot be unpickled" and task == 3:
             raise MissingExtraError("a", "b", ImportError("c"))
-        if self.manner == "fails" and task == 3:
+        if self.behaviour == "fails" and task == 3:
             raise ZeroDivisionError("a defect")
-        if self.manner == "sleeps":
+        if self.behaviour == "sleeps":
             time.sleep(1000)
         return task * task
 
@@ -57,55 +57,55 @@ def lines(log):
     return [line.split() for line in Path(log).read_text().splitlines()]
 
 
-def done(executor, work, tasks=range(8)):
+def run_all(executor, work, tasks=range(8)):
     return sorted(executor.run(work, tasks))
 
 
 @pytest.mark.parametrize("executor", [Serial(), Processes(1), Processes(2)])
-def test_every_task_is_done_once_and_the_work_is_made_once_a_worker(executor, log):
-    assert done(executor, Work(log)) == [n * n for n in range(8)]
+def test_every_task_runs_once_and_the_function_is_made_once_per_worker(executor, log):
+    assert run_all(executor, Work(log)) == [n * n for n in range(8)]
     assert sorted(word for word, _ in lines(log) if word != "made") == [str(n) for n in range(8)]
     makers = [pid for word, pid in lines(log) if word == "made"]
     assert len(makers) == len(set(makers)) <= getattr(executor, "workers", 1)
     assert (str(os.getpid()) in makers) == isinstance(executor, Serial)
 
 
-def test_nothing_to_do_starts_nothing(log):
-    assert done(Processes(2), Work(log), []) == []
+def test_without_tasks_no_worker_starts(log):
+    assert run_all(Processes(2), Work(log), []) == []
     assert lines(log) == []
 
 
 def test_a_killed_worker_is_replaced(log):
-    assert done(Processes(2), Work(log, "dies once")) == [n * n for n in range(8)]
+    assert run_all(Processes(2), Work(log, "dies once")) == [n * n for n in range(8)]
     counts = Counter(word for word, _ in lines(log) if word != "made")
     assert counts["3"] == 2
-    assert max(counts.values()) == 2  # what was under way beside it is done again, and nothing else
+    assert max(counts.values()) == 2  # only tasks that were running are repeated
     assert sum(counts.values()) <= 8 + 4
 
 
-def collect(values, found):
+def collect(values, outputs):
     for value in values:
-        found.append(value)  # one by one: what comes before an error is wanted
+        outputs.append(value)  # one by one, to keep those that come before an error
 
 
-def test_work_that_kills_again_and_again_is_given_up_and_what_can_be_done_is_done(log):
-    found = []
+def test_a_task_that_always_kills_its_worker_is_given_up_after_all_others_are_done(log):
+    outputs = []
     with pytest.raises(RobustkitError, match=r"workers=2: 3 killed its worker 3 times, .* take a smaller batch_size"):
-        collect(Processes(2).run(Work(log, "dies"), range(8)), found)
-    assert sorted(found) == [n * n for n in range(8) if n != 3]
+        collect(Processes(2).run(Work(log, "dies"), range(8)), outputs)
+    assert sorted(outputs) == [n * n for n in range(8) if n != 3]
 
 
 @pytest.mark.parametrize(
-    ("manner", "error", "told"),
+    ("behaviour", "error", "message"),
     [
         ("refuses", ArgumentError, r"^three is too many$"),
         ("cannot be unpickled", ArgumentError, "install it with: pip install 'robustkit"),
         ("fails", RuntimeError, "(?s)a worker failed.*ZeroDivisionError: a defect"),
     ],
 )
-def test_what_the_work_raises_is_told(log, manner, error, told):
-    with pytest.raises(error, match=told):
-        done(Processes(1), Work(log, manner))
+def test_exceptions_of_a_task_are_raised_in_the_parent(log, behaviour, error, message):
+    with pytest.raises(error, match=message):
+        run_all(Processes(1), Work(log, behaviour))
 
 
 def alive(pid):
@@ -113,7 +113,7 @@ def alive(pid):
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    # A process that has ended stays until its parent asks; a stranger's is a zombie here.
+    # A process that has ended but was not waited for is a zombie.
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
 
 
@@ -135,8 +135,8 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_workers_end_when_their_parent_does(tmp_path, log, how):
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_workers_end_when_their_parent_ends(tmp_path, log, signal_number):
     script = tmp_path / "parent.py"
     script.write_text(PARENT.format(folder=str(Path(__file__).parent), log=log))
     parent = subprocess.Popen([sys.executable, script], stderr=subprocess.DEVNULL)
@@ -144,12 +144,12 @@ def test_workers_end_when_their_parent_does(tmp_path, log, how):
     workers = [int(pid) for word, pid in lines(log) if word == "made"]
     assert len(workers) == 2
     assert all(map(alive, workers))
-    parent.send_signal(how)
+    parent.send_signal(signal_number)
     parent.wait(60)
     wait_until(lambda: not any(map(alive, workers)))
 
 
 @pytest.mark.parametrize("workers", [0, -1])
-def test_a_number_of_workers_that_makes_no_sense_is_refused(workers):
+def test_less_than_one_worker_is_refused(workers):
     with pytest.raises(ArgumentError, match=f"workers={workers} must be at least 1"):
         Processes(workers)

@@ -1,4 +1,4 @@
-"""A run that is killed by SIGKILL again and again, and resumed, ends as if nothing had happened.
+"""A run that is killed by SIGKILL several times, and resumed, has the results of an undisturbed run.
 
 The environment variable KILLS is the number of kills; `make kills` makes twenty for one worker and for two.
 """
@@ -35,7 +35,7 @@ WORDS = [
     "--goal",
     "least-likely",
 ]
-BLOCKS = 6 * 10  # those of linf:0.1 stand on those of linf:0.05
+BLOCKS = 6 * 10  # those of linf:0.1 start from those of linf:0.05
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
 
 
@@ -50,12 +50,12 @@ def finished(running):
 
 
 def blocks(out):
-    """The blocks that are there, each with what would change if it were written again."""
-    found = {}
+    """The finished blocks, each with what would change if it were written again."""
+    files = {}
     for path in (out / "examples").rglob("*.safetensors"):
-        told = path.stat()
-        found[path.name] = (told.st_ino, told.st_mtime_ns)
-    return found
+        stat = path.stat()
+        files[path.name] = (stat.st_ino, stat.st_mtime_ns)
+    return files
 
 
 def timeless(out):
@@ -77,24 +77,24 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("workers", [1, 2])
-def test_killed_and_resumed_it_ends_as_an_undisturbed_run(undisturbed, tmp_path, workers):
+def test_a_killed_and_resumed_run_equals_an_undisturbed_run(undisturbed, tmp_path, workers):
     out = tmp_path / "run"
-    struck = []
+    killed = []
     for kill in range(KILLS):
         before = blocks(out)
         running = started(out, "--workers", str(workers), "--resume")
-        # Moments all over the run: while it loads, right after the first new block, and on to the last ones.
+        # Kills are spread over the run: while it loads, right after the first new block, and up to the last blocks.
         goal = kill * BLOCKS // KILLS
         while len(blocks(out)) < goal and running.poll() is None:
             time.sleep(0.002)
         if kill == 0:
-            time.sleep(1.0)  # in the midst of loading
+            time.sleep(1.0)  # while it loads
         running.send_signal(signal.SIGKILL)
         running.communicate(timeout=60)
-        struck.append(running.returncode == -signal.SIGKILL)
+        killed.append(running.returncode == -signal.SIGKILL)
         after = blocks(out)
-        assert before.items() <= after.items()  # what was finished has not been touched
-    assert sum(struck) >= KILLS - 1  # the last one may come too late
+        assert before.items() <= after.items()  # finished blocks have not been touched
+    assert sum(killed) >= KILLS - 1  # the run may end before the last one
     before = blocks(out)
     finished(started(out, "--workers", str(workers), "--resume"))
     assert before.items() <= blocks(out).items()

@@ -1,4 +1,4 @@
-"""The memory of a run does not grow with the number of its images; `make load` measures it for 200,000."""
+"""The memory of a run hardly grows with the number of images; `make load` measures it for 200,000."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def peak(tmp_path, n):
-    """MiB that a run over n images took at most, in a process of its own."""
+    """The peak memory in MiB of a run over n images, in a process of its own."""
     digits = load_digits()
     images = (digits.images * (255 / 16)).astype(np.uint8)
     np.savez(tmp_path / f"{n}.npz", x=np.resize(images, (n, 8, 8)), y=np.resize(digits.target, n))
@@ -41,5 +41,5 @@ def peak(tmp_path, n):
 
 
 def test_many_more_images_need_hardly_more_memory(tmp_path):
-    # 38,000 images more are 9.3 MiB as float32 alone; what is kept of them is some 100 bytes each, 3.8 MiB.
+    # As float32, 38,000 images take 9.3 MiB; about 100 bytes are kept of each, 3.8 MiB.
     assert peak(tmp_path, 40_000) - peak(tmp_path, 2_000) < 7

@@ -113,7 +113,7 @@ def test_names_are_shown_as_they_are(name):
 class Loading:
     """What the bar needs to know of a run: its cases, each of 200 images."""
 
-    trials: list
+    cases: list
 
     def images(self, case):
         return range(200)

@@ -166,7 +166,7 @@ def test_missing_libraries_are_listed_and_skipped(monkeypatch, trained):
     assert list(library_versions()) == list(LIBRARIES)
     assert {name for name, version in library_versions().items() if version} == {"foolbox"}
     assert {row.library for row in crosscheck(*trained, eps=(0.1,), eps_l2=())} == {"foolbox"}
-    with pytest.raises(ArgumentError, match="'art' is not among those installed"):
+    with pytest.raises(ArgumentError, match="'art' is not among the installed libraries"):
         crosscheck(*trained, libraries=["foolbox", "art"])
 
 
