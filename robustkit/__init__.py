@@ -45,7 +45,7 @@ __all__ = [
     "evaluate",
 ]
 
-_HOMES = {
+_MODULES = {
     "attack": ("Attack",),
     "attacks": ("FGSM", "MIFGSM", "PGD", "OnePixel", "PixelSearch", "Standard", "UniversalPGD"),
     "bench.evaluate": ("Report", "evaluate"),
@@ -59,11 +59,11 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:  # Any: a class of ours, whichever is asked for
-    """Import the home of a name when it is first used: `robustkit --help` need not wait two seconds for torch."""
-    for home, names in _HOMES.items():
+def __getattr__(name: str) -> Any:  # Any: any of the public names
+    """Import the module of a public name on first use, because torch takes two seconds and `robustkit --help` needs none."""
+    for module, names in _MODULES.items():
         if name in names:
-            return getattr(importlib.import_module(f"robustkit.{home}"), name)
+            return getattr(importlib.import_module(f"robustkit.{module}"), name)
     raise AttributeError(f"module 'robustkit' has no attribute {name!r}")
 
 

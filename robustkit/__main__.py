@@ -10,12 +10,12 @@ __all__ = ["main"]
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    # Threads of torch that wait by spinning make everything 20 times slower as soon as another process wants the core;
-    # this is read when torch is imported, so it is set before anything else.
+    # By default the threads of torch wait by spinning, which is 20 times slower when another process uses the core. The
+    # variable is read when torch is imported, so it is set first.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for stream in (sys.__stdout__, sys.__stderr__):
         if stream is not None:
-            stream.reconfigure(errors="backslashreplace")  # a terminal, or a file name, that knows no Unicode
+            stream.reconfigure(errors="backslashreplace")  # for terminals without Unicode and file names that are not Unicode
     from robustkit.cli import main as run
 
     sys.exit(run())

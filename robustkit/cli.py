@@ -266,14 +266,14 @@ def zoo_verify(name: Annotated[list[str] | None, typer.Argument(help="Names; def
         raise typer.Exit(1)
 
 
-def main(words: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code: 0 done, 1 a check failed, 2 an invalid request, 130 interrupted."""
-    words = sys.argv[1:] if words is None else words
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        # Without arguments: the help. Ctrl-C is returned as 130.
-        code = int(app(words or ["--help"], prog_name="robustkit", standalone_mode=False) or 0)
+        # No arguments print the help; typer returns 130 for Ctrl-C.
+        code = int(app(argv or ["--help"], prog_name="robustkit", standalone_mode=False) or 0)
     except Exception as error:
-        if "--debug" in words or not _is_request_error(error):
+        if "--debug" in argv or not _is_request_error(error):
             raise
         print(f"robustkit: {_one_line(error)}", file=sys.stderr)
         return 2
@@ -290,7 +290,7 @@ def _is_request_error(error: Exception) -> bool:
 
 
 def _is_of_typer(error: Exception) -> bool:
-    # typer brings its own copy of click's exceptions; a bad parameter is the one that it exports.
+    # typer vendors click and exports only BadParameter; index 2 is its base ClickException, which all usage errors have.
     return isinstance(error, typer.BadParameter.__mro__[2])
 
 

@@ -422,7 +422,7 @@ def test_on_a_random_target_a_start_is_one_more_candidate_that_fresh_draws_judge
         ({"starts": (X * 255).byte()}, ShapeError, "torch.uint8"),
         ({"starts": X.tolist()}, ShapeError, "starts are list"),
         ({"starts": X, "keep": "last"}, ArgumentError, 'starts are of no use: .* keep="last"'),
-        ({"starts": X, "by": UniversalPGD()}, ArgumentError, "starts are of no use: UniversalPGD.* adds one perturbation to every"),
+        ({"starts": X, "by": UniversalPGD()}, ArgumentError, "no use: UniversalPGD.* adds one perturbation to every"),
     ],
 )
 def test_starts_that_do_not_fit_or_could_not_count_are_refused(change, error, words):

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: quick help, exit codes, Ctrl-C, and no defect passed off as a wrong request."""
+"""The command line: fast help, exit codes, Ctrl-C, and the difference between a defect and a wrong request."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def process(*words, **options):
     return subprocess.run([sys.executable, "-m", "robustkit", *words], capture_output=True, text=True, env=PLAIN, **options)
 
 
-def test_help_and_version_of_everything_without_waiting_for_torch():
+def test_help_and_version_of_all_commands_do_not_import_torch():
     code = (
         "import sys; from robustkit.cli import main\n"
         f"for words in {[*([*words, '--help'] for words in COMMANDS), [], ['--version']]}:\n"
@@ -52,7 +52,7 @@ def test_help_and_version_of_everything_without_waiting_for_torch():
     assert done.stdout.endswith(f"robustkit {robustkit.__version__}\n")
 
 
-def test_the_help_of_bench_names_every_option_of_the_design(capsys, monkeypatch):
+def test_the_help_of_bench_lists_every_option_of_the_design(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     assert cli.main(["bench", "--help"]) == 0
     shown = capsys.readouterr().out
@@ -89,12 +89,12 @@ def test_the_help_of_bench_names_every_option_of_the_design(capsys, monkeypatch)
     assert set(re.findall(r"--([a-z-]+)", shown)) == {*options, "help"}
 
 
-def test_the_module_is_the_command():
+def test_the_package_runs_as_a_module():
     done = process("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"robustkit {robustkit.__version__}\n", "")
 
 
-def test_a_process_writes_a_run_and_a_terminal_without_unicode_is_no_obstacle(tmp_path):
+def test_a_process_writes_a_run_on_an_ascii_terminal(tmp_path):
     case = ["--model", "zoo:digits-mlp", "--data", "digits", "--limit", "20", "--threat", "linf:0.1", "--goal", "least-likely"]
     words = ["bench", *case, "--attack", "fgsm", "--out", "a"]
     done = subprocess.run(
@@ -126,18 +126,20 @@ SLOW = [
 ]
 
 
-def test_ctrl_c_keeps_what_was_finished(tmp_path):
+def test_ctrl_c_keeps_finished_cases(tmp_path):
     words = [sys.executable, "-m", "robustkit", "bench", *SLOW, "--out", str(tmp_path / "out")]
-    # A shell that runs the tests in the background has told them to ignore SIGINT, and children inherit that.
-    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    running = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=PLAIN, preexec_fn=heeding)
+    # A background shell makes the tests ignore SIGINT, and child processes inherit that.
+    default_sigint = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    running = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=PLAIN, preexec_fn=default_sigint
+    )
     while not (tmp_path / "out" / "report.html").exists() and running.poll() is None:
         time.sleep(0.05)
     running.send_signal(signal.SIGINT)
     out, err = running.communicate()
     assert (running.returncode, out) == (130, "")
-    again = f"robustkit bench --out {tmp_path / 'out'} --resume"
-    assert err == f"robustkit: finished blocks are in {tmp_path / 'out'}; continue with: {again}\nrobustkit: interrupted\n"
+    resume = f"robustkit bench --out {tmp_path / 'out'} --resume"
+    assert err == f"robustkit: finished blocks are in {tmp_path / 'out'}; continue with: {resume}\nrobustkit: interrupted\n"
     (record,) = json.loads((tmp_path / "out" / "results.json").read_text())["records"]
     assert record["attack"] == "fgsm"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
@@ -156,15 +158,15 @@ def raising(error):
     return broken
 
 
-def test_an_interruption_is_130(monkeypatch, capsys):
+def test_an_interruption_exits_with_130(monkeypatch, capsys):
     monkeypatch.setattr(command, "bench_command", raising(KeyboardInterrupt()))
     assert cli.main(["bench"]) == 130
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.strip() == "robustkit: interrupted"
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.strip() == "robustkit: interrupted"
 
 
-def test_a_wrong_request_is_2_and_one_line(monkeypatch, capsys):
+def test_a_wrong_request_exits_with_2_and_one_line(monkeypatch, capsys):
     monkeypatch.setattr(command, "bench_command", raising(ArgumentError("two\n  lines")))
     assert cli.main(["bench"]) == 2
     assert capsys.readouterr() == ("", "robustkit: two lines\n")
@@ -179,14 +181,14 @@ def test_debug_shows_the_traceback_of_a_wrong_request(monkeypatch):
 @pytest.mark.parametrize(
     "error", [RuntimeError("x"), ValueError("x"), KeyError("x"), OSError(5, "x"), AssertionError("x"), ImportError("x")]
 )
-def test_a_defect_of_ours_is_no_wrong_request(monkeypatch, error):
+def test_a_defect_is_not_a_wrong_request(monkeypatch, error):
     monkeypatch.setattr(command, "bench_command", raising(error))
     with pytest.raises(type(error)) as caught:
         cli.main(["bench"])
     assert caught.value is error
 
 
-def test_a_defect_shows_its_traceback_and_is_neither_0_nor_2():
+def test_a_defect_shows_its_traceback_and_exits_with_1():
     code = (
         "import robustkit.commands.bench as c, robustkit.__main__ as m, sys\n"
         "c.bench_command = lambda *_: 1 / 0\nsys.argv = ['robustkit', 'bench']\nm.main()"
@@ -197,16 +199,16 @@ def test_a_defect_shows_its_traceback_and_is_neither_0_nor_2():
     assert "ZeroDivisionError" in done.stderr
 
 
-def test_zoo_list_shows_every_model_whole(capsys, monkeypatch):
+def test_zoo_list_shows_every_model_without_cutting(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert cli.main(["zoo", "list"]) == 0
-    said = capsys.readouterr()
-    assert said.err == ""
-    assert "…" not in said.out
-    assert max(map(len, said.out.splitlines())) <= 80
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert "…" not in printed.out
+    assert max(map(len, printed.out.splitlines())) <= 80
     for name in zoo.names():
         card = zoo.card(name)
-        (row,) = [line.split() for line in said.out.splitlines() if f"zoo:{name} " in line]
+        (row,) = [line.split() for line in printed.out.splitlines() if f"zoo:{name} " in line]
         figures = [f"{card.scores.clean_accuracy:.1%}", f"{card.scores.robust_accuracy:.1%}"]
         under = card.scores.threat.partition(",")[0] + ")"
         assert row == [f"zoo:{name}", f"{card.parameters:,}", card.scores.data, f"{card.scores.n:,}", *figures, under]
@@ -226,28 +228,28 @@ def test_zoo_list_shows_every_model_whole(capsys, monkeypatch):
         ),
     ],
 )
-def test_zoo_verify_is_1_when_a_card_differs(monkeypatch, capsys, words, differing, code, lines):
-    told = lambda name: (f"[red]n of zoo:{name} is 1 " + "x" * 100, "second") if name in differing else ()  # noqa: E731
-    monkeypatch.setattr(zoo, "verify", told)
+def test_zoo_verify_exits_with_1_when_a_card_differs(monkeypatch, capsys, words, differing, code, lines):
+    differences = lambda name: (f"[red]n of zoo:{name} is 1 " + "x" * 100, "second") if name in differing else ()  # noqa: E731
+    monkeypatch.setattr(zoo, "verify", differences)
     assert cli.main(["zoo", "verify", *words]) == code
     assert capsys.readouterr() == ("\n".join(lines) + "\n", "")
 
 
-def test_zoo_verify_measures(capsys):
+def test_zoo_verify_recomputes_the_scores(capsys):
     assert cli.main(["zoo", "verify", "digits-mlp"]) == 0
     assert capsys.readouterr().out == "zoo:digits-mlp agrees with its card\n"
 
 
-def test_zoo_train_says_where_the_weights_are(monkeypatch, capsys, tmp_path):
-    asked = []
-    monkeypatch.setattr(zoo_command.zoo, "train", lambda name, out: asked.append((name, out)) or zoo.card(name))
+def test_zoo_train_prints_the_path_of_the_weights(monkeypatch, capsys, tmp_path):
+    calls = []
+    monkeypatch.setattr(zoo_command.zoo, "train", lambda name, out: calls.append((name, out)) or zoo.card(name))
     out = tmp_path / "[bold]new :smile:"
     assert cli.main(["zoo", "train", "digits-mlp", "--out", str(out)]) == 0
-    assert asked == [("digits-mlp", out)]
+    assert calls == [("digits-mlp", out)]
     assert capsys.readouterr().out.startswith(f"{out}/digits-mlp.safetensors: 97.2% clean, ")
 
 
-def test_crosscheck_compares_what_it_is_told(monkeypatch, capsys):
+def test_crosscheck_compares_the_requested_model_and_data(monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(crosscheck_command, "crosscheck", lambda model, x, y: seen.append((model, x, y)) or [])
     assert cli.main(["crosscheck", "--model", "zoo:digits-mlp", "--data", "digits", "--limit", "7"]) == 0

@@ -119,9 +119,9 @@ def test_classes_are_abstract_or_final_and_not_deep():
             assert inspect.isabstract(cls), f"{cls} is concrete and has children {children}"
 
 
-def test_public_names_exist_and_are_sorted_by_home():
-    homes = [name for names in robustkit._HOMES.values() for name in names]
-    assert sorted(homes) == sorted(robustkit.__all__)
+def test_every_public_name_is_importable_from_its_module():
+    names_of_modules = [name for names in robustkit._MODULES.values() for name in names]
+    assert sorted(names_of_modules) == sorted(robustkit.__all__)
     for name in robustkit.__all__:
         assert getattr(robustkit, name).__module__.startswith("robustkit.")
     assert set(robustkit.__all__) < set(dir(robustkit))

@@ -23,7 +23,7 @@ number = 3
 instance = nn.Flatten()
 
 
-class Says(nn.Module):
+class Returns(nn.Module):
     def __init__(self, answer):
         super().__init__()
         self.answer = answer
@@ -60,20 +60,20 @@ def nothing(): return None
 def function(): return net
 def needs(size): return net()
 def broken(): raise OSError("no such thing")
-def raises(): return Says(stops)
-def exits(): return Says(lambda x: exit(0))
-def hides(): return Says(late)
-def tears(): return Says(torn)
-def none(): return Says(lambda x: None)
-def pair(): return Says(lambda x: (x.flatten(1), x))
-def dictionary(): return Says(lambda x: {"logits": x.flatten(1)})
-def one_row(): return Says(lambda x: x.flatten(1)[:1, :10])
-def more_rows(): return Says(lambda x: torch.cat([x, x]).flatten(1)[:, :10])
-def one_column(): return Says(lambda x: x.flatten(1)[:, :1])
-def integers(): return Says(lambda x: (x * 16).long().flatten(1)[:, :10])
-def images(): return Says(lambda x: x)
-def three(): return Says(lambda x: x.flatten(1)[:, :3])
-def nan(): return Says(lambda x: x.flatten(1)[:, :10] * torch.nan)
+def raises(): return Returns(stops)
+def exits(): return Returns(lambda x: exit(0))
+def hides(): return Returns(late)
+def tears(): return Returns(torn)
+def none(): return Returns(lambda x: None)
+def pair(): return Returns(lambda x: (x.flatten(1), x))
+def dictionary(): return Returns(lambda x: {"logits": x.flatten(1)})
+def one_row(): return Returns(lambda x: x.flatten(1)[:1, :10])
+def more_rows(): return Returns(lambda x: torch.cat([x, x]).flatten(1)[:, :10])
+def one_column(): return Returns(lambda x: x.flatten(1)[:, :1])
+def integers(): return Returns(lambda x: (x * 16).long().flatten(1)[:, :10])
+def images(): return Returns(lambda x: x)
+def three(): return Returns(lambda x: x.flatten(1)[:, :3])
+def nan(): return Returns(lambda x: x.flatten(1)[:, :10] * torch.nan)
 
 
 def data_of_text(): return "x", "y"
@@ -100,7 +100,7 @@ class Choosy(Attack):
 
 
 class Trap:
-    """What a pickle would do to whoever loads it."""
+    """A pickle that creates a file when it is loaded."""
 
     def __init__(self, path):
         self.path = path
@@ -115,7 +115,7 @@ Y = np.arange(12) % 10
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """Tiny models, weights and data, sound and unsound; in a folder with a space in its name."""
+    """Tiny models, weights and data, valid and broken, in a folder with a space in its name."""
     made = tmp_path_factory.mktemp("a folder")
     (made / "nets.py").write_text(NETS)
     (made / "import.py").write_text("raise RuntimeError('at import')")
@@ -140,7 +140,7 @@ def folder(tmp_path_factory):
 
 
 def attacks(made):
-    """Packages that publish attacks, as an installer leaves them: sound ones and broken ones."""
+    """Installed packages that publish attacks, valid and broken."""
     (made / "site").mkdir()
     (made / "site" / "some_attacks.py").write_text(ATTACKS)
     published = {
@@ -212,20 +212,20 @@ SOUND = {
 }
 
 
-def model(name, *told):
-    return {"--model": f"{{}}/nets.py:{name}"}, told
+def model(name, *parts):
+    return {"--model": f"{{}}/nets.py:{name}"}, parts
 
 
-def filled(file, *told):
-    return {"--model": f"{{}}/nets.py:net@weights={{}}/{file}"}, (file, *told)
+def filled(file, *parts):
+    return {"--model": f"{{}}/nets.py:net@weights={{}}/{file}"}, (file, *parts)
 
 
-def npz(name, *told):
-    return {"--data": f"npz:{{}}/{name}.npz"}, (f"{name}.npz", *told)
+def npz(name, *parts):
+    return {"--data": f"npz:{{}}/{name}.npz"}, (f"{name}.npz", *parts)
 
 
-def option(name, value, *told):
-    return {f"--{name}": value}, told
+def option(name, value, *parts):
+    return {f"--{name}": value}, parts
 
 
 ROWS = {
@@ -289,7 +289,7 @@ ROWS = {
     "negative labels": npz("negative", "-1", "labels must be integers 0, 1, 2"),
     "real labels": npz("real_labels", "float64", "labels must be integers 0, 1, 2"),
     "labels beyond the classes": npz("labels", "from 7 to 16", "has 10 classes", "must lie in [0, 10)"),
-    "no folder": option("data", "folder:{}/none", "none", "there is not a folder"),
+    "no folder": option("data", "folder:{}/none", "none", "there is no folder"),
     "an empty folder": option("data", "folder:{}/empty", "empty", "one sub-folder of images for each class"),
     "a broken image": option("data", "folder:{}/broken", "image.png", "move it"),
     "images of two sizes": option("data", "folder:{}/sizes", "4x4", "5x5", "resize them"),
@@ -351,7 +351,7 @@ ROWS = {
     "no such device": option("device", "nonsense", "device='nonsense'", "write cpu"),
     "a device without memory": option("device", "meta", "device='meta'", "write cpu"),
     "a device that is not there": option("device", "cuda:99", "device='cuda:99'", "write cpu"),
-    # what is there already, and what is missing
+    # existing outputs and missing options
     "out exists": option("out", "{}/empty", "empty", "nothing is overwritten", "name a new folder"),
     "out is a file": option("out", "{}/file", "file", "nothing is overwritten", "name a new folder"),
     "out under a file": option("out", "{}/file/out", "file/out", "cannot be written", "name another folder"),
@@ -363,15 +363,15 @@ ROWS = {
 
 @pytest.fixture
 def refused(folder, capsys, monkeypatch):
-    """Run words that must be refused; what was said comes back, and nothing may have changed on the disk."""
+    """Run a command that must be refused and return its error message; no file may have changed."""
     monkeypatch.syspath_prepend(str(folder / "site"))
     before = listing(folder)
 
     def run(words):
         code = main([word.replace("{}", str(folder)) for word in words])
-        said = capsys.readouterr()
-        assert (code, said.out) == (2, ""), said.err
-        return said.err
+        printed = capsys.readouterr()
+        assert (code, printed.out) == (2, ""), printed.err
+        return printed.err
 
     yield run
     assert listing(folder) == before
@@ -396,7 +396,7 @@ def train_words(changes):
 
 
 PLAN, RUN = ["bench", "--plan"], ["--out", "{}/run", "--resume"]
-ELSEWHERE = [
+OTHERS = [
     (["benhc"], ("'benhc'", "robustkit --help")),
     (["--nope"], ("--nope", "robustkit --help")),
     (["bench", "word"], ("word", "robustkit bench --help")),
@@ -405,7 +405,7 @@ ELSEWHERE = [
     (["zoo", "nope"], ("'nope'", "robustkit zoo --help")),
     (["zoo", "train"], ("'name'", "robustkit zoo train --help")),
     (["zoo", "train", "nope", "--out", "{}/out"], ("'nope'", "there are mnist-cnn")),
-    (["zoo", "train", "digits-mlp", "--out", "{}/file/out"], ("file/out", "give one that can")),
+    (["zoo", "train", "digits-mlp", "--out", "{}/file/out"], ("file/out", "give another folder")),
     (["zoo", "verify", "nope"], ("'nope'", "there are mnist-cnn")),
     (["crosscheck", "--model", "nope"], ("'nope'", "zoo:NAME")),
     (["crosscheck", "--data", "nope"], ("'nope'", "give mnist-5k")),
@@ -430,7 +430,7 @@ ELSEWHERE = [
     ([*words_of({"--out": "{}/empty"}), "--resume"], ("contains 'class' but no run", "name a new folder")),
     (words_of({"--out": "{}/run"}), ("nothing is overwritten", "resume its run with --resume")),
     ([*words_of({"--out": None}), "--resume"], ("--resume needs --out DIR", "the run to resume")),
-    # how it is run and judged
+    # options of the run and its gates
     ([*words_of({}), "--workers", "0"], ("workers=0", "at least 1")),
     ([*words_of({}), "--workers", "two"], ("'two'", "whole number")),
     ([*words_of({}), "--block", "0"], ("block=0", "at least 1")),
@@ -472,33 +472,33 @@ ELSEWHERE = [
 ]
 
 
-@pytest.mark.parametrize(("words", "told"), ELSEWHERE, ids=[" ".join(words)[-60:] for words, _ in ELSEWHERE])
-def test_wrong_words_elsewhere(refused, words, told):
-    check_told(refused(words), told)
+@pytest.mark.parametrize(("words", "parts"), OTHERS, ids=[" ".join(words)[-60:] for words, _ in OTHERS])
+def test_other_wrong_requests_are_refused_in_one_line(refused, words, parts):
+    check_message(refused(words), parts)
 
 
-def check_told(text, told):
+def check_message(text, parts):
     assert text.startswith("robustkit: ")
     assert text.count("\n") == 1
     assert text.endswith("\n")
     assert "Traceback" not in text
-    assert len(told) >= 2
-    for word in told:
+    assert len(parts) >= 2
+    for word in parts:
         assert word in text, text
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_a_wrong_request_is_told_in_one_line(refused, row):
-    changes, told = ROWS[row]
-    check_told(refused(words_of(changes)), told)
+def test_a_wrong_request_is_refused_in_one_line(refused, row):
+    changes, parts = ROWS[row]
+    check_message(refused(words_of(changes)), parts)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a cuda here")
-def test_cuda_where_there_is_none(refused):
-    check_told(refused(words_of({"--device": "cuda"})), ("device='cuda'", "there is no cuda here"))
+def test_cuda_is_refused_where_there_is_none(refused):
+    check_message(refused(words_of({"--device": "cuda"})), ("device='cuda'", "there is no cuda here"))
 
 
-def test_the_rows_start_from_what_is_right(folder, tmp_path, capsys):
+def test_the_unchanged_requests_are_accepted(folder, tmp_path, capsys):
     words = [word.replace("{}", str(folder)) for word in words_of({"--out": f"{tmp_path}/out"})]
     assert main(words) == 0
     assert (tmp_path / "out" / "report.html").exists()
@@ -511,29 +511,29 @@ def test_the_rows_start_from_what_is_right(folder, tmp_path, capsys):
     assert main(["train", *(word.replace("{}", str(folder)) for word in train_words(out))]) == 0
 
 
-def test_logits_that_are_no_numbers_are_wrong_answers_not_a_wrong_request(folder, tmp_path, capsys):
+def test_logits_of_nan_are_misclassifications_not_a_wrong_request(folder, tmp_path, capsys):
     words = [word.replace("{}", str(folder)) for word in words_of({"--model": "{}/nets.py:nan", "--out": f"{tmp_path}/out"})]
     assert main(words) == 0
     assert "right on 0.0% of 12 images" in " ".join(capsys.readouterr().out.split())
 
 
-def test_the_traps_work(folder, tmp_path):
-    """Else a trap that does not spring would prove nothing."""
+def test_the_trap_creates_a_file_when_it_is_loaded(folder, tmp_path):
+    """A pickle that creates no file would make the tests above meaningless."""
     pickle.loads(pickle.dumps(Trap(tmp_path / "executed"))).close()
     assert (tmp_path / "executed").exists()
     assert not (folder / "executed").exists()
 
 
-# A few as real processes; all of them by `make requests`.
-EVERY = [words_of(changes) for changes, _ in ROWS.values()] + [words for words, _ in ELSEWHERE]
-TOLD = [told for _, told in ROWS.values()] + [told for _, told in ELSEWHERE]
-REAL = range(len(EVERY)) if os.environ.get("PROCESSES") else range(3, len(EVERY), len(EVERY) // 6)
+# Some of them as real processes; `make requests` runs all.
+ALL = [words_of(changes) for changes, _ in ROWS.values()] + [words for words, _ in OTHERS]
+MESSAGE_PARTS = [parts for _, parts in ROWS.values()] + [parts for _, parts in OTHERS]
+AS_PROCESSES = range(len(ALL)) if os.environ.get("PROCESSES") else range(3, len(ALL), len(ALL) // 6)
 
 
-@pytest.mark.parametrize("number", REAL)
-def test_a_real_process_says_the_same(folder, number):
+@pytest.mark.parametrize("number", AS_PROCESSES)
+def test_a_real_process_prints_the_same_message(folder, number):
     before = listing(folder)
-    words = [word.replace("{}", str(folder)) for word in EVERY[number]]
+    words = [word.replace("{}", str(folder)) for word in ALL[number]]
     done = subprocess.run(
         [sys.executable, "-m", "robustkit", *words],
         capture_output=True,
@@ -542,9 +542,9 @@ def test_a_real_process_says_the_same(folder, number):
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert " " in str(folder)
-    check_told(done.stderr, TOLD[number])
+    check_message(done.stderr, MESSAGE_PARTS[number])
     assert listing(folder) == before
 
 
-def test_there_are_enough_rows():
-    assert len(EVERY) >= 60
+def test_there_are_at_least_60_requests():
+    assert len(ALL) >= 60

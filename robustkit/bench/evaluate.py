@@ -20,7 +20,7 @@ from robustkit.bench.execution.resolved_case import ResolvedCase
 from robustkit.bench.execution.runner import Outcome, outcomes
 from robustkit.bench.folder import open_folder, results_of
 from robustkit.bench.plan import specs
-from robustkit.bench.plan.defence_specs import described
+from robustkit.bench.plan.defence_specs import defence_recipe
 from robustkit.bench.plan.plan import NONE, Case, Plan
 from robustkit.bench.reporting.live import Live
 from robustkit.bench.reporting.notebook import fragment
@@ -152,10 +152,10 @@ def evaluate(
         if not isinstance(name, str):
             raise ArgumentError(f'model: the name {name!r} must be a string: {{"plain": a, "robust": b}}')
     examples = _load_data(data, limit)
-    threats = [_spec_and_value("threat", one, Threat, specs.threat, specs.threat_words) for one in _as_list(threat)]
+    threats = [_spec_and_value("threat", one, Threat, specs.threat, specs.threat_to_spec) for one in _as_list(threat)]
     resolved_attacks = [_spec_and_value("attacks", one, Attack, specs.attack, repr) for one in _as_list(attacks)]
     goals = [_spec_and_value("goals", one, str, specs.goal, str)[0] for one in _as_list(goals)]
-    defences = {name: described(target) or NONE for name, target in targets.items()}
+    defences = {name: defence_recipe(target) or NONE for name, target in targets.items()}
     cases = [
         ResolvedCase(Case(name, threat_spec, attack_spec, goal, defences[name]), attack, one, specs.goal(goal))
         for name in targets

@@ -187,8 +187,8 @@ def _is_empty_run(path: Path) -> bool:
 
 def _check_plan(path: Path, plan: Plan) -> None:
     old = read_plan(path / "plan.toml")
-    different = [name for name in vars(plan) if name != "pins" and getattr(plan, name) != getattr(old, name)]
-    if not all(hash_matches(plan.pins.get(spec, "none"), wanted) for spec, wanted in old.pins.items()):
+    different = [name for name in vars(plan) if name != "expected_hashes" and getattr(plan, name) != getattr(old, name)]
+    if not all(hash_matches(plan.expected_hashes.get(spec, "none"), wanted) for spec, wanted in old.expected_hashes.items()):
         different.append("hashes")
     if different:
         raise ArgumentError(

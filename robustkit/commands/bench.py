@@ -179,7 +179,7 @@ def _placeholder(loaded: LoadedRun) -> Run:
             "clean_accuracy": 0.0,
             "robust_accuracy": 0.0,
             "flags": [],
-            "data_hash": plan.pins[plan.data],
+            "data_hash": plan.expected_hashes[plan.data],
         }
         for resolved, images in zip(loaded.cases, robust, strict=True)
     ]

@@ -65,4 +65,4 @@ def _attack(name: str, cls: type[Attack], preset: Mapping[str, Any], *more: str)
     """A name with its fields and defaults, its access to the model, and the threats that it supports."""
     fields = ",".join(f"{field}={value}" for field, value in specs.settable(cls, preset).items())
     universal = ["one perturbation for all images"] if cls.universal else []
-    return f"{name}:{fields}".rstrip(":") + f"  ({'; '.join([cls.access, specs.served(cls), *universal, *more])})"
+    return f"{name}:{fields}".rstrip(":") + f"  ({'; '.join([cls.access, specs.served_threats(cls), *universal, *more])})"

@@ -1,4 +1,4 @@
-"""Corners of the bench that a user comes to sooner or later, and that no other test goes to."""
+"""Edge cases of the bench that no other test covers."""
 
 import json
 import math
@@ -40,24 +40,23 @@ def made(tmp_path_factory):
     return out
 
 
-def test_a_preview_of_few_images_is_that_of_all_scaled_up(monkeypatch):
-    """As for a model so slow that four images are all that can be tried."""
-    monkeypatch.setattr(preview, "GLANCE", 1e-9)
+def test_a_preview_scales_up_the_costs_of_a_few_images(monkeypatch):
+    """As for a model so slow that only four images are attacked."""
+    monkeypatch.setattr(preview, "CLEAN_SECONDS", 1e-9)
     loaded = load(PLAN)
-    told = preview.preview(loaded)
-    for index, row in enumerate(told):
+    for index, row in enumerate(preview.preview(loaded)):
         tried = loaded.measure(Task(index, 0, 4, "x"))
         assert (row.case, row.images, row.tried) == (PLAN.cases[index], 60, 4)
         assert row.forwards == 15 * int(tried.result.forwards.sum())
         assert row.backwards == 15 * int(tried.result.backwards.sum())
-        assert row.seconds > tried.seconds  # 15 times what four images took, which no machine does in the time of four
-    # And the run itself is not disturbed by what was tried before.
+        assert row.seconds > tried.seconds  # 15 times the time of four images
+    # The preview does not change the run.
     assert [o.record["robust_accuracy"] for o in outcomes(loaded)] == [
         o.record["robust_accuracy"] for o in outcomes(load(PLAN))
     ]
 
 
-def test_a_factory_with_random_weights_makes_the_same_ones_each_time_and_leaves_the_generators(tmp_path):
+def test_a_factory_makes_the_same_random_weights_each_time_and_restores_the_generators(tmp_path):
     (tmp_path / "nets.py").write_text("from torch import nn\ndef net(): return nn.Linear(3, 2)\n")
     torch.manual_seed(7)
     state = random_state()
@@ -66,7 +65,7 @@ def test_a_factory_with_random_weights_makes_the_same_ones_each_time_and_leaves_
     assert random_state() == state
 
 
-def test_a_factory_that_is_another_one_in_each_process_is_refused(tmp_path, capfd):
+def test_a_factory_that_makes_another_model_in_each_process_is_refused(tmp_path, capfd):
     (tmp_path / "nets.py").write_text(
         "import os\nfrom torch import nn\n"
         "def net():\n"
@@ -75,11 +74,11 @@ def test_a_factory_that_is_another_one_in_each_process_is_refused(tmp_path, capf
         "    return made\n"
     )
     plan = Plan((Case(f"{tmp_path}/nets.py:net", "linf:0.1", "fgsm"),), "digits", limit=40, block=10)
-    with pytest.raises(ArgumentError, match="or not the same twice"):
+    with pytest.raises(ArgumentError, match="or is not the same twice"):
         run(plan, workers=2)
 
 
-def test_labels_beyond_the_classes_are_refused_at_once_wherever_they_stand():
+def test_a_label_that_is_no_class_is_refused_at_once_in_any_block():
     y = DIGITS.y.clone()
     y[-1] = 10
     with pytest.raises(ArgumentError, match=r"labels run from 0 to 10, .* must lie in \[0, 10\)"):
@@ -87,39 +86,39 @@ def test_labels_beyond_the_classes_are_refused_at_once_wherever_they_stand():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_floating_types_and_tensors_with_a_gradient(dtype):
+def test_other_floating_point_types_and_tensors_that_require_grad(dtype):
     x = DIGITS.x[:50].to(dtype).requires_grad_()
-    net = NET if dtype == torch.bfloat16 else nn.Sequential(Wide(), NET)
+    net = NET if dtype == torch.bfloat16 else nn.Sequential(ToFloat32(), NET)
     report = evaluate(net, (x, DIGITS.y[:50]), threat=Linf(0.1), attacks=FGSM())
     plain = evaluate(NET, (DIGITS.x[:50], DIGITS.y[:50]), threat=Linf(0.1), attacks=FGSM())
     assert report.records[0]["robust_accuracy"] == pytest.approx(plain.records[0]["robust_accuracy"], abs=0.021)
     assert x.grad is None
 
 
-class Wide(nn.Module):
+class ToFloat32(nn.Module):
     def forward(self, x):
         return x.float()
 
 
-def test_threads_are_as_many_as_the_plan_says_and_afterwards_as_before():
-    seen, before = [], torch.get_num_threads()
+def test_a_run_uses_the_threads_of_the_plan_and_restores_the_previous_number():
+    counts, before = [], torch.get_num_threads()
     loaded = load(Plan(PLAN.cases, "digits", limit=20, threads=2))
-    measure = loaded._measured
-    loaded._measured = lambda task: seen.append(torch.get_num_threads()) or measure(task)
+    measure = loaded._measure
+    loaded._measure = lambda task: counts.append(torch.get_num_threads()) or measure(task)
     list(outcomes(loaded))
-    assert set(seen) == {2}
+    assert set(counts) == {2}
     assert torch.get_num_threads() == before
 
 
-def test_seconds_and_stages_are_those_of_all_blocks():
+def test_seconds_are_those_of_all_blocks():
     loaded, seconds = load(PLAN), {0: [], 1: []}
-    told = list(outcomes(loaded, progress=lambda block, found: seconds[block.task.case].append(block.seconds)))
-    for outcome in told:
+    done = list(outcomes(loaded, progress=lambda block, found: seconds[block.task.case].append(block.seconds)))
+    for outcome in done:
         assert outcome.record["seconds"] == pytest.approx(sum(seconds[outcome.index]))
         assert len(seconds[outcome.index]) == 3
 
 
-def test_a_run_of_which_only_the_lock_is_there_begins(tmp_path):
+def test_a_folder_with_only_a_lock_begins_a_run(tmp_path):
     out = tmp_path / "run"
     out.mkdir()
     (out / ".lock").touch()
@@ -127,7 +126,7 @@ def test_a_run_of_which_only_the_lock_is_there_begins(tmp_path):
     assert len(run(PLAN, out=out, resume=True).records) == 2
 
 
-def test_an_unfinished_run_tells_how_many_cases_there_will_be(tmp_path):
+def test_the_results_of_an_unfinished_run_have_the_number_of_all_cases(tmp_path):
     loaded = load(PLAN)
     with open_folder(tmp_path / "run", loaded.plan) as folder:
         folder.begin(loaded)
@@ -142,7 +141,7 @@ def test_a_finished_run_is_not_called_unfinished(made, capsys):
 
 
 @pytest.mark.parametrize(
-    ("harm", "told"),
+    ("damage", "message"),
     [
         (lambda out: next((out / "examples").rglob("*.safetensors")).unlink(), "tells of 40 of 60 images"),
         (lambda out: edit(out, "threat", "linf:0.2"), "results.json and plan.toml do not belong together"),
@@ -150,13 +149,13 @@ def test_a_finished_run_is_not_called_unfinished(made, capsys):
         (lambda out: (out / "plan.toml").unlink(), "cannot be read"),
     ],
 )
-def test_a_folder_that_was_meddled_with_is_refused(made, tmp_path, harm, told, capsys):
+def test_a_folder_that_was_changed_by_hand_is_refused(made, tmp_path, damage, message, capsys):
     out = tmp_path / "run"
     shutil.copytree(made, out)
-    harm(out)
+    damage(out)
     for words in (["report", str(out)], ["compare", str(made), str(out)]):
         assert main(words) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 def edit(out, name, value):
@@ -165,11 +164,11 @@ def edit(out, name, value):
     (out / "results.json").write_text(json.dumps(results))
 
 
-def test_a_margin_lets_a_fall_of_its_size_pass_and_no_larger_one(made, tmp_path):
-    """The baseline is made better by hand by 6 of 60 images, a tenth, in every attack."""
+def test_a_margin_allows_a_loss_of_its_size_and_no_larger_one(made, tmp_path):
+    """In the baseline 6 of 60 images, 10 %, are set to robust in every case."""
     out = tmp_path / "run"
     shutil.copytree(made, out)
-    lost = better_by(out, 6)
+    changed = set_robust(out, 6)
     words = [
         "bench",
         "--model",
@@ -189,13 +188,13 @@ def test_a_margin_lets_a_fall_of_its_size_pass_and_no_larger_one(made, tmp_path)
         "--baseline",
         str(out),
     ]
-    assert lost == 6
+    assert changed == 6
     assert main([*words, "--fail-if-worse", "0.1", "--out", str(tmp_path / "a")]) == 0
     assert main([*words, "--fail-if-worse", "0.099", "--out", str(tmp_path / "b")]) == 1
-    assert main([*words, "--out", str(tmp_path / "c")]) == 1  # without a margin nothing may fall
+    assert main([*words, "--out", str(tmp_path / "c")]) == 1  # without a margin no loss is allowed
 
 
-def better_by(out, images):
+def set_robust(out, images):
     weak = None
     for case in sorted((out / "examples").iterdir()):
         file = min(case.iterdir())
@@ -207,14 +206,14 @@ def better_by(out, images):
     return len(weak)
 
 
-def test_images_of_a_loader_may_be_arrays_of_its_own():
+def test_the_batches_of_a_loader_are_concatenated():
     pairs = [(torch.from_numpy(np.asarray(DIGITS.x[i : i + 10])), DIGITS.y[i : i + 10]) for i in range(0, 30, 10)]
     whole = evaluate(NET, (DIGITS.x[:30], DIGITS.y[:30]), threat=Linf(0.1), attacks=FGSM())
     assert evaluate(NET, pairs, threat=Linf(0.1), attacks=FGSM()).records[0]["data_hash"] == whole.records[0]["data_hash"]
 
 
-class Then(nn.Module):
-    """The shipped net, or its first classes, and a function of what it says."""
+class Postprocessed(nn.Module):
+    """A function of the logits of the first classes of the small model."""
 
     def __init__(self, after, classes=10):
         super().__init__()
@@ -233,7 +232,7 @@ def record_of(net, images, attack="pgd:steps=3"):
 def test_two_and_three_classes(classes, attack):
     keep = (DIGITS.y < classes).nonzero().squeeze(1)[:20]
     images = DIGITS.images(slice(0, len(DIGITS)))[keep], DIGITS.y[keep]
-    record = record_of(Then(lambda out: out, classes), images, attack)
+    record = record_of(Postprocessed(lambda out: out, classes), images, attack)
     with torch.no_grad():
         right = NET(images[0])[:, :classes].argmax(1) == images[1]
     assert record["clean_accuracy"] == float(right.double().mean())
@@ -242,31 +241,31 @@ def test_two_and_three_classes(classes, attack):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_logits_that_are_no_numbers_are_wrong_answers_and_flagged(value):
-    """Whichever class argmax would name."""
+def test_logits_that_are_not_finite_count_as_misclassified_and_are_flagged(value):
+    """Whichever class argmax would return."""
     images = DIGITS.images(slice(0, 60)), DIGITS.y[:60]
-    record = record_of(Then(lambda out: out.index_fill(1, torch.tensor(9), value)), images)
+    record = record_of(Postprocessed(lambda out: out.index_fill(1, torch.tensor(9), value)), images)
     assert (record["clean_accuracy"], record["robust_accuracy"]) == (0.0, 0.0)
     (flag,) = record["flags"]
     assert (flag["name"], "60 of 60" in flag["why"]) == ("undefined-outputs", True)
 
 
-def test_probabilities_are_told_under_any_attack():
+def test_a_model_that_returns_probabilities_gets_a_note():
     images = DIGITS.images(slice(0, 20)), DIGITS.y[:20]
-    for after, told in ((lambda out: out.softmax(1), ["probabilities"]), (lambda out: out.log_softmax(1), [])):
-        assert [note["name"] for note in record_of(Then(after), images)["notes"]] == told
+    for after, names in ((lambda out: out.softmax(1), ["probabilities"]), (lambda out: out.log_softmax(1), [])):
+        assert [note["name"] for note in record_of(Postprocessed(after), images)["notes"]] == names
 
 
 @pytest.mark.parametrize("n", [1, 7])
-def test_a_model_that_cannot_do_with_one_image_is_measured_all_the_same(n, use):
-    """Also where the last batch of the clean accuracy holds a single image."""
+def test_a_model_that_fails_on_a_single_image_is_measured(n, use):
+    """Also if the last batch of the clean accuracy has a single image."""
 
-    def picky(out):
+    def needs_two(out):
         if len(out) == 1:
             raise ValueError("one is too few")
         return out
 
-    use(Then(picky))
+    use(Postprocessed(needs_two))
     plan = Plan((Case("any", "linf:0.1", "pgd:steps=3"),), "digits", limit=n, batch_size=3)
     (record,) = run(plan).records
     use(NET)

@@ -1,4 +1,4 @@
-"""The bench for Python: the same numbers as the attack itself and as the command line, from whatever holds the data."""
+"""The bench for Python: the same numbers as the attack and the command line, for data in any form."""
 
 import json
 import subprocess
@@ -42,7 +42,7 @@ def test_the_figures_are_those_of_the_attack():
         assert row["robust_accuracy"] <= min(r["robust_accuracy"] for r in report.records if r["threat"] == row["threat"])
 
 
-def test_objects_words_loaders_and_plans_say_the_same():
+def test_objects_specs_loaders_and_plans_give_the_same_record():
     expected = evaluate({"zoo:digits-mlp": NET}, (X, Y), threat="linf:0.1", attacks=["pgd:steps=5"]).records[0]
     loader = DataLoader(TensorDataset(X, Y), batch_size=17)
     (planned,) = run(Plan((Case("zoo:digits-mlp", "linf:0.1", "pgd:steps=5"),), "digits", limit=130)).records
@@ -75,7 +75,7 @@ def test_objects_words_loaders_and_plans_say_the_same():
             assert record[key] == expected[key], key
 
 
-def test_several_models_are_measured_side_by_side():
+def test_several_models_are_evaluated_as_each_alone():
     torch.manual_seed(0)
     other = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     both = evaluate({"mlp": NET, "linear": Target(other, batch_size=7)}, (X, Y), threat=Linf(0.1), attacks=["fgsm"])
@@ -86,32 +86,32 @@ def test_several_models_are_measured_side_by_side():
         assert ours["model_hash"] == theirs.records[0]["model_hash"]
 
 
-def test_a_target_says_how_many_images_go_through_at_once():
-    most = []
+def test_the_batch_size_of_a_target_is_the_largest_batch():
+    batches = []
 
     def watched(x):
-        most.append(len(x))
+        batches.append(len(x))
         return NET(x)
 
     for size in (7, 120):
-        most.clear()
+        batches.clear()
         evaluate(Target(watched, batch_size=size), (X, Y), threat=Linf(0.1), attacks=["fgsm"])
-        assert max(most) == size
+        assert max(batches) == size
 
 
-def test_a_loader_is_read_no_further_than_it_is_wanted():
-    asked = []
+def test_a_loader_is_read_only_up_to_the_limit():
+    reads = []
 
     def endless():
         while True:
-            asked.append(1)
+            reads.append(1)
             yield X[:10], Y[:10]
 
     record = evaluate(NET, endless(), threat=Linf(0.1), attacks=["fgsm"], limit=25).records[0]
-    assert (record["n"], len(asked)) == (25, 3)
+    assert (record["n"], len(reads)) == (25, 3)
 
 
-def test_it_shows_itself(tmp_path):
+def test_a_report_has_text_html_and_a_table(tmp_path):
     report = evaluate({"<b>mine</b>": NET}, (X, Y), threat=Linf(0.1), attacks=[FGSM()])
     robust = f"{report.worst_case[0]['robust_accuracy']:.1%}"
     assert repr(report).splitlines()[0] == "Report"
@@ -122,7 +122,7 @@ def test_it_shows_itself(tmp_path):
     report.save(tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert robust.replace("%", "") in page
-    assert page.count("data:image/png") == 4 * 3  # four images: before, change, after
+    assert page.count("data:image/png") == 4 * 3  # four images: clean, perturbation, adversarial
     assert "robustkit.evaluate(&lt;b&gt;mine&lt;/b&gt;, (x, y), threat=Linf(" in page
     screen = Console(width=80)
     with screen.capture() as capture:
@@ -130,7 +130,7 @@ def test_it_shows_itself(tmp_path):
     assert robust in capture.get()
 
 
-def test_the_callers_world_is_left_as_found(capfd):
+def test_model_and_random_state_of_the_caller_are_unchanged(capfd):
     torch.manual_seed(5)
     net = nn.Sequential(nn.Dropout(0.5), zoo.load("digits-mlp"))
     net.train()
@@ -144,7 +144,7 @@ def test_the_callers_world_is_left_as_found(capfd):
     assert [flag["name"] for flag in report.records[0]["flags"]] == ["train-mode"]
 
 
-def test_a_model_that_is_no_image_model_and_bounds_of_its_own():
+def test_a_model_of_vectors_with_other_bounds():
     torch.manual_seed(0)
     net = nn.Linear(5, 3)
     x = 4 * torch.rand(40, 5) - 2
@@ -152,7 +152,7 @@ def test_a_model_that_is_no_image_model_and_bounds_of_its_own():
     report = evaluate(net, (x, y), threat=Linf(0.3, bounds=(-2.0, 2.0)), attacks=[PGD(10)])
     assert report.records[0]["threat"] == "linf:0.3 in (-2.0, 2.0)"
     assert report.pictures == ()
-    # In closed form, away from the edge of the box: the margin that a step of eps can take.
+    # In closed form, away from the bounds: the margin that a perturbation of size eps can overcome.
     w = net.weight.detach()
     logits = net(x).detach()
     gap = logits.gather(1, y[:, None]) - logits
@@ -173,7 +173,7 @@ def test_normalising_inside_the_model_is_the_same_as_outside():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ({"data": (X, Y[:5])}, "y is torch.int64 of shape .*; give images .* and one label"),
         ({"data": (X, Y.float())}, "y is torch.float32"),
@@ -186,8 +186,8 @@ def test_normalising_inside_the_model_is_the_same_as_outside():
         ({"data": []}, "data=list does not yield pairs"),
         ({"data": (X * 255, Y)}, "bounds"),
         ({"threat": "linf"}, "threat 'linf' does not exist"),
-        ({"threat": Linf(torch.full((130,), 0.1))}, "eps holds a number for each example"),
-        ({"threat": Pixels(65)}, "64 locations, and one at least must stay as it is; take fewer"),
+        ({"threat": Linf(torch.full((130,), 0.1))}, "eps has a number for each example; a run needs one for all"),
+        ({"threat": Pixels(65)}, "64 locations, and at least one must stay unchanged; take fewer"),
         ({"attacks": ["nope"]}, "attack 'nope' does not exist"),
         ({"attacks": "nope"}, "attack 'nope' does not exist"),
         ({"attacks": [PGD]}, r"attacks=<class .*PGD'> must be PGD\(steps=100\), or a name"),
@@ -196,22 +196,22 @@ def test_normalising_inside_the_model_is_the_same_as_outside():
         ({"goals": "nope"}, "goal 'nope' does not exist"),
         ({"goals": ["nope"]}, "goal 'nope' does not exist"),
         ({"goals": ["classify-as:10"]}, "has the classes 0 to 9"),
-        ({"attacks": []}, "the plan holds no case"),
-        ({"attacks": ["fgsm", "fgsm"]}, "twice; leave one out"),
+        ({"attacks": []}, "the plan has no case; name a model, a threat and an attack"),
+        ({"attacks": ["fgsm", "fgsm"]}, "twice; remove one"),
         ({"limit": 0}, "limit=0 must be a whole number, at least 1"),
         ({"limit": 1.5}, "limit=1.5 must be a whole number"),
         ({"model": {1: NET}}, "the name 1 must be a string"),
-        ({"model": {}}, "the plan holds no case"),
+        ({"model": {}}, "the plan has no case; name a model, a threat and an attack"),
         ({"model": 3}, "fn=3 must be callable"),
     ],
 )
-def test_what_means_nothing_is_refused(arguments, told):
+def test_an_invalid_argument_is_refused(arguments, message):
     given = {"model": NET, "data": (X, Y), "threat": Linf(0.1), "attacks": ["fgsm"]} | arguments
-    with pytest.raises(ArgumentError, match=told):
+    with pytest.raises(ArgumentError, match=message):
         evaluate(given.pop("model"), given.pop("data"), **given)
 
 
-def test_a_models_own_error_is_the_callers_to_see():
+def test_an_error_of_the_model_reaches_the_caller():
     def broken(x):
         raise ZeroDivisionError("mine")
 
@@ -223,7 +223,7 @@ def test_a_models_own_error_is_the_callers_to_see():
 PLAN = Plan((Case("zoo:digits-mlp", "linf:0.1", "fgsm"),), "digits", limit=40, block=10)
 
 
-def test_a_plan_may_be_run_into_a_folder_and_resumed(tmp_path):
+def test_a_plan_can_be_run_in_a_folder_and_resumed(tmp_path):
     report = run(PLAN, out=tmp_path / "run")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results == report.results
@@ -232,7 +232,7 @@ def test_a_plan_may_be_run_into_a_folder_and_resumed(tmp_path):
         run(PLAN, out=tmp_path / "run")
 
 
-def test_a_script_may_share_the_work(tmp_path):
+def test_a_script_can_use_several_workers(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "from robustkit.bench import Case, Plan, run\n"
@@ -244,6 +244,6 @@ def test_a_script_may_share_the_work(tmp_path):
     assert float(done.stdout) == run(PLAN).records[0]["robust_accuracy"]
 
 
-def test_it_is_a_name_of_the_package():
+def test_evaluate_is_exported_by_the_package():
     assert robustkit.evaluate is evaluate
     assert "evaluate" in dir(robustkit)

@@ -1,4 +1,4 @@
-"""The folder of a run: new, resumed or refused; never half written, gone again if nothing was written."""
+"""The folder of a run: new, resumed or refused; files are replaced atomically, and an empty folder is removed."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import robustkit
 from robustkit.bench import Case, Plan, read_plan
 from robustkit.bench.execution.loaded_run import load
 from robustkit.bench.execution.runner import outcomes
-from robustkit.bench.folder import open_folder
+from robustkit.bench.folder import SCHEMA, open_folder
 from robustkit.errors import ArgumentError
 
 PLAN = Plan((Case("zoo:digits-mlp", "linf:0.1", "fgsm"), Case("zoo:digits-mlp", "linf:0.2", "fgsm")), "digits", limit=20)
@@ -30,12 +30,12 @@ def content(root):
     return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
 
-def test_what_is_written_can_be_read(tmp_path):
+def test_the_written_files_can_be_read(tmp_path):
     out = tmp_path / "out"
     written(out)
     assert content(out).keys() == {"results.json", "report.html", "plan.toml"}
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    assert (results["robustkit"], results["schema"]) == (robustkit.__version__, 1)
+    assert (results["robustkit"], results["schema"]) == (robustkit.__version__, SCHEMA)
     assert results["environment"] == LOADED.environment
     assert results["command"] == (
         "robustkit bench --model zoo:digits-mlp --data digits --limit 20 --threat linf:0.1 --threat linf:0.2 --attack fgsm"
@@ -43,14 +43,14 @@ def test_what_is_written_can_be_read(tmp_path):
     assert results["data"] == {"spec": "digits", "offset": 0, "limit": 20}
     assert results["records"] == [outcome.record for outcome in DONE]
     assert [(row["threat"], row["n"]) for row in results["worst_case"]] == [("linf:0.1", 20), ("linf:0.2", 20)]
-    held = read_plan(out / "plan.toml")
-    assert held == PLAN
-    assert held.pins == LOADED.plan.pins
-    assert held.pins.keys() == {"digits", "zoo:digits-mlp"}
+    plan = read_plan(out / "plan.toml")
+    assert plan == PLAN
+    assert plan.expected_hashes == LOADED.plan.expected_hashes
+    assert plan.expected_hashes.keys() == {"digits", "zoo:digits-mlp"}
     assert "linf:0.2" in (out / "report.html").read_text(encoding="utf-8")
 
 
-def test_records_stand_in_the_order_of_the_plan_whichever_was_finished_first(tmp_path):
+def test_records_are_in_the_order_of_the_plan_whatever_finished_first(tmp_path):
     with open_folder(tmp_path / "out", LOADED.plan) as folder:
         folder.begin(LOADED)
         assert folder.write(LOADED, DONE[::-1])["records"] == [outcome.record for outcome in DONE]
@@ -77,7 +77,7 @@ def test_a_failing_write_leaves_the_old_files(tmp_path, monkeypatch, place, name
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path, monkeypatch):
-    """Until the very end the name stands for the whole old file, from then on for the whole new one."""
+    """A file name refers to the complete old file until it is replaced by the complete new one."""
     out = tmp_path / "out"
     written(out, 1)
     before, seen, real = content(out), [], os.replace
@@ -93,7 +93,7 @@ def test_a_reader_never_sees_half_a_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["empty folder", "full folder", "file", "a run"])
-def test_what_exists_is_refused_and_left_alone(tmp_path, kind):
+def test_an_existing_folder_or_file_is_refused_and_unchanged(tmp_path, kind):
     out = tmp_path / "out"
     if kind == "file":
         out.write_text("mine")
@@ -111,7 +111,7 @@ def test_what_exists_is_refused_and_left_alone(tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"),
+    ("kind", "message"),
     [
         ("file", "is not a folder"),
         ("other files", "contains 'mine' but no run"),
@@ -119,7 +119,7 @@ def test_what_exists_is_refused_and_left_alone(tmp_path, kind):
         ("no", None),
     ],
 )
-def test_resuming_begins_where_nothing_is_and_never_in_a_strange_place(tmp_path, kind, told):
+def test_resume_starts_a_run_in_a_new_folder_and_refuses_other_content(tmp_path, kind, message):
     out = tmp_path / "out"
     if kind == "file":
         out.write_text("mine")
@@ -127,43 +127,44 @@ def test_resuming_begins_where_nothing_is_and_never_in_a_strange_place(tmp_path,
         out.mkdir()
         (out / ("mine" if kind == "other files" else "results.json")).write_text("mine")
     before = content(tmp_path)
-    if told is None:
+    if message is None:
         written(out, resume=True)
         assert read_plan(out / "plan.toml") == PLAN
     else:
-        with pytest.raises(ArgumentError, match=told):
+        with pytest.raises(ArgumentError, match=message):
             written(out, resume=True)
         assert content(tmp_path) == before
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"seed": 1}, r"\(different: seed\)"),
         ({"limit": 19, "block": 7}, r"\(different: limit, block\)"),
         ({"cases": PLAN.cases[:1]}, r"\(different: cases\)"),
-        ({"pins": {**LOADED.plan.pins, "digits": "0"}}, r"\(different: hashes\)"),
+        ({"expected_hashes": {**LOADED.plan.expected_hashes, "digits": "0"}}, r"\(different: hashes\)"),
     ],
 )
-def test_a_run_of_another_plan_is_not_resumed(tmp_path, change, told):
+def test_a_run_of_another_plan_is_not_resumed(tmp_path, change, message):
     out = tmp_path / "out"
     written(out)
     before = content(out)
-    told += r"; name a new folder, or resume that run: robustkit bench --out"
+    message += r"; name a new folder, or resume that run: robustkit bench --out"
     other = replace(LOADED.plan, **change)
-    with pytest.raises(ArgumentError, match=told), open_folder(out, other, resume=True):
+    with pytest.raises(ArgumentError, match=message), open_folder(out, other, resume=True):
         raise AssertionError("not reached")
     assert content(out) == before
 
 
-def test_a_run_that_was_begun_elsewhere_is_not_resumed(tmp_path):
+def test_a_run_of_another_environment_is_not_resumed(tmp_path):
     out = tmp_path / "out"
     written(out)
     results = json.loads((out / "results.json").read_text())
     results["environment"]["torch"] = "1.0"
     (out / "results.json").write_text(json.dumps(results))
     before = content(out)
-    with pytest.raises(ArgumentError, match=r"begun in another environment \(torch was 1\.0, is .*\), and its numbers must not be mixed"):
+    message = r"begun in another environment \(torch was 1\.0, is .*\), and its numbers must not be mixed"
+    with pytest.raises(ArgumentError, match=message):
         written(out, resume=True)
     assert content(out) == before
 
@@ -171,14 +172,14 @@ def test_a_run_that_was_begun_elsewhere_is_not_resumed(tmp_path):
 def test_a_folder_in_use_is_refused(tmp_path):
     out = tmp_path / "out"
     written(out)
-    told = "is in use by another run; wait for it, or name another folder"
-    with open_folder(out, LOADED.plan, resume=True), pytest.raises(ArgumentError, match=told):
+    message = "is in use by another run; wait for it, or name another folder"
+    with open_folder(out, LOADED.plan, resume=True), pytest.raises(ArgumentError, match=message):
         written(out, resume=True)
     written(out, resume=True)
 
 
 @pytest.mark.parametrize("kind", ["under a file", "too long", "dead link"])
-def test_what_cannot_be_made_is_refused(tmp_path, kind):
+def test_a_folder_that_cannot_be_created_is_refused(tmp_path, kind):
     (tmp_path / "file").write_text("mine")
     out = {"under a file": tmp_path / "file" / "a" / "b", "too long": tmp_path / ("x" * 300), "dead link": tmp_path / "link"}
     if kind == "dead link":
@@ -189,7 +190,7 @@ def test_what_cannot_be_made_is_refused(tmp_path, kind):
 
 
 def fails(out, error, *, write):
-    """A run that fails, perhaps after it has begun to write."""
+    """A run that fails, before or after its first write."""
     with open_folder(out, LOADED.plan) as folder:
         assert folder.path.is_dir()
         if write:
@@ -205,7 +206,7 @@ def test_a_run_that_fails_before_anything_is_written_leaves_nothing(tmp_path, er
     assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
 
 
-def test_a_run_that_fails_later_leaves_what_was_written(tmp_path):
+def test_a_run_that_fails_later_keeps_the_written_files(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fails(tmp_path / "a", KeyboardInterrupt, write=True)
     assert content(tmp_path).keys() == {"a/results.json", "a/plan.toml"}
@@ -213,23 +214,23 @@ def test_a_run_that_fails_later_leaves_what_was_written(tmp_path):
 
 def test_a_plan_that_cannot_be_written_leaves_nothing(tmp_path):
     loaded = load(PLAN)
-    loaded.plan = replace(loaded.plan, pins={os.fsdecode(b"net\xff.py:net"): "0"})
-    with pytest.raises(ArgumentError, match="no Unicode"), open_folder(tmp_path / "out", loaded.plan) as folder:
+    loaded.plan = replace(loaded.plan, expected_hashes={os.fsdecode(b"net\xff.py:net"): "0"})
+    with pytest.raises(ArgumentError, match="is not valid Unicode"), open_folder(tmp_path / "out", loaded.plan) as folder:
         folder.begin(loaded)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_a_name_a_folder_has_the_date(tmp_path, monkeypatch):
+def test_the_default_folder_is_named_by_the_date(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with open_folder(None, LOADED.plan) as made:
-        made.begin(LOADED)
-    (found,) = (tmp_path / "runs").iterdir()
-    assert found == tmp_path / made.path
-    assert len(found.name) == len("2026-01-31-235959")
+    with open_folder(None, LOADED.plan) as folder:
+        folder.begin(LOADED)
+    (path,) = (tmp_path / "runs").iterdir()
+    assert path == tmp_path / folder.path
+    assert len(path.name) == len("2026-01-31-235959")
 
 
-def test_the_environment_tells_versions_and_hardware_alone():
-    told = LOADED.environment
-    assert told.keys() == {"robustkit", "python", "torch", "numpy", "platform", "threads", "device"}
-    assert (told["device"], told["threads"]) == ("cpu", 1)
-    assert str(os.getpid()) not in str(told)
+def test_the_environment_has_only_versions_and_hardware():
+    environment = LOADED.environment
+    assert environment.keys() == {"robustkit", "python", "torch", "numpy", "platform", "threads", "device"}
+    assert (environment["device"], environment["threads"]) == ("cpu", 1)
+    assert str(os.getpid()) not in str(environment)

@@ -1,4 +1,4 @@
-"""Numbers that must not depend on who does the work, files that change under a run, models that misbehave."""
+"""Numbers that must not depend on the process that computes them, files that change during a run, models that misbehave."""
 
 import json
 import os
@@ -18,14 +18,16 @@ from torch import nn
 from robustkit import FGSM, PGD, Linf, Target, cli, evaluate, zoo
 from robustkit.bench import Case, Plan
 from robustkit.bench.execution.executors import Processes
-from robustkit.bench.execution.loaded_run import ResolvedCase, RunLoader, load
+from robustkit.bench.execution.loaded_run import load
 from robustkit.bench.execution.preview import preview
+from robustkit.bench.execution.resolved_case import ResolvedCase
+from robustkit.bench.execution.run_loader import RunLoader
 from robustkit.bench.execution.runner import outcomes
 from robustkit.bench.folder import open_folder
 from robustkit.bench.plan.request import Request
 from robustkit.bench.plan.specs import goal
-from robustkit.bench.results import read_run as past
 from robustkit.bench.results.block import Task
+from robustkit.bench.results.read_run import read
 from robustkit.bench.results.store import Files, Memory
 from robustkit.commands import bench as command
 from robustkit.commands.bench import RunOptions, bench_command
@@ -39,22 +41,22 @@ WORDS = ["bench", "--data", "digits", "--limit", "40", "--block", "10", "--threa
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
 
 
-class Around(nn.Module):
-    """A model around the small one; `do` sees the images first."""
+class Preprocessed(nn.Module):
+    """The small model behind a function of the images."""
 
-    def __init__(self, do):
+    def __init__(self, function):
         super().__init__()
-        self.net, self.do = zoo.load("digits-mlp"), do
+        self.net, self.function = zoo.load("digits-mlp"), function
 
     def forward(self, x):
-        return self.net(self.do(x))
+        return self.net(self.function(x))
 
 
 def timeless(record):
     return {key: value for key, value in record.items() if key != "seconds"}
 
 
-def alone(plan):
+def record_of(plan):
     (outcome,) = outcomes(load(plan))
     return outcome.record
 
@@ -64,8 +66,8 @@ def alone(plan):
 PLAN = Plan((CASE,), "digits", limit=40)
 
 
-def name_of(loaded):
-    return loaded.tasks()[0].name
+def first_name(schedule):
+    return schedule.tasks()[0].name
 
 
 @pytest.mark.parametrize(
@@ -78,16 +80,15 @@ def name_of(loaded):
         {"normalize": "0.5,0.5"},
         {"offset": 1},
         {"save_adversarial": True},
-        {"pins": {"digits": "0", "zoo:digits-mlp": "1"}},
+        {"expected_hashes": {"digits": "0", "zoo:digits-mlp": "1"}},
     ],
 )
-def test_a_block_is_named_by_all_that_its_outcome_depends_on(change):
-    loaded = load(PLAN)
-    loaded.plan = replace(loaded.plan, pins={"digits": "1", "zoo:digits-mlp": "1"})
-    before = name_of(loaded)
-    assert name_of(loaded) == before
-    loaded.plan = replace(loaded.plan, **change)
-    assert name_of(loaded) != before
+def test_the_name_of_a_block_depends_on_every_setting_of_its_outcome(change):
+    plan = replace(load(PLAN).plan, expected_hashes={"digits": "1", "zoo:digits-mlp": "1"})
+    schedule = replace(load(PLAN).schedule, plan=plan)
+    before = first_name(schedule)
+    assert first_name(replace(schedule, plan=replace(plan))) == before
+    assert first_name(replace(schedule, plan=replace(plan, **change))) != before
 
 
 @pytest.mark.parametrize(
@@ -99,159 +100,155 @@ def test_a_block_is_named_by_all_that_its_outcome_depends_on(change):
         {"case": replace(CASE, goal="classify-as:1")},
     ],
 )
-def test_a_block_is_named_by_the_recipe_and_not_by_words_alone(change):
-    loaded = load(PLAN)
-    before = name_of(loaded)
-    trial = ResolvedCase(CASE, PGD(steps=3), Linf(0.1), goal("misclassify"))
-    loaded.trials = (trial,)
-    assert name_of(loaded) == before
-    loaded.trials = (replace(trial, **change),)
-    assert name_of(loaded) != before
+def test_the_name_of_a_block_depends_on_the_recipe_and_not_only_on_the_specs(change):
+    schedule = load(PLAN).schedule
+    before = first_name(schedule)
+    resolved = ResolvedCase(CASE, PGD(steps=3), Linf(0.1), goal("misclassify"))
+    assert first_name(replace(schedule, cases=(resolved,))) == before
+    assert first_name(replace(schedule, cases=(replace(resolved, **change),))) != before
 
 
 @pytest.mark.parametrize("change", [{"environment": {"torch": "1.0"}}, {"fingerprints": {"zoo:digits-mlp": "0"}}])
-def test_a_block_is_named_by_versions_and_hardware_and_by_what_the_model_says(change):
-    loaded = load(PLAN)
-    before = name_of(loaded)
-    for name, value in change.items():
-        setattr(loaded, name, getattr(loaded, name) | value)
-    assert name_of(loaded) != before
+def test_the_name_of_a_block_depends_on_versions_and_hardware_and_on_the_outputs_of_the_model(change):
+    schedule = load(PLAN).schedule
+    changed = {name: getattr(schedule, name) | value for name, value in change.items()}
+    assert first_name(replace(schedule, **changed)) != first_name(schedule)
 
 
-def test_blocks_of_other_settings_are_not_taken_for_ours(tmp_path):
+def test_blocks_of_other_settings_are_not_reused(tmp_path):
     store, found = Files(tmp_path), []
     for change in ({}, {"seed": 1}, {"batch_size": 7}, {"normalize": None}):
         loaded = load(replace(PLAN, **change))
-        list(outcomes(loaded, store, progress=lambda block, there: found.append(there)))
+        list(outcomes(loaded, store, progress=lambda block, stored: found.append(stored)))
     assert found == [False, False, False, True]
 
 
 # --- threads and pictures ------------------------------------------------------------------------------------------------
 
 
-def test_a_run_has_its_own_threads_and_leaves_those_of_the_caller(use):
-    before, seen = torch.get_num_threads(), []
+def test_a_run_has_its_own_threads_and_restores_those_of_the_caller(use):
+    before, counts = torch.get_num_threads(), []
 
     def watched(x):
-        seen.append(torch.get_num_threads())
+        counts.append(torch.get_num_threads())
         return x
 
-    use(Around(watched))
+    use(Preprocessed(watched))
     loaded = load(replace(PLAN, threads=before + 1))
-    assert set(seen) == {before + 1}
+    assert set(counts) == {before + 1}
     assert torch.get_num_threads() == before
-    seen.clear()
+    counts.clear()
     list(outcomes(loaded))
-    assert set(seen) == {before + 1}
+    assert set(counts) == {before + 1}
     assert torch.get_num_threads() == before
     assert loaded.environment["threads"] == before + 1
 
 
-def test_pictures_are_those_of_the_first_block():
+def test_pictures_come_from_the_first_block():
     (outcome,) = outcomes(load(replace(PLAN, block=10)))
     assert len(outcome.pictures) == 4
     assert max(picture.index for picture in outcome.pictures) < 10
 
 
-def test_a_model_that_says_something_else_has_another_fingerprint(use):
-    use(Around(lambda x: x))
+def test_a_model_with_other_outputs_has_another_fingerprint(use):
+    use(Preprocessed(lambda x: x))
     one = load(PLAN)
-    use(Around(lambda x: x + 1e-5))
+    use(Preprocessed(lambda x: x + 1e-5))
     other = load(PLAN)
     assert other.fingerprints != one.fingerprints
-    assert name_of(other) != name_of(one)
+    assert first_name(other.schedule) != first_name(one.schedule)
 
 
-def test_a_worker_with_another_model_than_that_of_its_parent_does_no_block(use):
-    """Its answers must be the same to the last bit, as for a run that is resumed: blocks of both are counted together."""
-    use(Around(lambda x: x))
-    begun = load(PLAN)
-    use(Around(lambda x: x + 1e-4))
+def test_a_worker_refuses_a_model_with_other_outputs_than_in_its_parent(use):
+    """Outputs must agree to the last bit, as for a resumed run, because blocks of both processes are joined."""
+    use(Preprocessed(lambda x: x))
+    first = load(PLAN)
+    use(Preprocessed(lambda x: x + 1e-4))
     with pytest.raises(ArgumentError):
-        pickle.loads(pickle.dumps(RunLoader(begun.plan, begun)))()
+        pickle.loads(pickle.dumps(RunLoader(first.plan, first)))()
 
 
-# --- models that change what they are given, or remember -----------------------------------------------------------------
+# --- models that change their input, or have state ----------------------------------------------------------------------
 
 
-def rounded(x):
+def round_in_place(x):
     with torch.no_grad():
         x.gt_(0.5)
     return x
 
 
-def rounded_aside(x):
+def round_copy(x):
     return x + (x.gt(0.5).float() - x).detach()
 
 
 def test_a_model_that_works_in_place_does_not_change_the_images(use):
-    use(Around(rounded_aside).eval())
-    aside = alone(PLAN)
-    use(Around(rounded).eval())
-    inside = alone(PLAN)
+    use(Preprocessed(round_copy).eval())
+    copied = record_of(PLAN)
+    use(Preprocessed(round_in_place).eval())
+    in_place = record_of(PLAN)
     for name in ("clean_accuracy", "robust_accuracy", "success_rate", "data_hash"):
-        assert inside[name] == aside[name]
+        assert in_place[name] == copied[name]
 
 
-def test_evaluate_leaves_the_images_of_the_caller_alone():
+def test_evaluate_does_not_change_the_images_of_the_caller():
     x = DATA.x[:40].clone()
-    evaluate(Around(rounded).eval(), (x, DATA.y[:40]), threat="linf:0.1", attacks=["fgsm"])
+    evaluate(Preprocessed(round_in_place).eval(), (x, DATA.y[:40]), threat="linf:0.1", attacks=["fgsm"])
     assert torch.equal(x, DATA.x[:40])
 
 
-class Dice(Around):
-    """Noise from a generator of the model's own, which nobody seeds."""
+class OwnGenerator(Preprocessed):
+    """A model with noise from a generator of its own."""
 
     def __init__(self):
         super().__init__(lambda x: x + 0.3 * torch.randn(x.shape, generator=self.generator))
         self.generator = torch.Generator().manual_seed(0)
 
 
-def test_noise_of_the_models_own_does_not_depend_on_what_was_done_before(use):
-    """Resumed in a new process, the model is made anew, so its generator begins anew: either the same numbers, or a flag."""
+def test_noise_from_a_generator_of_the_model_does_not_depend_on_earlier_blocks(use):
+    """A resumed run makes the model again, with a new generator: its numbers must be the same, or flagged."""
     plan = replace(PLAN, block=10)
-    use(Dice().eval())
-    undisturbed = alone(plan)
+    use(OwnGenerator().eval())
+    undisturbed = record_of(plan)
     store = Memory()
-    use(Dice().eval())
+    use(OwnGenerator().eval())
     first = load(plan)
     for task in first.tasks()[:2]:
         store.put(first.measure(task))
-    use(Dice().eval())
+    use(OwnGenerator().eval())
     (resumed,) = outcomes(load(plan), store)
     assert timeless(resumed.record) == timeless(undisturbed) or resumed.record["flags"]
 
 
-def test_a_model_of_the_same_decisions_and_other_gradients_is_another_model(use):
-    """Else a run that was begun with one is resumed with the other, and its blocks are of both."""
-    use(Around(lambda x: x))
-    begun = load(PLAN)
+def test_a_model_with_the_same_predictions_and_other_logits_is_another_model(use):
+    """Otherwise a run that began with one could be resumed with the other."""
+    use(Preprocessed(lambda x: x))
+    first = load(PLAN)
 
-    class Steep(Around):
+    class ScaledLogits(Preprocessed):
         def forward(self, x):
             return 1000 * super().forward(x).double()
 
-    use(Steep(lambda x: x))
+    use(ScaledLogits(lambda x: x))
     with pytest.raises(ArgumentError, match="has the hash"):
-        load(begun.plan)
+        load(first.plan)
 
 
-def test_targets_of_several_sizes_each_keep_to_their_own():
-    most = {}
+def test_each_target_keeps_its_own_batch_size():
+    largest = {}
 
     def watched(name):
         def watch(x):
-            most[name] = max(most.get(name, 0), len(x))
+            largest[name] = max(largest.get(name, 0), len(x))
             return x
 
-        return Around(watch).eval()
+        return Preprocessed(watch).eval()
 
     targets = {"small": Target(watched("small"), batch_size=3), "large": Target(watched("large"), batch_size=20)}
     evaluate(targets, (DATA.x[:30], DATA.y[:30]), threat="linf:0.1", attacks=["fgsm"])
-    assert most == {"small": 3, "large": 20}
+    assert largest == {"small": 3, "large": 20}
 
 
-def test_a_model_named_as_the_data_does_not_lend_them_its_hash():
+def test_a_model_with_the_name_of_the_data_does_not_change_their_hash():
     (plain,) = evaluate({"net": NET}, DATA, threat="linf:0.1", attacks=["fgsm"], limit=10).records
     (named,) = evaluate({"digits": NET}, DATA, threat="linf:0.1", attacks=["fgsm"], limit=10).records
     assert named["data_hash"] == plain["data_hash"]
@@ -261,22 +258,22 @@ def test_a_model_named_as_the_data_does_not_lend_them_its_hash():
 
 
 def test_a_slow_model_can_be_previewed(use):
-    """So slow that a tenth of a second is less than a block: what a dry run is for."""
+    """It classifies less than a block in a tenth of a second."""
 
     def slow(x):
         time.sleep(0.005 * len(x))
         return x
 
-    use(Around(slow))
+    use(Preprocessed(slow))
     (row,) = preview(load(replace(PLAN, cases=(replace(CASE, attack="fgsm"),))))
     assert 4 <= row.tried < 40
 
 
-# --- files that change under a run ---------------------------------------------------------------------------------------
+# --- files that change during a run --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_images_that_change_under_a_run_are_not_measured(tmp_path, save):
+def test_images_that_change_during_a_run_are_refused(tmp_path, save):
     file = tmp_path / "x.npz"
     save(file, x=DATA.x.numpy(), y=DATA.y.numpy())
     loaded = load(Plan((CASE,), f"npz:{file}", limit=200, block=20))
@@ -289,7 +286,7 @@ def test_images_that_change_under_a_run_are_not_measured(tmp_path, save):
     "content",
     ["", "{", "[]", '{"environment": 3}', '{"records": 3}', "\x93NUMPY"],
 )
-def test_a_damaged_results_file_is_told_when_a_run_is_resumed(tmp_path, content):
+def test_a_damaged_results_file_is_refused_when_a_run_is_resumed(tmp_path, content):
     loaded = load(PLAN)
     with open_folder(tmp_path / "run", loaded.plan) as folder:
         folder.begin(loaded)
@@ -298,7 +295,7 @@ def test_a_damaged_results_file_is_told_when_a_run_is_resumed(tmp_path, content)
         folder.begin(loaded)
 
 
-def test_a_block_in_the_place_of_another_is_as_good_as_none(tmp_path):
+def test_a_block_under_the_name_of_another_is_ignored(tmp_path):
     loaded, store = load(replace(PLAN, block=10)), Files(tmp_path)
     first, second, *_ = loaded.tasks()
     store.put(loaded.measure(first))
@@ -306,7 +303,7 @@ def test_a_block_in_the_place_of_another_is_as_good_as_none(tmp_path):
     assert store.get(second) is None
 
 
-def test_a_block_with_other_bits_is_as_good_as_none(tmp_path):
+def test_a_block_with_changed_bits_is_ignored(tmp_path):
     loaded, store = load(PLAN), Files(tmp_path)
     (task,) = loaded.tasks()
     store.put(loaded.measure(task))
@@ -319,7 +316,7 @@ def test_a_block_with_other_bits_is_as_good_as_none(tmp_path):
     assert store.get(task) is None
 
 
-def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_reported_in_one_line(tmp_path, monkeypatch, capsys):
     def full(self, content):
         raise OSError(28, "No space left on device")
 
@@ -343,17 +340,14 @@ def test_resuming_without_a_folder_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_folder_without_a_plan_is_not_resumed_with_another_plan(tmp_path, monkeypatch):
-    """Killed before the plan was written: `--out DIR --resume` alone does not say what to run, and is not the default run."""
-    from robustkit.commands import bench as command
-
-    asked = []
-    monkeypatch.setattr(command, "load", lambda plan: asked.append(plan) or pytest.fail("another plan was loaded"))
+    """If a run was killed before it wrote its plan, `--out DIR --resume` alone must not start the default run."""
+    monkeypatch.setattr(command, "load", lambda plan: pytest.fail("another plan was loaded"))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "results.json").write_text("{}")
     assert cli.main(["bench", "--out", str(tmp_path / "run"), "--resume"]) == 2
 
 
-def test_a_file_of_someone_else_is_not_overwritten_by_resuming(tmp_path):
+def test_resuming_does_not_overwrite_an_unrelated_file(tmp_path):
     (tmp_path / "results.json").write_text('{"mine": 1}')
     assert cli.main([*WORDS, "--model", "zoo:digits-mlp", "--out", str(tmp_path), "--resume"]) == 2
     assert (tmp_path / "results.json").read_text() == '{"mine": 1}'
@@ -376,20 +370,20 @@ class Net(nn.Module):
 """
 
 
-def made_of(tmp_path, line):
+def factory_with(tmp_path, line):
     (tmp_path / "net.py").write_text(FACTORY.format(line))
     return f"{tmp_path / 'net.py'}:Net"
 
 
-def test_a_model_that_prints_does_not_spoil_the_json(tmp_path, capsys):
-    words = [*WORDS, "--model", made_of(tmp_path, "print('hello')"), "--out", str(tmp_path / "run"), "--format", "json"]
+def test_output_of_a_model_does_not_mix_with_the_json(tmp_path, capsys):
+    words = [*WORDS, "--model", factory_with(tmp_path, "print('hello')"), "--out", str(tmp_path / "run"), "--format", "json"]
     assert cli.main(words) == 0
     assert json.loads(capsys.readouterr().out)["records"]
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_model_that_ends_the_program_passes_no_gate(tmp_path, workers):
-    model = made_of(tmp_path, "self.calls > 3 and sys.exit(0)")
+def test_a_model_that_exits_the_program_passes_no_gate(tmp_path, workers):
+    model = factory_with(tmp_path, "self.calls > 3 and sys.exit(0)")
     words = [*WORDS, "--model", model, "--out", str(tmp_path / "run"), "--fail-under", "0.99", "--workers", workers]
     ended = subprocess.run([sys.executable, "-m", "robustkit", *words], env=ENV, capture_output=True, timeout=100)
     assert ended.returncode != 0
@@ -398,14 +392,14 @@ def test_a_model_that_ends_the_program_passes_no_gate(tmp_path, workers):
 # --- workers -------------------------------------------------------------------------------------------------------------
 
 
-def ends_at_once(log):
+def exit_at_once(log):
     with open(log, "a") as file:
         file.write("tried\n")
     os._exit(1)
 
 
-class Stillborn:
-    """Work that ends every worker before it has begun, as a script does that has no `if __name__ == "__main__":`."""
+class ExitsAtOnce:
+    """Ends every worker before its first task, as in a script without `if __name__ == "__main__":`."""
 
     def __init__(self, log):
         self.log = log
@@ -414,31 +408,31 @@ class Stillborn:
         raise AssertionError("not reached")
 
     def __reduce__(self):
-        return ends_at_once, (self.log,)
+        return exit_at_once, (self.log,)
 
 
-def test_workers_that_never_start_are_told_soon_and_not_taken_for_a_lack_of_memory(tmp_path):
+def test_workers_that_cannot_start_are_reported_soon_and_not_as_a_lack_of_memory(tmp_path):
     log = tmp_path / "log"
     with pytest.raises(RobustkitError, match="start"):
-        list(Processes(2, patience=1).run(Stillborn(str(log)), range(2)))
+        list(Processes(2, patience=1).run(ExitsAtOnce(str(log)), range(2)))
     assert log.read_text().count("tried") <= 4
 
 
-def test_a_preview_of_a_fast_model_is_of_a_whole_block():
+def test_a_preview_of_a_fast_model_attacks_a_whole_block():
     (row,) = preview(load(PLAN))
     block = load(PLAN).measure(Task(0, 0, 40, "x"))
     assert (row.images, row.tried) == (40, 40)
     assert (row.forwards, row.backwards) == (int(block.result.forwards.sum()), int(block.result.backwards.sum()))
 
 
-# --- what no other test would notice -------------------------------------------------------------------------------------
+# --- folders, previews and executors -------------------------------------------------------------------------------------
 
 TWO = replace(PLAN, cases=(CASE, replace(CASE, attack="fgsm")), block=10)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The folder of a run of two cases of four blocks."""
+    """The folder of a run of two cases with four blocks each."""
     path, loaded = tmp_path_factory.mktemp("finished") / "run", load(TWO)
     with open_folder(path, loaded.plan) as folder:
         folder.begin(loaded)
@@ -446,19 +440,21 @@ def finished(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("left", [("results.json", ".lock"), (".lock", ".plan.toml.part"), (".lock", ".results.json.part"), ()])
-def test_a_run_that_was_killed_before_it_had_said_what_it_is_begins_anew(finished, tmp_path, left):
+@pytest.mark.parametrize(
+    "files", [("results.json", ".lock"), (".lock", ".plan.toml.part"), (".lock", ".results.json.part"), ()]
+)
+def test_a_run_that_was_killed_before_it_wrote_its_plan_begins_again(finished, tmp_path, files):
     out = tmp_path / "run"
     out.mkdir()
-    for name in left:
-        begun = json.loads((finished / "results.json").read_text()) | {"records": []}
-        (out / name).write_text(json.dumps(begun) if name == "results.json" else "half")
+    for name in files:
+        empty = json.loads((finished / "results.json").read_text()) | {"records": []}
+        (out / name).write_text(json.dumps(empty) if name == "results.json" else "half")
     with open_folder(out, load(TWO).plan, resume=True) as folder:
         assert folder.fresh
 
 
-def test_the_plan_is_written_last_for_it_says_that_a_run_was_begun(tmp_path, monkeypatch):
-    """Killed between the two, the folder can still be taken: a plan without results would be refused."""
+def test_the_plan_is_written_after_the_results(tmp_path, monkeypatch):
+    """If a run is killed between the two, its folder can be used again: a plan without results would be refused."""
     order, real = [], os.replace
     monkeypatch.setattr(os, "replace", lambda source, target: order.append(target.name) or real(source, target))
     with open_folder(tmp_path / "run", load(PLAN).plan) as folder:
@@ -466,7 +462,7 @@ def test_the_plan_is_written_last_for_it_says_that_a_run_was_begun(tmp_path, mon
     assert order == ["results.json", "plan.toml"]
 
 
-def test_pictures_stand_in_the_order_of_the_plan(tmp_path):
+def test_pictures_are_in_the_order_of_the_plan(tmp_path):
     loaded = load(TWO)
     done = list(outcomes(loaded))
     pages = []
@@ -478,25 +474,25 @@ def test_pictures_stand_in_the_order_of_the_plan(tmp_path):
     assert pages[0] == pages[1]
 
 
-def copied(finished, tmp_path):
+def copy_run(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     return tmp_path / "run"
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "3", "{"])
-def test_results_that_are_none_are_not_read(finished, tmp_path, content):
-    run = copied(finished, tmp_path)
+def test_invalid_results_are_refused(finished, tmp_path, content):
+    run = copy_run(finished, tmp_path)
     (run / "results.json").write_text(content)
     with pytest.raises(ArgumentError, match=r"holds no readable results\.json"):
-        past.read(run)
+        read(run)
 
 
 @pytest.mark.parametrize("content", ['{"records": 3}', '{"records": [{}]}'])
-def test_results_with_strange_records_are_not_read(finished, tmp_path, content):
-    run = copied(finished, tmp_path)
+def test_results_with_invalid_records_are_refused(finished, tmp_path, content):
+    run = copy_run(finished, tmp_path)
     (run / "results.json").write_text(content)
     with pytest.raises(ArgumentError):
-        past.read(run)
+        read(run)
 
 
 SMALL = Request(
@@ -504,9 +500,9 @@ SMALL = Request(
 )
 
 
-def test_resuming_with_other_words_is_refused_and_not_silently_the_old_plan(finished, tmp_path):
-    run = copied(finished, tmp_path)
-    with pytest.raises(ArgumentError, match=r"another plan \(other limit"):
+def test_resuming_with_other_options_is_refused(finished, tmp_path):
+    run = copy_run(finished, tmp_path)
+    with pytest.raises(ArgumentError, match=r"another plan \(different: limit"):
         bench_command(replace(SMALL, limit=30), RunOptions(run, resume=True))
 
 
@@ -514,8 +510,8 @@ def reversed_outcomes(*arguments):
     return reversed(list(outcomes(*arguments)))
 
 
-def test_cases_that_are_finished_in_another_order_are_judged_as_those_that_they_are(finished, tmp_path, monkeypatch, capsys):
-    """As workers may finish them: what survives each must stay with its record."""
+def test_gates_do_not_depend_on_the_order_in_which_cases_finish(finished, tmp_path, monkeypatch, capsys):
+    """The robust images of each case must stay with its record."""
     monkeypatch.setattr(command, "outcomes", reversed_outcomes)
     request = replace(SMALL, threat=["linf:0.1", "linf:0.02"], attack=["fgsm"])
     assert bench_command(request, RunOptions(tmp_path / "a", baseline=None)) == 0
@@ -523,51 +519,51 @@ def test_cases_that_are_finished_in_another_order_are_judged_as_those_that_they_
     assert "0 of 40 images lost, 0 won" in capsys.readouterr().out
 
 
-def test_a_preview_extrapolates_from_what_it_tried():
+def test_a_preview_extrapolates_from_the_images_that_it_attacked():
     loaded = load(replace(PLAN, limit=200, block=20))
     (row,) = preview(loaded)
     block = loaded.measure(Task(0, 0, 20, "x"))
     assert (row.images, row.tried) == (200, 20)
     assert row.forwards == 10 * int(block.result.forwards.sum())
     assert row.backwards == 10 * int(block.result.backwards.sum())
-    assert row.seconds > 3 * block.seconds  # ten times as long; half of that for a machine that is busy
+    assert row.seconds > 3 * block.seconds  # ten times in theory; the machine may be busy
 
 
 @dataclass(frozen=True)
-class Noted:
-    """Leaves a line for every task that it did."""
+class Logging:
+    """Logs a line for every task."""
 
     log: str
 
     def __call__(self):
-        return self.do
+        return self.run
 
-    def do(self, task):
+    def run(self, task):
         with open(self.log, "a") as file:
             file.write(f"{task}\n")
         return task
 
 
-def test_workers_do_not_run_ahead_of_who_takes_their_results(tmp_path):
-    """Else the results of a run whose disk is slow would fill the memory."""
+def test_workers_wait_until_their_results_are_consumed(tmp_path):
+    """Otherwise results would fill the memory if the disk is slow."""
     log = tmp_path / "log"
-    running = Processes(1).run(Noted(str(log)), range(100))
+    running = Processes(1).run(Logging(str(log)), range(100))
     next(running)
     time.sleep(1)
     assert len(log.read_text().splitlines()) <= 3
     assert len(list(running)) == 99
 
 
-class Deadly(Noted):
-    """Leaves a line, and then kills its worker."""
+class KillsWorker(Logging):
+    """Logs a line, and then kills its worker."""
 
-    def do(self, task):
-        super().do(task)
+    def run(self, task):
+        super().run(task)
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_work_that_kills_is_tried_in_company_once_and_alone_as_often_as_patience_says(tmp_path):
+def test_a_task_that_kills_its_worker_runs_once_with_others_and_then_alone_patience_times(tmp_path):
     log = tmp_path / "log"
     with pytest.raises(RobustkitError, match="killed its worker 2 times"):
-        list(Processes(1, patience=2).run(Deadly(str(log)), [7]))
+        list(Processes(1, patience=2).run(KillsWorker(str(log)), [7]))
     assert log.read_text().split() == ["7"] * 3

@@ -1,4 +1,4 @@
-"""The other commands: what they write holds what the package itself computes, and what they print is true."""
+"""The other commands: their files and output agree with what the package computes."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ BENCH = ["bench", "--model", "zoo:digits-mlp", "--data", "digits", "--limit", "6
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Three runs: pgd, the same with andifferent: seed, and fgsm and pgd."""
+    """Three runs: pgd, pgd with another seed, and fgsm and pgd."""
     root = tmp_path_factory.mktemp("runs")
     assert main([*BENCH, "--attack", "pgd:steps=5", "--out", str(root / "a")]) == 0
     assert main([*BENCH, "--attack", "pgd:steps=5", "--seed", "1", "--out", str(root / "seed")]) == 0
@@ -27,19 +27,19 @@ def runs(tmp_path_factory):
     return root
 
 
-def test_compare_says_which_images_differ(runs, capsys):
+def test_compare_counts_the_images_that_differ(runs, capsys):
     assert main(["compare", str(runs / "a"), str(runs / "both"), "--format", "json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    (pair,) = [pair for pair in told["pairs"] if pair["attack"] == "pgd:steps=5"]
+    comparison = json.loads(capsys.readouterr().out)
+    (pair,) = [pair for pair in comparison["pairs"] if pair["attack"] == "pgd:steps=5"]
     assert (pair["n"], pair["only_a"], pair["only_b"], pair["p"]) == (60, 0, 0, 1.0)
     robust = json.loads((runs / "a" / "results.json").read_text())["records"][0]["robust_accuracy"]
     assert pair["both"] == round(60 * robust)
-    assert ["fgsm" in line for line in told["only_in_b"]] == [True]
+    assert ["fgsm" in line for line in comparison["only_in_b"]] == [True]
     assert main(["compare", str(runs / "a"), str(runs / "a")]) == 0
     assert "1.0000" in capsys.readouterr().out
 
 
-def test_report_makes_the_page_anew(runs, tmp_path, capsys):
+def test_report_writes_the_page_again(runs, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(runs / "both", out)
     page = (out / "report.html").read_bytes()
@@ -50,7 +50,7 @@ def test_report_makes_the_page_anew(runs, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == f"report: {out}/report.html"
 
 
-def test_report_of_an_unfinished_run_says_so(runs, tmp_path, capsys):
+def test_report_states_that_a_run_is_unfinished(runs, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(runs / "both", out)
     results = json.loads((out / "results.json").read_text())
@@ -66,10 +66,10 @@ def test_report_of_an_unfinished_run_says_so(runs, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("goal", "meant", "ref"),
+    ("spec", "goal", "ref"),
     [("misclassify", Misclassify(), None), ("classify-as:3", ClassifyAs(), torch.full((60,), 3))],
 )
-def test_attack_writes_the_images_that_the_attack_makes(tmp_path, capsys, goal, meant, ref):
+def test_attack_writes_the_images_of_the_attack(tmp_path, capsys, spec, goal, ref):
     out = tmp_path / "new" / "images.npz"
     words = [
         "attack",
@@ -84,15 +84,15 @@ def test_attack_writes_the_images_that_the_attack_makes(tmp_path, capsys, goal, 
         "--threat",
         "linf:0.1",
     ]
-    assert main([*words, "--attack", "pgd:steps=5", "--seed", "4", "--goal", goal, "--out", str(out)]) == 0
+    assert main([*words, "--attack", "pgd:steps=5", "--seed", "4", "--goal", spec, "--out", str(out)]) == 0
     x, y, ids = DIGITS.x[5:65], DIGITS.y[5:65], torch.arange(5, 65)
-    result = PGD(5)(NET, x, y if ref is None else ref, goal=meant, threat=Linf(0.1), seed=4, ids=ids)
-    held = np.load(out)
-    assert np.array_equal(held["x"], result.x_adv.numpy())
-    assert np.array_equal(held["success"], result.success.numpy())
-    assert np.array_equal(held["size"], result.size.numpy())
-    assert np.array_equal(held["y"], y.numpy())
-    assert np.array_equal(held["index"], ids.numpy())
+    result = PGD(5)(NET, x, y if ref is None else ref, goal=goal, threat=Linf(0.1), seed=4, ids=ids)
+    saved = np.load(out)
+    assert np.array_equal(saved["x"], result.x_adv.numpy())
+    assert np.array_equal(saved["success"], result.success.numpy())
+    assert np.array_equal(saved["size"], result.size.numpy())
+    assert np.array_equal(saved["y"], y.numpy())
+    assert np.array_equal(saved["index"], ids.numpy())
     again = load(f"npz:{out}")
     assert torch.equal(again.x, result.x_adv)
     assert torch.equal(again.y, y)
@@ -110,8 +110,8 @@ def test_train_writes_weights_that_bench_reads(tmp_path, capsys):
     out = tmp_path / "w.safetensors"
     words = ["train", "--model", f"{tmp_path}/nets.py:net", "--data", "digits:train", "--epochs", "3", "--lr", "0.01"]
     assert main([*words, "--loss", "standard", "--out", str(out)]) == 0
-    told = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in told[:3]] == [f"epoch {n} of 3" for n in (1, 2, 3)]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[:3]] == [f"epoch {n} of 3" for n in (1, 2, 3)]
     again = tmp_path / "again.safetensors"
     assert main([*words, "--loss", "standard", "--out", str(again)]) == 0
     assert out.read_bytes() == again.read_bytes()  # the same seed, the same weights
@@ -125,8 +125,8 @@ def test_train_writes_weights_that_bench_reads(tmp_path, capsys):
     assert record["clean_accuracy"] == accuracy
 
 
-def test_training_against_an_adversary_makes_more_robust(tmp_path, capsys):
-    """Over three seeds, each of them: on a linear model adversarial training is logistic regression with an L1 penalty."""
+def test_adversarial_training_raises_robust_accuracy(tmp_path, capsys):
+    """For each of three seeds: adversarial training of a linear model is logistic regression with an L1 penalty."""
     (tmp_path / "nets.py").write_text(NETS)
     for seed in range(3):
         robust = {}
@@ -136,7 +136,7 @@ def test_training_against_an_adversary_makes_more_robust(tmp_path, capsys):
             words += ["--threat", "linf:0.1", "--attack", "fgsm", "--seed", str(seed), "--loss", loss]
             assert main([*words, "--out", str(out)]) == 0
             weights = load_file(out)
-            # In closed form: the margin that no change within the ball can close.
+            # In closed form: the margin that no perturbation in the ball can overcome.
             logits = DIGITS.x.flatten(1) @ weights["1.weight"].T + weights["1.bias"]
             gap = logits.gather(1, DIGITS.y[:, None]) - logits
             reach = 0.1 * (weights["1.weight"][DIGITS.y][:, None] - weights["1.weight"][None]).abs().sum(2)
@@ -144,7 +144,7 @@ def test_training_against_an_adversary_makes_more_robust(tmp_path, capsys):
         assert robust["madry"] > robust["standard"] + 0.1, robust
 
 
-def test_training_that_is_interrupted_or_refused_writes_nothing(tmp_path, monkeypatch):
+def test_interrupted_training_writes_nothing(tmp_path, monkeypatch):
     (tmp_path / "nets.py").write_text(NETS)
 
     def stopped(*arguments, **options):

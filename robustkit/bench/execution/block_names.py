@@ -42,7 +42,7 @@ def block_name(
     hashed: dict[str, Any] = {
         "case": asdict(resolved.case),
         "recipe": [repr(resolved.attack), repr(resolved.threat)],
-        "data": plan.pins[plan.data],
+        "data": plan.expected_hashes[plan.data],
         "model": fingerprints[resolved.case.subject],
         "rows": [plan.offset + first, plan.offset + last],
         "seed": plan.seed,

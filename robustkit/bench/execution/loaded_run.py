@@ -20,7 +20,7 @@ from robustkit.bench.execution.universal import PerturbationLearner
 from robustkit.bench.execution.views import views_used
 from robustkit.bench.execution.warm_starts import WarmStarts, read_warm_starts
 from robustkit.bench.plan import plugins, specs
-from robustkit.bench.plan.defence_specs import described
+from robustkit.bench.plan.defence_specs import defence_recipe
 from robustkit.bench.plan.hashes import hash_matches
 from robustkit.bench.plan.plan import Plan
 from robustkit.bench.plan.request import command_of
@@ -86,11 +86,11 @@ class LoadedRun:
         warm_starts: WarmStarts = WarmStarts(),
     ) -> None:
         hashes = {spec: model.signature for spec, model in models.items()} | {plan.data: data.hash} | dict(warm_starts.hashes)
-        _check_hashes(hashes, plan.pins)
+        _check_hashes(hashes, plan.expected_hashes)
         _check_cases(cases, models)
         self.weight_hashes = {spec: model.hash for spec, model in models.items()}
         self.fingerprints = {spec: model.fingerprint for spec, model in models.items()}
-        self.plan, self.cases = replace(plan, pins=hashes), tuple(cases)
+        self.plan, self.cases = replace(plan, expected_hashes=hashes), tuple(cases)
         self.environment = environment(plan.device, plan.threads) | specs.packages(case.attack for case in plan.cases)
         self.command = command_of(plan) if command is None else command
         self._data, self._models, self._warm_starts = data, models, warm_starts
@@ -125,7 +125,7 @@ class LoadedRun:
         """The entries of a record about the target of a case: its defence with every field, and the views attacked."""
         resolved = self.cases[case]
         target = self._models[resolved.case.subject].target
-        return {"defence_recipe": described(target), "views": list(views_used(resolved.attack, target))}
+        return {"defence_recipe": defence_recipe(target), "views": list(views_used(resolved.attack, target))}
 
     def tasks(self) -> list[Task]:
         """All blocks, in the order of the schedule."""
@@ -174,7 +174,7 @@ class LoadedRun:
         if lower is None and not self._warm_starts.hashes:
             return None
         x, ids = self._data.images(task.rows), torch.arange(task.first, task.last) + self.plan.offset
-        signature = self.plan.pins[resolved.case.subject]
+        signature = self.plan.expected_hashes[resolved.case.subject]
         starts = self._warm_starts.starting_points(resolved.case.goal, resolved.threat, signature, ids, x)
         if lower is not None:
             block = self._recent.get(lower)
@@ -199,6 +199,6 @@ def _check_hashes(hashes: Mapping[str, str], expected: Mapping[str, str]) -> Non
 def _check_cases(cases: Sequence[ResolvedCase], models: Mapping[str, ModelUnderTest]) -> None:
     for resolved in cases:
         case, attack = resolved.case, resolved.attack
-        with plugins.blamed(resolved.plugin, case.attack):
+        with plugins.attribute_errors(resolved.plugin, case.attack):
             specs.check_served(case.attack, attack, case.threat, resolved.threat)
-        models[case.subject].check(case, resolved.threat, resolved.goal_spec.wanted, attack.access == "white")
+        models[case.subject].check(case, resolved.threat, resolved.goal_spec.target_class, attack.access == "white")

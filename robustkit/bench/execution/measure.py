@@ -59,7 +59,7 @@ class BlockMeasurer:
         ref = resolved.goal_spec.ref(model.target.fn, x.clone(), y, model.target.batch_size)
         # Reseed generators that the model owns: their state depends on the blocks that this process did before.
         key = Noise(plan.seed, ids).at("model", int(ids[0])).key
-        with fork_generators(model.target.generators, key), plugins.blamed(resolved.plugin, resolved.case.attack):
+        with fork_generators(model.target.generators, key), plugins.attribute_errors(resolved.plugin, resolved.case.attack):
             attack = attack if learned is None else learned.perturbation
             result = attack_every_view(
                 attack,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from robustkit._engine.noise import Noise
 from robustkit._engine.output_checks import predict_one
 from robustkit._engine.state_guard import fork_generators, fork_rng, is_out_of_memory
-from robustkit.bench.plan.defence_specs import guarded
+from robustkit.bench.plan.defence_specs import guard_target
 from robustkit.bench.plan.model_specs import load_model, model_hash
 from robustkit.bench.plan.plan import Case, Plan
 from robustkit.data import Data
@@ -110,7 +110,7 @@ class ModelUnderTest:
 
     def behind_defence(self, case: Case) -> ModelUnderTest:
         """The same model behind the defence of a case; the hash covers the weights of both."""
-        target = guarded(case.defence, self.target, self._plan.device)
+        target = guard_target(case.defence, self.target, self._plan.device)
         guards = [guard for guard in guards_of(target) if guard.state_dict()]
         weights = nn.ModuleList([self._weights, *guards]) if guards else self._weights
         return ModelUnderTest(case.subject, target, self.data, self._plan, weights=weights)

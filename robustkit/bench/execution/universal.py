@@ -120,7 +120,7 @@ class PerturbationLearner:
     def _learn(self, resolved: ResolvedCase, training: Data) -> LearnedPerturbation:
         """Learn a perturbation, and measure on how many training images it changes the prediction."""
         assert isinstance(resolved.attack, UniversalAttack)
-        with torch_threads(self._plan.threads), plugins.blamed(resolved.plugin, resolved.case.attack):
+        with torch_threads(self._plan.threads), plugins.attribute_errors(resolved.plugin, resolved.case.attack):
             model, plan, threat = self._models[resolved.case.subject], self._plan, resolved.threat
             started = time.perf_counter()
             x, y = training.x.to(plan.device), training.y.to(plan.device)

@@ -194,7 +194,7 @@ def _read_plan(run: str) -> Plan:
 def _is_part(plan: Plan, data: Data) -> bool:
     """Whether the run used a part of these images, with the same indices."""
     try:
-        return data.part(plan.offset, plan.limit).hash == plan.pins.get(plan.data)
+        return data.part(plan.offset, plan.limit).hash == plan.expected_hashes.get(plan.data)
     except ArgumentError:  # the offset lies beyond the data
         return False
 
@@ -206,4 +206,4 @@ def _stored_blocks(run: str, plan: Plan) -> Iterator[_StoredBlock]:
         for file in files_of(Path(run), number):
             header = BlockHeader.of(file)
             if header is not None:
-                yield _StoredBlock(case.goal, threat, plan.pins.get(case.subject, "none"), header)
+                yield _StoredBlock(case.goal, threat, plan.expected_hashes.get(case.subject, "none"), header)

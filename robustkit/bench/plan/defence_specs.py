@@ -1,4 +1,4 @@
-"""What `quantise:levels=8` means: the defences by name, and those of a file of yours."""
+"""The specs of defences: `quantise:levels=8`, or a factory such as `path/to/file.py:factory`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from robustkit.defences import GaussianNoise, JPEGLike, MedianFilter, Quantise, 
 from robustkit.errors import ArgumentError, RobustkitError
 from robustkit.target import Fn, Target
 
-__all__ = ["DEFENCES", "FORMS", "described", "guarded", "settable"]
+__all__ = ["DEFENCES", "FORMS", "defence_recipe", "guard_target", "settable"]
 
 DEFENCES: Final[Mapping[str, type[Defence]]] = {
     "quantise": Quantise,
@@ -29,34 +29,34 @@ DEFENCES: Final[Mapping[str, type[Defence]]] = {
     "random-resize": RandomResize,
 }
 FORMS: Final = (NONE, *DEFENCES, "path/to/file.py:factory", "package.module:factory")
-_DRAWS: Final = 10  # of a random defence are averaged for a gradient: that of a single draw tells of that draw alone
+_DRAWS: Final = 10  # of a random defence, averaged for a gradient (EOT)
 
 
 def settable(name: str) -> dict[str, str]:
-    """The fields of a defence as they stand when nothing is said, in words; `draws` is how many make a gradient."""
+    """The fields of a defence with their defaults as text; `draws` is the number of draws per gradient."""
     cls = DEFENCES[name]
-    fields = {field: specs.written(parameter.default) for field, parameter in _parameters(cls).items()}
+    fields = {field: specs.format_value(parameter.default) for field, parameter in _parameters(cls).items()}
     return fields | {"draws": str(_draws(cls))}
 
 
-def guarded(spec: str, target: Target, device: str = "cpu") -> Target:
+def guard_target(spec: str, target: Target, device: str = "cpu") -> Target:
     """The target behind the defence that `spec` names: none, NAME, NAME:field=value,... or file.py:factory.
 
     Raises:
-        ArgumentError: Nothing of that name, a field that it has not or a value that it refuses, a factory that fails or returns
-            no defence.
+        ArgumentError: There is no such defence or field, a value is invalid, or a factory fails or returns something else than
+            a defence.
     """
     if spec == NONE:
         return target
-    name, _, given = spec.partition(":")
+    name, _, settings = spec.partition(":")
     if name not in DEFENCES and ":" not in spec:
         raise ArgumentError(f"defence {spec!r} does not exist; there are {', '.join(FORMS)}")
-    defence, draws = _named(spec, name, given) if name in DEFENCES else (_of_factory(spec), None)
+    defence, draws = _parse(spec, name, settings) if name in DEFENCES else (_from_factory(spec), None)
     return defence.to(device).guard(target, draws=_draws(defence) if draws is None else draws)
 
 
-def described(target: Target) -> str | None:
-    """The defences in front of a target, the first one first, each with every field; None where there is none."""
+def defence_recipe(target: Target) -> str | None:
+    """The defences in front of a target with all their fields, the first one applied first; None if there are none."""
     guards = guards_of(target)
     return " before ".join(map(repr, guards)) if guards else None
 
@@ -69,19 +69,19 @@ def _parameters(cls: type[Defence]) -> dict[str, inspect.Parameter]:
     return {name: one for name, one in inspect.signature(cls.__init__).parameters.items() if name != "self"}
 
 
-def _named(spec: str, name: str, given: str) -> tuple[Defence, int | None]:
-    """A defence of ours with the fields that were given, and how many draws make a gradient."""
+def _parse(spec: str, name: str, settings: str) -> tuple[Defence, int | None]:
+    """A defence of this package, and the number of draws per gradient, if it is set."""
     cls = DEFENCES[name]
     hints = get_type_hints(cls.__init__) | {"draws": int}
     chosen: dict[str, Any] = {}
-    for item in given.split(",") if given else []:
+    for item in settings.split(",") if settings else []:
         field, equals, value = item.partition("=")
         if field not in settable(name) or not equals:
-            there = ", ".join(settable(name))
-            raise ArgumentError(f"defence {spec!r}: {item!r} is no field=value of {name}; its fields: {there}")
+            valid = ", ".join(settable(name))
+            raise ArgumentError(f"defence {spec!r}: {item!r} is not a field=value of {name}; its fields: {valid}")
         if field in chosen:
             raise ArgumentError(f"defence {spec!r}: {field} is given twice; leave one out")
-        chosen[field] = specs.read_value(hints[field], value, f"defence {spec!r}: {field}")
+        chosen[field] = specs.parse_value(hints[field], value, f"defence {spec!r}: {field}")
     draws = chosen.pop("draws", None)
     if draws is not None and draws < 1:
         raise ArgumentError(f"defence {spec!r}: draws={draws} must be at least 1; leave it out for {_draws(cls)}")
@@ -91,35 +91,35 @@ def _named(spec: str, name: str, given: str) -> tuple[Defence, int | None]:
         raise ArgumentError(f"defence {spec!r}: {error}") from error
 
 
-def _of_factory(spec: str) -> Defence:
+def _from_factory(spec: str) -> Defence:
     try:
         with fork_rng(0):
-            made = load_factory(spec)()
+            defence = load_factory(spec)()
     except ArgumentError as error:
         raise ArgumentError(f"defence {error}") from error
-    if not isinstance(made, Defence):
+    if not isinstance(defence, Defence):
         raise ArgumentError(
-            f"defence {spec!r} returned {type(made).__name__}; a factory must return a robustkit.defence.Defence, which says "
-            "how it is differentiated"
+            f"defence {spec!r} returned {type(defence).__name__}; a factory must return a robustkit.defence.Defence, which "
+            "defines how it is differentiated"
         )
-    return _Told(spec, made.eval())
+    return _ErrorTranslator(spec, defence.eval())
 
 
 @final
-class _Told(Defence):
-    """A defence whose own exceptions come out as ArgumentError, so that a defect of ours is not taken for one of it."""
+class _ErrorTranslator(Defence):
+    """Raises the exceptions of a defence as ArgumentError, which tells them apart from defects of this package."""
 
     def __init__(self, spec: str, inner: Defence) -> None:
         super().__init__()
         self.spec, self.inner = spec, inner
-        self.stochastic = inner.stochastic  # type: ignore[misc]  # of this one alone
+        self.stochastic = inner.stochastic  # type: ignore[misc]  # set for each instance
 
     def forward(self, x: Tensor, noise: Noise | None = None) -> Tensor:
-        """What the defence makes of x."""
-        return self._told(self.inner, x) if noise is None else self.inner(x, noise)
+        """The defended images."""
+        return self.translated(self.inner, x) if noise is None else self.inner(x, noise)
 
     def views(self) -> dict[str, Fn]:
-        """Those of the defence."""
+        """The views of the defence."""
         views = self.inner.checked_views()
         return {
             name: self.forward if view in (self.inner, self.inner.forward) else _View(self, view)
@@ -129,31 +129,34 @@ class _Told(Defence):
     def __repr__(self) -> str:
         return repr(self.inner)
 
-    def _told(self, fn: Fn, x: Tensor) -> Tensor:
+    def translated(self, fn: Fn, x: Tensor) -> Tensor:
+        """`fn` of the images; its exceptions and invalid outputs are raised as ArgumentError."""
         try:
             out: Tensor = fn(x)
         except Exception as error:
             if isinstance(error, RobustkitError) or is_out_of_memory(error):
                 raise
-            said = " ".join(str(error).split())[:300]
+            reason = " ".join(str(error).split())[:300]
             raise ArgumentError(
-                f"defence {self.spec!r} raised {type(error).__name__} on images {tuple(x.shape)}: {said}; it must take what "
-                "the data holds"
+                f"defence {self.spec!r} raised {type(error).__name__} on images {tuple(x.shape)}: {reason}; it must "
+                "accept the images of the data"
             ) from error
         if not isinstance(out, Tensor) or out.shape[:1] != x.shape[:1]:
-            told = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-            raise ArgumentError(f"defence {self.spec!r} made {told} of images {tuple(x.shape)}; it must make an image of each")
+            output = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+            raise ArgumentError(
+                f"defence {self.spec!r} returned {output} for images {tuple(x.shape)}; it must return one image for each"
+            )
         return out
 
 
 @final
 class _View(torch.nn.Module):
-    """A view of a defence whose exceptions come out as ArgumentError."""
+    """A view of a defence, with its exceptions raised as ArgumentError."""
 
-    def __init__(self, told: _Told, view: Fn) -> None:
+    def __init__(self, translator: _ErrorTranslator, view: Fn) -> None:
         super().__init__()
-        self.told, self.view = told, view
+        self.translator, self.view = translator, view
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the view says."""
-        return self.told._told(self.view, x)
+        """The output of the view."""
+        return self.translator.translated(self.view, x)

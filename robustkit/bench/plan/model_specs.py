@@ -1,4 +1,4 @@
-"""Models by name: `zoo:mnist-cnn`, `net.py:factory`, `torchvision:resnet50`, each with weights of its own if wanted."""
+"""The specs of models: `zoo:mnist-cnn`, `net.py:factory`, `torchvision:resnet50`, each optionally with a weights file."""
 
 from __future__ import annotations
 
@@ -32,50 +32,52 @@ def load_model(spec: str, device: str = "cpu", normalize: str | None = None) -> 
         spec: zoo:NAME, path/to/file.py:factory, package.module:factory, torchvision:NAME or timm:NAME, each optionally
             followed by @weights=FILE (.safetensors, or .pt and .pth read without executing code).
         device: "cpu", "cuda" or "cuda:N".
-        normalize: MEAN,STD to put before what a factory makes, as `normalizer` reads it.
+        normalize: MEAN,STD of a normalisation in front of the model of a factory, as `normalizer` parses it.
 
-    A factory runs with seeded generators, so that weights that it draws at random are the same each time.
+    A factory runs with seeded generators, so that random weights are the same each time.
 
     Raises:
-        ArgumentError: Nothing of that name, a factory that fails or returns no module, weights that do not fit, or a
-            normalisation for a model that brings its own.
+        ArgumentError: There is no such model, a factory fails or returns something else than a module, the weights do not fit,
+            or the model has a normalisation of its own.
         MissingExtraError: torchvision or timm is not installed.
     """
     _check_device(device)
     name, at, weights = spec.partition("@weights=")
-    first = normalizer(normalize, name) if normalize is not None else None
+    normalization = normalizer(normalize, name) if normalize is not None else None
     with fork_rng(0):
-        model = _made(name)
+        model = _make(name)
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model {name!r} returned {type(model).__name__}; a factory must return a torch nn.Module")
     if at:
-        _fill(model, Path(weights), spec)
-    whole = model if first is None else nn.Sequential(first, model)
+        _load_weights(model, Path(weights), spec)
+    whole = model if normalization is None else nn.Sequential(normalization, model)
     return whole.to(device).eval()
 
 
-def normalizer(words: str, name: str = "") -> Normalize:
-    """MEAN,STD as a layer: `0.5,0.25`, or a number a channel: `0.485:0.456:0.406,0.229:0.224:0.225`.
+def normalizer(spec: str, name: str = "") -> Normalize:
+    """MEAN,STD as a layer: `0.5,0.25`, or with a number per channel: `0.485:0.456:0.406,0.229:0.224:0.225`.
 
     Raises:
-        ArgumentError: Words that mean nothing, or a model (`name`) that normalises by itself.
+        ArgumentError: The spec is invalid, or the model `name` has a normalisation of its own.
     """
     if name.startswith(("zoo:", "torchvision:", "timm:")):
-        raise ArgumentError(f"normalize={words!r}: model {name!r} normalises by itself; bench it without --normalize")
-    means, comma, stds = words.partition(",")
+        raise ArgumentError(f"normalize={spec!r}: model {name!r} normalises its inputs itself; leave out --normalize")
+    means, comma, stds = spec.partition(",")
     if not comma:
-        raise ArgumentError(f"normalize={words!r} must be MEAN,STD, for example 0.1307,0.3081 or 0.5:0.5:0.5,0.2:0.2:0.2")
+        raise ArgumentError(f"normalize={spec!r} must be MEAN,STD, for example 0.1307,0.3081 or 0.5:0.5:0.5,0.2:0.2:0.2")
     mean, std = ([number(part, "normalize") for part in side.split(":")] for side in (means, stds))
     if len(mean) != len(std):
-        raise ArgumentError(f"normalize={words!r} has {len(mean)} means and {len(std)} deviations; give one of each a channel")
+        raise ArgumentError(
+            f"normalize={spec!r} has {len(mean)} means and {len(std)} standard deviations; give one of each per channel"
+        )
     return Normalize(mean, std)
 
 
 def model_hash(model: nn.Module) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of the names and bytes of all weights and buffers."""
+    """The first 16 hexadecimal digits of the SHA-256 of the names, dtypes, shapes and bytes of all weights and buffers."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        if not isinstance(tensor, Tensor):  # what a model adds by get_extra_state may be any object
+        if not isinstance(tensor, Tensor):  # get_extra_state may add any object
             continue
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -85,13 +87,15 @@ def model_hash(model: nn.Module) -> str:
 def _check_device(device: str) -> None:
     kind, _, index = device.partition(":")
     known = kind in ("cpu", "cuda") and (index.isdecimal() or device == kind)
-    have = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not known or (kind == "cuda" and int(index or 0) >= have):
-        there = f"cpu or cuda (this machine has {have}: cuda:N with N below {have})" if have else "cpu: there is no cuda here"
-        raise ArgumentError(f"device={device!r} cannot be used; write {there}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not known or (kind == "cuda" and int(index or 0) >= count):
+        valid = (
+            f"cpu or cuda (this machine has {count}: cuda:N with N below {count})" if count else "cpu: there is no cuda here"
+        )
+        raise ArgumentError(f"device={device!r} cannot be used; write {valid}")
 
 
-def _made(name: str) -> Any:  # Any: a factory may return what it likes
+def _make(name: str) -> Any:  # Any: a factory may return anything
     kind, _, rest = name.partition(":")
     if kind in ("torchvision", "timm"):
         return _pretrained(kind, rest)
@@ -117,19 +121,21 @@ def _pretrained(library: str, name: str) -> nn.Module:
         model: nn.Module = models.create_model(name, pretrained=True)
         config = models.data.resolve_model_data_config(model)
     except Exception as error:
-        raise ArgumentError(f"model '{library}:{name}' cannot be had: {_line(error)}; its weights need the network") from error
+        raise ArgumentError(
+            f"model '{library}:{name}' cannot be loaded: {_one_line(error)}; downloading its weights needs the network"
+        ) from error
     return nn.Sequential(Normalize(config["mean"], config["std"]), model)
 
 
-def _fill(model: nn.Module, path: Path, spec: str) -> None:
-    weights = _read(path, spec)
+def _load_weights(model: nn.Module, path: Path, spec: str) -> None:
+    weights = _read_weights(path, spec)
     try:
         model.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise ArgumentError(f"model {spec!r}: {path} does not fit the model: {_line(error)}") from error
+        raise ArgumentError(f"model {spec!r}: {path} does not fit the model: {_one_line(error)}") from error
 
 
-def _read(path: Path, spec: str) -> dict[str, Tensor]:
+def _read_weights(path: Path, spec: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise ArgumentError(f"model {spec!r}: there is no weights file {path}; paths are relative to {Path.cwd()}")
     if path.suffix not in (".safetensors", ".pt", ".pth"):
@@ -140,18 +146,18 @@ def _read(path: Path, spec: str) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch wonders about the protocol of a pickle before it refuses it
+            warnings.simplefilter("ignore")  # torch warns about the pickle protocol before it refuses the file
             weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch, pickle, zip and safetensors raise errors of a dozen types for broken files
+    except Exception as error:  # torch, pickle, zip and safetensors raise many types of errors for broken files
         if isinstance(error, SafetensorError) or path.suffix == ".safetensors":
-            raise ArgumentError(f"model {spec!r}: {path} is no readable safetensors file ({_line(error)})") from error
+            raise ArgumentError(f"model {spec!r}: {path} is not a readable safetensors file ({_one_line(error)})") from error
         raise ArgumentError(
-            f"model {spec!r}: {path} is broken or holds more than tensors, which could execute code; "
+            f"model {spec!r}: {path} is broken or contains other objects than tensors, which could execute code; "
             "save the state_dict() alone, best as .safetensors"
         ) from error
     return weights
 
 
-def _line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     """An exception in one line."""
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,4 +1,4 @@
-"""What is to be measured: a list of cases, as the strings of the command line."""
+"""Plans: which models are attacked how. Models, data, threats and attacks are named as on the command line."""
 
 from __future__ import annotations
 
@@ -10,13 +10,21 @@ from robustkit.errors import ArgumentError
 
 __all__ = ["Case", "Plan", "default_plan", "pairs", "product"]
 
-NONE = "none"  # the word for no defence
+NONE = "none"  # the spec of no defence
 
 
 @final
 @dataclass(frozen=True)
 class Case:
-    """One row of the table: a model, perhaps behind a defence, under one attack with one goal in one threat."""
+    """A model, perhaps behind a defence, under one attack with one goal in one threat model; a row of the table.
+
+    Attributes:
+        model: Model spec.
+        threat: Threat spec.
+        attack: Attack spec.
+        goal: Goal spec.
+        defence: Defence spec; "none" for no defence.
+    """
 
     model: str
     threat: str
@@ -25,42 +33,42 @@ class Case:
     defence: str = NONE
 
     @classmethod
-    def of(cls, record: Mapping[str, Any]) -> Case:
+    def from_record(cls, record: Mapping[str, Any]) -> Case:
         """The case of a record of results.json."""
         return cls(record["model"], record["threat"], record["attack"], record["goal"], record["defence"] or NONE)
 
     @property
     def defended(self) -> str | None:
-        """The defence; None where there is none."""
+        """The defence spec; None if there is no defence."""
         return None if self.defence == NONE else self.defence
 
     @property
     def subject(self) -> str:
-        """What is attacked, in words: the model, or the model behind its defence."""
+        """The name of what is attacked: the model, or the model behind its defence."""
         return self.model if self.defence == NONE else f"{self.model} behind {self.defence}"
 
 
 @final
 @dataclass(frozen=True)
 class Plan:
-    """The cases of a run, and all that their numbers depend on besides.
+    """The cases of a run, and the settings that their numbers depend on.
 
     Attributes:
-        cases: In the order in which they are told.
+        cases: The cases, in the order of the results.
         data: Data spec.
-        offset: How many examples to pass over.
-        limit: How many to take from there; None takes all.
-        seed: Of all noise.
-        block: How many images are attacked, written down and, if need be, taken up again at a time.
-        batch_size: The most images of a block that go through a model at once.
-        device: Where the models run.
-        threads: Of torch, in each worker. More would share out the work of one image, and may change its last bits; more
-            workers do not.
-        normalize: MEAN,STD to be put before the models that a factory makes; each one number, or one a channel with ":"
-            between them. None where they normalise for themselves.
-        save_adversarial: Whether all attacked images are written, and not only those that are solved.
-        start_from: Folders of earlier runs on the same images, or files of adversarial images; attacks begin at what is there.
-        pins: Hashes of the data, the models and the earlier runs that the plan was made with, by spec; others are refused.
+        offset: The number of examples to skip.
+        limit: The number of examples to use; None uses all.
+        seed: The seed of all noise.
+        block: The number of images that are attacked and written to a file at a time; a resumed run repeats unfinished blocks.
+        batch_size: The largest number of images per forward pass.
+        device: The device of the models.
+        threads: Torch threads in each worker. The last bits of the numbers may depend on it, but not on the number of workers.
+        normalize: MEAN,STD of a normalisation in front of models made by a factory; each is one number, or one per channel,
+            separated by ":". None if the models normalise their inputs themselves.
+        save_adversarial: Write the images of all examples, not only those on which the attack succeeded.
+        start_from: Folders of earlier runs on the same images, or files of adversarial images; attacks start from these.
+        expected_hashes: Hashes of the data, the models and the earlier runs that the plan was made with, by spec. The table
+            [hashes] of a plan file. Others are refused.
     """
 
     cases: tuple[Case, ...]
@@ -75,7 +83,7 @@ class Plan:
     normalize: str | None = None
     save_adversarial: bool = False
     start_from: tuple[str, ...] = ()
-    pins: Mapping[str, str] = field(default_factory=dict, compare=False)
+    expected_hashes: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         for name, least in (("offset", 0), ("limit", 1), ("block", 1), ("batch_size", 1), ("threads", 1)):
@@ -83,21 +91,28 @@ class Plan:
             if value is not None and value < least:
                 raise ArgumentError(f"{name}={value} must be at least {least}; leave it out for the default")
         if not self.cases:
-            raise ArgumentError("the plan holds no case; name a model, a threat and an attack")
+            raise ArgumentError("the plan has no case; name a model, a threat and an attack")
         if len(set(self.cases)) < len(self.cases):
-            twice = next(case for case in self.cases if self.cases.count(case) > 1)
-            raise ArgumentError(f"the plan holds {twice} twice; leave one out")
+            repeated = next(case for case in self.cases if self.cases.count(case) > 1)
+            raise ArgumentError(f"the plan contains {repeated} twice; remove one")
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The specs of its models, each once."""
+        """The model specs, without repetitions."""
         return tuple(dict.fromkeys(case.model for case in self.cases))
 
 
 def product(
     models: Iterable[str], threats: Iterable[str], attacks: Iterable[tuple[str, str]], defences: Iterable[str] = (NONE,)
 ) -> tuple[Case, ...]:
-    """Every model behind every defence under every threat with every (attack, goal), each once."""
+    """The cases of all combinations, without repetitions.
+
+    Args:
+        models: Model specs.
+        threats: Threat specs.
+        attacks: Pairs (attack spec, goal spec).
+        defences: Defence specs.
+    """
     threats, attacks, defences = tuple(threats), tuple(attacks), tuple(defences)
     cases = (
         Case(model, threat, attack, goal, defence)
@@ -110,14 +125,20 @@ def product(
 
 
 def pairs(threat: str, attacks: Iterable[str] | None, goals: Iterable[str] | None) -> list[tuple[str, str]]:
-    """What is run in a threat: every attack with every goal; where none is named, the strongest, and misclassify."""
+    """Every attack with every goal. The defaults are the strongest attack for the threat, and misclassify.
+
+    Args:
+        threat: Threat spec.
+        attacks: Attack specs, if given.
+        goals: Goal specs, if given.
+    """
     strongest = {"linf": "standard", "l2": "standard", "l1": "l1apgd", "pixels": "pixelsearch"}
-    named = attacks or [strongest.get(threat.partition(":")[0], "pgd")]
-    return [(attack, goal) for attack in named for goal in goals or ["misclassify"]]
+    chosen = attacks or [strongest.get(threat.partition(":")[0], "pgd")]
+    return [(attack, goal) for attack in chosen for goal in goals or ["misclassify"]]
 
 
 _MODELS = ("zoo:mnist-cnn", "zoo:mnist-cnn-robust")
-# One of each kind, at the budget that the robust model was trained for.
+# One attack of each kind, at the eps that the robust model was trained with.
 _ATTACKS = (
     ("fgsm", "misclassify"),
     ("fgsm", "least-likely"),
@@ -127,14 +148,14 @@ _ATTACKS = (
     ("uap-pgd", "misclassify"),
     ("standard", "misclassify"),
 )
-_CURVE = ("linf:0.05", "linf:0.1", "linf:0.2")  # and below it the one to report by, so that the curve is one to believe
-# The evolution in short: in full it costs up to 30,400 forwards an image, and this is to end in about a minute.
+_CURVE = ("linf:0.05", "linf:0.1", "linf:0.2")  # smaller eps, all with the strongest attack
+# A short differential evolution: the full one costs up to 30,400 forwards per image, and this plan should take a minute.
 _PIXELS = (("onepixel:population=40,generations=10", "misclassify"), ("pixelsearch", "misclassify"))
 _IMAGES = 300
 
 
 def default_plan() -> Plan:
-    """What a bare `robustkit bench` runs: two models of real digits, attacks of each kind, 300 held-out images."""
+    """The plan of `robustkit bench` without arguments: two MNIST models, attacks of each kind, 300 held-out images."""
     parts = ((_CURVE, [("standard", "misclassify")]), (["linf:0.3"], _ATTACKS), (["pixels:1"], _PIXELS))
     cases = tuple(case for model in _MODELS for threats, attacks in parts for case in product([model], threats, attacks))
     return Plan(cases, "mnist-5k", limit=_IMAGES)

@@ -1,4 +1,4 @@
-"""Attacks of other installed packages, published under the entry-point group `robustkit.attacks`."""
+"""Plugins: attacks that other installed packages provide through the entry-point group `robustkit.attacks`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from robustkit.attack import Attack
 from robustkit.errors import ArgumentError, RobustkitError
 from robustkit.threats import Threat
 
-__all__ = ["GROUP", "Plugin", "blamed", "published"]
+__all__ = ["GROUP", "Plugin", "attribute_errors", "find_plugins"]
 
 GROUP = "robustkit.attacks"
 
@@ -23,119 +23,120 @@ GROUP = "robustkit.attacks"
 @final
 @dataclass(frozen=True)
 class Plugin:
-    """An attack of another package, known by its name; none of its code has run yet.
+    """An attack of another package. None of its code runs before `load`.
 
     Attributes:
         name: Its name on the command line.
-        packages: Who publishes it: names with versions; several where it cannot be used for that reason.
-        entry: Where its class is.
-        trouble: Why it cannot be used, as far as that is known without running its code; empty if it is not known.
+        packages: The packages that provide it, as pairs (name, version). If there are several, it cannot be used.
+        entry: The entry point of its class; None if it could not be read.
+        problem: Why it cannot be used, as far as this is known without running its code; empty if no problem is known.
     """
 
     name: str
     packages: tuple[tuple[str, str], ...]
     entry: EntryPoint | None
-    trouble: str = ""
+    problem: str = ""
 
     def __str__(self) -> str:
-        told = " and ".join(f"{name!r} {version}" for name, version in self.packages)
-        return f"plugin {self.name!r} of {'package' if len(self.packages) == 1 else 'packages'} {told}"
+        providers = " and ".join(f"{name!r} {version}" for name, version in self.packages)
+        return f"plugin {self.name!r} of {'package' if len(self.packages) == 1 else 'packages'} {providers}"
 
     def load(self) -> type[Attack]:
-        """Its class; this imports the package, so its code runs.
+        """Import the class of the attack; this runs code of the package.
 
         Raises:
-            ArgumentError: It cannot be used, in one line with the reason.
+            ArgumentError: It cannot be used; the message has the reason, in one line.
         """
-        trouble = self.trouble
-        if self.entry is not None and not trouble:
+        problem = self.problem
+        if self.entry is not None and not problem:
             try:
                 value = self.entry.load()
-                trouble = _wrong(value)
+                problem = _class_problem(value)
             except (Exception, SystemExit) as error:
                 raise ArgumentError(
-                    f"{self} was left out: {_told(error)}; install what it needs, repair it, or uninstall it"
+                    f"{self} cannot be used: {_one_line(error)}; install what it needs, repair it, or uninstall it"
                 ) from error
-            if not trouble:
+            if not problem:
                 cls: type[Attack] = value
                 return cls
-        raise ArgumentError(f"{self} was left out: {trouble}")
+        raise ArgumentError(f"{self} cannot be used: {problem}")
 
 
-def published(ours: Collection[str]) -> dict[str, Plugin]:
-    """The attacks of other packages by name, sorted, those that cannot be used among them; no code of theirs is run.
+def find_plugins(reserved: Collection[str]) -> dict[str, Plugin]:
+    """The plugins by name, sorted, including those that cannot be used. No code of theirs is run.
 
     Args:
-        ours: The names that are taken.
+        reserved: The names of the attacks of this package.
     """
-    found: dict[str, list[Plugin]] = {}
-    for plugin in _entries():
-        found.setdefault(plugin.name, []).append(plugin)
-    return {name: _settled(found[name], ours) for name in sorted(found)}
+    by_name: dict[str, list[Plugin]] = {}
+    for plugin in _all_plugins():
+        by_name.setdefault(plugin.name, []).append(plugin)
+    return {name: _merge(by_name[name], reserved) for name in sorted(by_name)}
 
 
 @contextmanager
-def blamed(plugin: Plugin | None, spec: str) -> Iterator[None]:
-    """Whatever the attack of another package raises, in one line that names the package; a defect of ours passes."""
+def attribute_errors(plugin: Plugin | None, spec: str) -> Iterator[None]:
+    """Raise exceptions of a plugin as ArgumentError with one line that names the package; without a plugin they pass."""
     try:
         yield
     except (Exception, SystemExit) as error:
         if plugin is None or isinstance(error, RobustkitError) or is_out_of_memory(error):
             raise
         raise ArgumentError(
-            f"attack {spec!r}: {plugin} raised {_told(error)}; report it to its authors; --debug, with one worker, shows where"
+            f"attack {spec!r}: {plugin} raised {_one_line(error)}; report it to its authors; --debug, with one worker, shows "
+            "where"
         ) from error
 
 
-def _entries() -> Iterator[Plugin]:
-    """All that is published, package by package; of one that is there twice, by what is found first, as in imports."""
+def _all_plugins() -> Iterator[Plugin]:
+    """All plugins, package by package; of a package that is installed twice only the one that would be imported."""
     names = set()
     for dist in distributions():
-        with suppress(Exception):  # what an interrupted installation left is no package, and may have no name
+        with suppress(Exception):  # an interrupted installation may leave metadata without a name
             if GROUP in (dist.read_text("entry_points.txt") or ""):
                 names.add(re.sub("[-_.]+", "-", dist.name).lower())
     for name in sorted(names):
         dist = distribution(name)
         packages = ((dist.name, dist.version),)
-        try:  # not entry_points(), where one broken file of any package hides those of all
+        try:  # not entry_points(): it fails for all packages if the file of one is broken
             entries = [entry for entry in dist.entry_points if entry.group == GROUP]
         except Exception as error:
-            yield Plugin("*", packages, None, f"its entry_points.txt cannot be read ({_told(error)}); install it anew")
+            yield Plugin("*", packages, None, f"its entry_points.txt cannot be read ({_one_line(error)}); install it again")
             continue
         for entry in entries:
-            yield Plugin(entry.name, packages, entry, _unusable(entry))
+            yield Plugin(entry.name, packages, entry, _entry_problem(entry))
 
 
-def _unusable(entry: EntryPoint) -> str:
-    """What is wrong with the words of an entry point; empty if nothing is."""
+def _entry_problem(entry: EntryPoint) -> str:
+    """What is wrong with the name or the value of an entry point; empty if nothing is."""
     if not re.fullmatch(r"\w[\w.-]*", entry.name):
-        return "its name must be letters, digits, '-', '_' and '.', to be written on the command line; it needs another"
+        return "its name may only have letters, digits, '-', '_' and '.', for the command line; rename it"
     if not re.fullmatch(r"[\w.]+\s*:\s*[\w.]+", entry.value):
         return f"{entry.value!r} must be package.module:Class"
     return ""
 
 
-def _settled(plugins: list[Plugin], ours: Collection[str]) -> Plugin:
-    """Those of one name as one: nobody takes a name of ours, and of two others neither, since nobody could say which."""
+def _merge(plugins: list[Plugin], reserved: Collection[str]) -> Plugin:
+    """Plugins of the same name as one. It cannot be used if there are several, or if an attack of this package has the name."""
     first = replace(plugins[0], packages=tuple(sorted({package for plugin in plugins for package in plugin.packages})))
-    if first.trouble:
+    if first.problem:
         return first
-    if first.name in ours:
-        return replace(first, trouble="the name is that of an attack of robustkit, which keeps it; it needs another")
+    if first.name in reserved:
+        return replace(first, problem="robustkit has an attack of this name; rename the plugin")
     if len(plugins) > 1:
-        return replace(first, trouble="the name is published more than once, so nothing is used; uninstall all but one")
+        return replace(first, problem="several packages provide this name; uninstall all but one")
     return first
 
 
-def _wrong(value: Any) -> str:  # Any: whatever the package published
-    """What is wrong with a published attack; empty if nothing is."""
-    rule = "; publish the class of an attack, a frozen dataclass derived from robustkit.attack.Attack"
+def _class_problem(value: Any) -> str:  # Any: whatever the entry point names
+    """What is wrong with the class of a plugin; empty if nothing is."""
+    rule = "; the entry point must name a class derived from robustkit.attack.Attack, a frozen dataclass"
     if not (isinstance(value, type) and issubclass(value, Attack)):
-        return f"{value!r} is no class derived from Attack{rule}"
+        return f"{value!r} is not a class derived from Attack{rule}"
     if isabstract(value):
         return f"{value.__name__} does not define {', '.join(sorted(value.__abstractmethods__))}{rule}"
     if not getattr(getattr(value, "__dataclass_params__", None), "frozen", False):
-        return f"{value.__name__} is no frozen dataclass{rule}"
+        return f"{value.__name__} is not a frozen dataclass{rule}"
     hints = get_type_hints(Attack)
     levels = get_args(get_args(hints["access"])[0])
     if value.access not in levels:
@@ -143,10 +144,10 @@ def _wrong(value: Any) -> str:  # Any: whatever the package published
     serves: Any = value.serves
     if not (isinstance(serves, tuple) and all(isinstance(kind, type) and issubclass(kind, Threat) for kind in serves)):
         return f"{value.__name__}.serves={serves!r} must be a tuple of threats: (Linf, L2)"
-    get_type_hints(value)  # by which its fields are read; raises where a name is not there
+    get_type_hints(value)  # needed to parse its fields; raises if a name is not defined
     return ""
 
 
-def _told(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     """An exception in one short line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,7 +1,8 @@
-"""The words of `robustkit bench` and the plan that they mean, there and back."""
+"""The options of `robustkit bench`: the plan that they specify, and the command that specifies a plan."""
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -19,7 +20,7 @@ __all__ = ["Request", "command_of", "plan_of"]
 @final
 @dataclass(frozen=True)
 class Request:
-    """What is to be measured, as it was asked for; None where it was not."""
+    """The options that specify a plan, as they were given; None for those that were not given."""
 
     plan: Path | None = None
     model: list[str] | None = None
@@ -40,11 +41,11 @@ class Request:
     defence: list[str] | None = None
 
     def given(self) -> dict[str, Any]:  # Any: the type is that of the field
-        """What was asked for, by name."""
+        """The options that were given, by name."""
         return {field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name) is not None}
 
     def command(self) -> str:
-        """The words that ask for the same again, in a new folder."""
+        """The command with these options."""
         words = ["robustkit", "bench"]
         for name, value in self.given().items():
             option = "--" + name.replace("_", "-")
@@ -72,46 +73,46 @@ _SETTINGS = (
 
 
 def plan_of(request: Request) -> Plan:
-    """The plan of a request: that of a file, the default one where no model is named, or every combination of what is.
+    """The plan of a request: that of a file, or all combinations of the given options.
+
+    Without a model, the default plan supplies what is not given.
 
     Raises:
-        ArgumentError: A model without data or threat; a plan with anything beside it.
+        ArgumentError: A model is given without data or without a threat; or other options are given with a plan file.
     """
     given = request.given()
     if request.plan is not None:
-        beside = [name for name in given if name != "plan"]
-        if beside:
-            raise ArgumentError(
-                f"--{beside[0].replace('_', '-')} has no place beside --plan, which says all; write it into {request.plan}"
-            )
+        others = [name for name in given if name != "plan"]
+        if others:
+            raise ArgumentError(f"--{others[0].replace('_', '-')} cannot be combined with --plan; write it into {request.plan}")
         return read_plan(request.plan)
     if request.start_from is not None:
         given["start_from"] = tuple(dict.fromkeys(request.start_from))
     default = default_plan()
     if any(name in given for name in (*_LISTS, "data")):
-        default = replace(default, limit=None)  # what somebody asks for is measured on all of their images
+        default = replace(default, limit=None)  # the limit of the default plan is for its own data and cases
     settings = {name: given[name] for name in _SETTINGS if name in given}
     if request.model and (request.data is None or request.threat is None):
         missing = "--data" if request.data is None else "--threat"
         raise ArgumentError(
-            f"{missing} is missing; say on what and against what, for example: "
+            f"{missing} is missing; give the data and a threat, for example: "
             f"robustkit bench --model {request.model[0]} --data mnist-5k --threat linf:0.1"
         )
     cases = default.cases
     if any(name in given for name in _LISTS):
         threats = request.threat or dict.fromkeys(case.threat for case in cases)
-        every = (
+        products = (
             product([model], [threat], _attacks_of(request, threat), [defence])
             for model in request.model or default.models
             for defence in request.defence or [NONE]
             for threat in threats
         )
-        cases = tuple(dict.fromkeys(case for some in every for case in some))
+        cases = tuple(dict.fromkeys(itertools.chain.from_iterable(products)))
     return replace(default, cases=cases, data=default.data if request.data is None else request.data, **settings)
 
 
 def _attacks_of(request: Request, threat: str) -> list[tuple[str, str]]:
-    """What is run in a threat, attacks with goals: those that are named, else those of the default plan, or the strongest."""
+    """The pairs (attack, goal) for a threat: those given, else those of the default plan, or the strongest attack."""
     kind = threat.partition(":")[0]
     if not (request.attack or request.goal or request.model):
         kinds = {name: cls for name, cls, _ in specs.THREATS}
@@ -121,15 +122,15 @@ def _attacks_of(request: Request, threat: str) -> list[tuple[str, str]]:
 
 
 def command_of(plan: Plan, file: str = "plan.toml") -> str:
-    """The command that runs `plan`: in words if words can say it, else by its file."""
-    for request in _requests(plan):
+    """The command that runs `plan`: with options if there are such options, else with the plan file `file`."""
+    for request in _candidates(plan):
         if plan_of(request) == plan:
             return request.command()
     return Request(plan=Path(file)).command()
 
 
-def _requests(plan: Plan) -> Iterator[Request]:
-    """What may mean the plan, from the shortest on."""
+def _candidates(plan: Plan) -> Iterator[Request]:
+    """Requests that may specify the plan, the shortest first."""
     settings: dict[str, Any] = {
         name: getattr(plan, name) for name in _SETTINGS if getattr(plan, name) != getattr(default_plan(), name)
     }
@@ -138,7 +139,7 @@ def _requests(plan: Plan) -> Iterator[Request]:
     yield Request(data=None if plan.data == default_plan().data else plan.data, **settings)
     settings |= {} if plan.limit is None else {"limit": plan.limit}
     lists: dict[str, Any] = {name: list(dict.fromkeys(getattr(case, name) for case in plan.cases)) for name in _LISTS}
-    for name, usual in (("goal", "misclassify"), ("defence", NONE)):
-        if lists[name] == [usual]:
+    for name, default in (("goal", "misclassify"), ("defence", NONE)):
+        if lists[name] == [default]:
             del lists[name]
     yield Request(data=plan.data, **lists, **settings)

@@ -1,4 +1,4 @@
-"""What the words of the command line mean: `linf:8/255`, `pgd:steps=20`, `least-likely`."""
+"""The specs of threats, attacks and goals: `linf:8/255`, `pgd:steps=20`, `least-likely`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from robustkit.attacks import (
     UniversalPGD,
     UniversalSingular,
 )
-from robustkit.bench.plan.plugins import Plugin, blamed, published
+from robustkit.bench.plan.plugins import Plugin, attribute_errors, find_plugins
 from robustkit.errors import ArgumentError
 from robustkit.goals import ClassifyAs, Goal, Misclassify, least_likely
 from robustkit.target import Fn
@@ -46,18 +46,18 @@ __all__ = [
     "attack",
     "attack_names",
     "check_served",
+    "format_value",
     "goal",
     "number",
     "packages",
+    "parse_value",
     "plugin",
     "plugins",
-    "read_value",
-    "served",
+    "served_threats",
     "serves",
     "settable",
     "threat",
-    "threat_words",
-    "written",
+    "threat_to_spec",
 ]
 
 THREATS: tuple[tuple[str, type[Threat], str], ...] = (
@@ -71,13 +71,13 @@ GOALS = ("misclassify", "least-likely", "classify-as:K")
 
 
 def number(text: str, name: str) -> float:
-    """A decimal number or a fraction, read exactly and rounded once.
+    """Parse a decimal number or a fraction, exactly and rounded once.
 
     Raises:
-        ArgumentError: It is neither; `name` says what it was meant to be.
+        ArgumentError: `text` is neither; the message begins with `name`.
     """
     try:
-        # Not Fraction for decimals: it would write out all the digits of 1e999999999.
+        # Not Fraction for decimals: it would expand all digits of 1e999999999.
         value = float(Fraction(text.strip())) if "/" in text else float(text)
     except (ValueError, ZeroDivisionError, OverflowError):
         value = math.nan
@@ -92,33 +92,32 @@ def threat(spec: str) -> Threat:
     for name, cls, _ in THREATS:
         if kind == name and colon:
             value = number(eps, f"threat {spec!r}: eps")
-            with _named(f"threat {spec!r}"):
+            with _prefixed(f"threat {spec!r}"):
                 return cls(int(value) if cls is Pixels and value.is_integer() else value)
     raise ArgumentError(f"threat {spec!r} does not exist; write one of {', '.join(example for *_, example in THREATS)}")
 
 
-def threat_words(threat: Threat) -> str:
-    """The words for a threat, as short as they can be read back; bounds other than [0, 1] are told too.
+def threat_to_spec(threat: Threat) -> str:
+    """The shortest spec that gives this threat; bounds other than [0, 1] are appended.
 
     Raises:
-        ArgumentError: An eps for each example, which no words can say.
+        ArgumentError: The threat has one eps per example, for which there is no spec.
     """
     if isinstance(threat.eps, Tensor):
-        raise ArgumentError("eps holds a number for each example; a run needs one for all: several threats instead")
+        raise ArgumentError("eps has a number for each example; a run needs one for all: give several threats instead")
     name = next((name for name, cls, _ in THREATS if type(threat) is cls), type(threat).__name__)
-    words = f"{name}:{threat.eps:g}" if float(f"{threat.eps:g}") == threat.eps else f"{name}:{_short(threat.eps)}"
-    return words if threat.bounds == (0.0, 1.0) else f"{words} in {threat.bounds}"
+    spec = f"{name}:{threat.eps:g}" if float(f"{threat.eps:g}") == threat.eps else f"{name}:{_format_exactly(threat.eps)}"
+    return spec if threat.bounds == (0.0, 1.0) else f"{spec} in {threat.bounds}"
 
 
-def _short(value: float) -> str:
-    """A fraction of 255 where it is one exactly, else all digits."""
-    parts = value * 255
-    whole = round(parts)
-    return f"{whole}/255" if whole / 255 == value else repr(value)
+def _format_exactly(value: float) -> str:
+    """A fraction of 255 if that is exact, else all digits."""
+    numerator = round(value * 255)
+    return f"{numerator}/255" if numerator / 255 == value else repr(value)
 
 
 def attack_names() -> dict[str, tuple[type[Attack], dict[str, Any]]]:
-    """Our attacks by name: for each its class, and the fields in which it differs from the class's own."""
+    """The attacks of this package by name: the class, and the fields that differ from its defaults."""
     return {
         "fgsm": (FGSM, {}),
         "ifgsm": (PGD, {"steps": 10, "reach": 2.0, "random_start": False}),
@@ -142,69 +141,71 @@ def attack_names() -> dict[str, tuple[type[Attack], dict[str, Any]]]:
 
 
 def plugins() -> dict[str, Plugin]:
-    """The attacks of other installed packages, by name; none is loaded, and some may turn out to be broken."""
-    return published(attack_names())
+    """The attacks of other installed packages by name. They are not imported here, so some may turn out to be broken."""
+    return find_plugins(attack_names())
 
 
 def plugin(spec: str) -> Plugin | None:
-    """The plugin whose attack `spec` names; None where it is ours, or nobody's."""
+    """The plugin of the attack that `spec` names; None if it is an attack of this package or unknown."""
     name = spec.partition(":")[0]
     return None if name in attack_names() else plugins().get(name)
 
 
 def packages(attacks: Iterable[str]) -> dict[str, str]:
-    """What numbers depend on besides robustkit: the packages, with versions, of those attacks that are not ours."""
-    theirs = [plugin(spec) for spec in dict.fromkeys(attacks)]
-    told = sorted({" ".join(package) for one in theirs if one is not None for package in one.packages})
-    return {"plugins": ", ".join(told)} if told else {}
+    """The entry "plugins" of an environment: the packages, with versions, that provide these attacks; empty if none."""
+    used = [plugin(spec) for spec in dict.fromkeys(attacks)]
+    versions = sorted({" ".join(package) for one in used if one is not None for package in one.packages})
+    return {"plugins": ", ".join(versions)} if versions else {}
 
 
 def attack(spec: str) -> Attack:
-    """The attack that `spec` names: NAME or NAME:field=value,field=value; a package that publishes it is imported."""
-    name, _, given = spec.partition(":")
-    theirs = plugin(name)
-    cls, preset = _attack_class(name, theirs)
+    """The attack that `spec` names: NAME or NAME:field=value,field=value. If a plugin provides it, its package is imported."""
+    name, _, settings = spec.partition(":")
+    provider = plugin(name)
+    cls, preset = _attack_class(name, provider)
     hints, known = get_type_hints(cls), {field.name: field for field in _fields(cls)}
     chosen: dict[str, Any] = {}
-    for item in given.split(",") if given else []:
+    for item in settings.split(",") if settings else []:
         field, equals, value = item.partition("=")
         if field not in known or not equals:
-            there = ", ".join(settable(cls)) or "none"
-            raise ArgumentError(f"attack {spec!r}: {item!r} is no field=value of {name}; its fields: {there}")
+            valid = ", ".join(settable(cls)) or "none"
+            raise ArgumentError(f"attack {spec!r}: {item!r} is not a field=value of {name}; its fields: {valid}")
         if field in chosen:
             raise ArgumentError(f"attack {spec!r}: {field} is given twice; leave one out")
-        chosen[field] = read_value(hints[field], value, f"attack {spec!r}: {field}")
-    missing = [field for field, held in known.items() if _default(held) is MISSING and field not in preset | chosen]
+        chosen[field] = parse_value(hints[field], value, f"attack {spec!r}: {field}")
+    missing = [name for name, field in known.items() if _default(field) is MISSING and name not in preset | chosen]
     if missing:
         raise ArgumentError(f"attack {spec!r}: {missing[0]} is missing; write {name}:{missing[0]}=VALUE")
-    with _named(f"attack {spec!r}"), blamed(theirs, spec):
+    with _prefixed(f"attack {spec!r}"), attribute_errors(provider, spec):
         return cls(**(preset | chosen))
 
 
-def _attack_class(name: str, theirs: Plugin | None) -> tuple[type[Attack], dict[str, Any]]:
-    if theirs is not None:
-        with _named(f"attack {name!r}"):
-            return theirs.load(), {}
-    ours = attack_names()
-    if name not in ours:
-        there = [*ours, *(other for other, one in plugins().items() if not one.trouble)]
-        raise ArgumentError(f"attack {name!r} does not exist; there are {', '.join(there)}")
-    return ours[name]
+def _attack_class(name: str, provider: Plugin | None) -> tuple[type[Attack], dict[str, Any]]:
+    """The class of an attack, and the fields that differ from its defaults."""
+    if provider is not None:
+        with _prefixed(f"attack {name!r}"):
+            return provider.load(), {}
+    own = attack_names()
+    if name not in own:
+        available = [*own, *(other for other, one in plugins().items() if not one.problem)]
+        raise ArgumentError(f"attack {name!r} does not exist; there are {', '.join(available)}")
+    return own[name]
 
 
 def settable(cls: type[Attack], preset: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """The fields that can be given on the command line, each as it stands when nothing is said, in words."""
-    hints, told = get_type_hints(cls), {field.name: _default(field) for field in _fields(cls)} | dict(preset or {})
-    return {name: "..." if value is MISSING else written(value) for name, value in told.items() if _words_for(hints[name])}
+    """The fields that can be set on the command line, with their defaults as text; "..." for a required field."""
+    hints, defaults = get_type_hints(cls), {field.name: _default(field) for field in _fields(cls)} | dict(preset or {})
+    settable_names = [name for name in defaults if _accepted(hints[name])]
+    return {name: "..." if defaults[name] is MISSING else format_value(defaults[name]) for name in settable_names}
 
 
-def written(value: Any) -> str:  # Any: the value of a field
-    """A value in the words that are read back as it."""
+def format_value(value: Any) -> str:  # Any: the value of a field
+    """A field value as text that `parse_value` reads."""
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
-def served(cls: type[Attack]) -> str:
-    """The threats that an attack serves, in words: `linf:EPS, pixels:K`."""
+def served_threats(cls: type[Attack]) -> str:
+    """The threats that an attack serves, as text: `linf:EPS, pixels:K`."""
     if not cls.serves:
         return "any threat"
     known = {kind: f"{name}:{'K' if kind is Pixels else 'EPS'}" for name, kind, _ in THREATS if issubclass(kind, cls.serves)}
@@ -213,20 +214,22 @@ def served(cls: type[Attack]) -> str:
 
 
 def serves(spec: str, kind: type[Threat]) -> bool:
-    """Whether the attack works with threats of a kind at all."""
+    """Whether an attack serves threats of a class."""
     served_kinds = attack(spec).serves
     return not served_kinds or issubclass(kind, served_kinds)
 
 
 def check_served(attack_spec: str, attack: Attack, threat_spec: str, threat: Threat) -> None:
-    """Refuse a threat that an attack does not serve, in the words of the command line.
+    """Check that an attack serves a threat; errors name both by their specs.
 
     Raises:
-        ArgumentError: With the threats that it serves.
+        ArgumentError: It does not; the message has the threats that it serves.
     """
     if attack.serves and not isinstance(threat, attack.serves):
-        raise ArgumentError(f"attack {attack_spec!r} does not serve threat {threat_spec!r}; it serves {served(type(attack))}")
-    with _named(f"attack {attack_spec!r} in threat {threat_spec!r}"):
+        raise ArgumentError(
+            f"attack {attack_spec!r} does not serve threat {threat_spec!r}; it serves {served_threats(type(attack))}"
+        )
+    with _prefixed(f"attack {attack_spec!r} in threat {threat_spec!r}"):
         attack.check(threat)
 
 
@@ -235,33 +238,43 @@ def _fields(cls: type[Attack]) -> list[Field[Any]]:
 
 
 def _default(field: Field[Any]) -> Any:  # Any: the type is that of the field
-    """What a field is when nothing is said, or MISSING."""
+    """The default of a field, or MISSING."""
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
-def _kinds(hint: Any) -> tuple[Any, ...]:  # Any: a type, or a union of some
+def _kinds(hint: Any) -> tuple[Any, ...]:  # Any: a type, or a union of types
+    """The types of a union; a single type if it is none."""
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
 def _choices(hint: Any) -> dict[str, Any]:
-    """The values that a type lists, by the words for them."""
+    """The values that a type enumerates (of Literal, bool and None), by their text."""
     listed = [value for kind in _kinds(hint) if get_origin(kind) is Literal for value in get_args(kind)]
     listed += [value for kind in _kinds(hint) for value in {bool: (True, False), NoneType: (None,)}.get(kind, ())]
-    return {written(value): value for value in listed}
+    return {format_value(value): value for value in listed}
 
 
-def _words_for(hint: Any) -> list[str]:
-    """What may be written for a type; nothing for one that has no words, such as another attack."""
+def _accepted(hint: Any) -> list[str]:
+    """What may be written for a type, for messages; empty for a type that text cannot give, such as another attack."""
     kinds = {int: "a whole number", float: "a number or a fraction such as 8/255", str: "text"}
-    told = [kinds[kind] for kind in _kinds(hint) if kind in kinds]
-    words = [*(word for word, value in _choices(hint).items() if value is not None), *told]
-    return [*words, "none"] if words and None in _choices(hint).values() else words
+    described = [kinds[kind] for kind in _kinds(hint) if kind in kinds]
+    accepted = [*(text for text, value in _choices(hint).items() if value is not None), *described]
+    return [*accepted, "none"] if accepted and None in _choices(hint).values() else accepted
 
 
-def read_value(hint: Any, text: str, name: str) -> Any:  # Any: the type is that of the field
-    """What a text means for a field of a type; `name` says which, where it means nothing."""
-    choices, kinds, words = _choices(hint), _kinds(hint), _words_for(hint)
-    if not words:
+def parse_value(hint: Any, text: str, name: str) -> Any:  # Any: the type is that of the field
+    """Parse the value of a field.
+
+    Args:
+        hint: The type of the field.
+        text: The value as text.
+        name: The name of the field, with which messages begin.
+
+    Raises:
+        ArgumentError: The text is not a value of this type.
+    """
+    choices, kinds, accepted = _choices(hint), _kinds(hint), _accepted(hint)
+    if not accepted:
         raise ArgumentError(f"{name}={text!r} cannot be written on the command line; give it in Python, to robustkit.evaluate")
     if text in choices:
         return choices[text]
@@ -270,48 +283,47 @@ def read_value(hint: Any, text: str, name: str) -> Any:  # Any: the type is that
     try:
         value = number(text, name)
     except ArgumentError as error:
-        raise (ArgumentError(f"{name}={text!r} must be {' or '.join(words)}") if choices else error) from error
+        raise (ArgumentError(f"{name}={text!r} must be {' or '.join(accepted)}") if choices else error) from error
     if float in kinds:
         return value
     if int not in kinds or not value.is_integer():
-        raise ArgumentError(f"{name}={text!r} must be {' or '.join(words)}")
+        raise ArgumentError(f"{name}={text!r} must be {' or '.join(accepted)}")
     return int(value)
 
 
 @contextmanager
-def _named(what: str) -> Iterator[None]:
-    """Errors of a constructor, with the words that led to it."""
+def _prefixed(prefix: str) -> Iterator[None]:
+    """Add a prefix to the messages of ArgumentErrors."""
     try:
         yield
     except ArgumentError as error:
-        raise ArgumentError(f"{what}: {error}") from error
+        raise ArgumentError(f"{prefix}: {error}") from error
 
 
 @final
 @dataclass(frozen=True)
 class GoalSpec:
-    """A goal, and how its reference follows from the model, the images and their labels.
+    """A goal, and how its reference is computed.
 
     Attributes:
-        goal: What success is.
-        ref: From a model, images (N, C, H, W) of which at most the given number go through it at once, and labels (N,), to
-            what the goal compares with, (N,).
-        wanted: The one class that it names, or None.
+        goal: The goal.
+        ref: Maps a model, images (N, C, H, W), labels (N,) and the batch size to the reference of the goal, (N,).
+        target_class: The class that the spec names; None if it names none.
     """
 
     goal: Goal
     ref: Callable[[Fn, Tensor, Tensor, int], Tensor]
-    wanted: int | None = None
+    target_class: int | None = None
 
 
 def goal(spec: str) -> GoalSpec:
-    """The aim that `spec` names: misclassify, least-likely or classify-as:K."""
+    """The goal that `spec` names: misclassify, least-likely or classify-as:K."""
     if spec == "misclassify":
         return GoalSpec(Misclassify(), lambda model, x, y, batch_size: y)
     if spec == "least-likely":
         return GoalSpec(ClassifyAs(), lambda model, x, y, batch_size: least_likely(model, x, batch_size=batch_size))
     kind, _, text = spec.partition(":")
     if kind == "classify-as" and text.isdecimal() and len(text) < 10:
-        wanted = int(text)
-        return GoalSpec(ClassifyAs(), lambda model, x, y, batch_size: torch.full_like(y, wanted), wanted)
+        target_class = int(text)
+        return GoalSpec(ClassifyAs(), lambda model, x, y, batch_size: torch.full_like(y, target_class), target_class)
     raise ArgumentError(f"goal {spec!r} does not exist; write one of {', '.join(GOALS)} with a class K")

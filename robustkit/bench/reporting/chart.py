@@ -1,4 +1,4 @@
-"""Charts of shares against something: every position is known here, templates only draw."""
+"""Line charts of shares: all positions are computed here, and templates only draw."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["Chart", "Label", "Line", "Point", "Subject", "subject_name"]
 
 Subject = tuple[str, str | None]  # model and defence
 
-_WIDTH, _LEFT, _RIGHT, _TOP = 388.0, 44.0, 268.0, 14.0  # of a drawing and of the plot in it, in units of its viewBox
-_TALL, _BELOW = 190.0, 44.0  # the plot is at least so tall; room for the axis
-_STEP = 13.5  # from one row of a label to the next
-_CELL = 6.8  # room for one character
-_CELLS = 13  # characters in one of the two rows of a label, at most
-_ROOM = 2 * _CELLS - 1  # in both: one less than they hold, as a wide character may not fit at the end of the first
+_WIDTH, _LEFT, _RIGHT, _TOP = 388.0, 44.0, 268.0, 14.0  # the drawing and the plot in it, in units of its viewBox
+_TALL, _BELOW = 190.0, 44.0  # minimum height of the plot; height of the axis below it
+_STEP = 13.5  # between the rows of a label
+_CELL = 6.8  # width of a character
+_CELLS = 13  # maximum characters in one of the two rows of a label
+_MAX_CELLS = 2 * _CELLS - 1  # in both rows: a wide character may not fit at the end of the first
 _DASHES = ("", "7 3", "2 2.5", "9 3 2 3", "4 2", "1.5 4")
 _MARKS = (
     "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
@@ -37,23 +37,23 @@ class Point:
     """One measured share at one eps.
 
     Attributes:
-        eps: As a number.
-        written: As the user wrote it.
-        share: Of the images that stay right; at eps 0 the clean accuracy.
-        n: How many images it is of.
+        eps: The eps.
+        text: The eps as the user wrote it.
+        share: The robust accuracy; at eps 0 the clean accuracy.
+        n: Number of images.
         interval: Its 95 % interval, or None.
-        whole: Whether every attack that any model was under in the same norm, on the same data, was run there.
-        joint: Whether it is of all attacks together that were run there; if not, the lowest of them stands in.
-        flagged: Whether an attack raised a flag there.
+        all_attacks: Whether all attacks that were run on any model in this norm and data were run at this point.
+        is_union: Whether the share is that of the union of attacks; if not, it is the lowest single one.
+        flagged: Whether an attack raised a flag at this point.
     """
 
     eps: float
-    written: str
+    text: str
     share: float
     n: int
     interval: tuple[float, float] | None = None
-    whole: bool = True
-    joint: bool = True
+    all_attacks: bool = True
+    is_union: bool = True
     flagged: bool = False
 
 
@@ -63,12 +63,12 @@ class Line:
     """Points of one model, or of one attack on it, by increasing eps.
 
     Attributes:
-        name: What it is of, in full.
-        points: Two or more.
-        style: Which mark, dashes and colour it has, counted from 0.
-        main: Whether it is of all attacks together, and so drawn as the figure and not beside it.
-        only: Whether it is the only such line of its chart, and so needs no dashes.
-        marked: Whether its points are drawn, and not the line alone.
+        name: The full name of the model or attack.
+        points: Two or more points.
+        style: Index of its mark, dashes and colour, from 0.
+        main: Whether it is the worst case over attacks, which is drawn thick.
+        only: Whether it is the only main line of its chart, which needs no dashes.
+        marked: Whether its points have marks.
     """
 
     name: str
@@ -80,36 +80,36 @@ class Line:
 
     @property
     def mark(self) -> str:
-        """The path of its mark, around (0, 0)."""
+        """The SVG path of its mark, centred at (0, 0)."""
         return _MARKS[self.style % len(_MARKS)]
 
     @property
     def dashes(self) -> str:
-        """Its stroke-dasharray; lines beside the figure are never solid."""
+        """Its stroke-dasharray; only main lines are solid."""
         first = 0 if self.main else 1
-        turn = self.style + self.style // len(_MARKS)  # or a mark would always come with the same dashes
+        turn = self.style + self.style // len(_MARKS)  # otherwise a mark would always have the same dashes
         return "" if self.only else _DASHES[first + turn % (len(_DASHES) - first)]
 
     def rises(self) -> list[tuple[Point, Point]]:
-        """Points with more than was measured at a smaller eps of as many images, each after the lowest of these."""
-        found = []
-        for place, point in enumerate(self.points):
-            before = [other for other in self.points[:place] if other.n == point.n and other.eps > 0]
+        """Pairs of points whose share rises: the lowest at a smaller eps with as many images, and the point itself."""
+        pairs = []
+        for index, point in enumerate(self.points):
+            before = [other for other in self.points[:index] if other.n == point.n and other.eps > 0]
             lowest = min(before, key=lambda other: other.share, default=point)
             if point.share > lowest.share:
-                found.append((lowest, point))
-        return found
+                pairs.append((lowest, point))
+        return pairs
 
 
 @final
 @dataclass(frozen=True)
 class Label:
-    """The name of a line as it stands in a chart.
+    """The label of a line in a chart.
 
     Attributes:
-        line: Whose name it is.
-        rows: One or two rows of text, each with the height of its middle.
-        y: The height of its middle.
+        line: The line.
+        rows: One or two rows of text, each with the y of its middle.
+        y: The y of the middle of the label.
     """
 
     line: Line
@@ -120,81 +120,80 @@ class Label:
 @final
 @dataclass(frozen=True)
 class Chart:
-    """Lines with common axes; positions are in units of the drawing, y downwards.
+    """Lines with common axes; positions are in units of the drawing, with y downwards.
 
     Attributes:
-        axis: What the horizontal axis is called.
-        data: What was attacked.
-        subject: Model and defence whose attacks are shown one by one, or None where models are compared.
-        lines: In the order of the records.
-        widest: The largest eps on the axis.
-        once: Names of attacks that were run at one eps only, and so have no line.
-        stairs: Whether a share holds until the next point, and not merely there.
-        logarithmic: Whether each tenfold takes the same room on the horizontal axis; all up to 1 stands at its begin.
+        axis: Title of the horizontal axis.
+        data: Data spec.
+        subject: Model and defence whose attacks are shown; None where models are compared.
+        lines: The lines, in the order of the records.
+        max_eps: The largest eps on the axis.
+        once: Names of attacks that were run at one eps only, which have no line.
+        stairs: Whether a share holds until the next point, so that the line is drawn as steps.
+        logarithmic: Whether the horizontal axis is logarithmic; values up to 1 are at its left end.
     """
 
     axis: str
     data: str
     subject: Subject | None
     lines: tuple[Line, ...]
-    widest: float
+    max_eps: float
     once: tuple[str, ...] = ()
     stairs: bool = False
     logarithmic: bool = False
 
-    width = _WIDTH  # of every drawing
-    left = _LEFT  # where its plot begins
-    right = _RIGHT  # and ends
+    width = _WIDTH  # of the drawing
+    left = _LEFT  # of the plot
+    right = _RIGHT  # of the plot
 
     @cached_property
     def bottom(self) -> float:
-        """Where a share of 0 is."""
+        """The y of a share of 0."""
         return _TOP + max(_TALL, _STEP * sum(map(len, self._texts)))
 
     @property
     def height(self) -> float:
-        """Of the drawing."""
+        """The height of the drawing."""
         return self.bottom + _BELOW
 
     @property
-    def told(self) -> str:
-        """The figures in one sentence, for who does not see the drawing."""
+    def description(self) -> str:
+        """The figures in one sentence, for screen readers."""
         lines = []
         for line in (line for line in self.lines if line.main):
             ends = (line.points[0], line.points[-1])
-            points = ", ".join(
-                f"{100 * point.share:.1f} % at {point.written}" for point in (ends if self.stairs else line.points)
-            )
+            points = ", ".join(f"{100 * point.share:.1f} % at {point.text}" for point in (ends if self.stairs else line.points))
             lines.append(f"{_plain(line.name)}: {points}")
         subject = "" if self.subject is None else f" of {_plain(subject_name(self.subject))}"
         return f"Robust accuracy{subject} on {_plain(self.data)} against {self.axis}. {'; '.join(lines)}"
 
     def x(self, eps: float) -> float:
-        """Where that eps is."""
-        part = math.log(max(eps, 1)) / math.log(max(self.widest, 2)) if self.logarithmic else eps / self.widest
+        """The x of an eps."""
+        part = math.log(max(eps, 1)) / math.log(max(self.max_eps, 2)) if self.logarithmic else eps / self.max_eps
         return round(_LEFT + (_RIGHT - _LEFT) * part, 2)
 
     def y(self, share: float) -> float:
-        """Where that share is."""
+        """The y of a share."""
         return round(self.bottom - (self.bottom - _TOP) * share, 2)
 
     def path(self, line: Line) -> str:
-        """The path of a line."""
-        places = [(self.x(point.eps), self.y(point.share)) for point in line.points]
+        """The SVG path of a line."""
+        positions = [(self.x(point.eps), self.y(point.share)) for point in line.points]
         if self.stairs:
-            return f"M{places[0][0]} {places[0][1]}" + "".join(f"H{x}V{y}" for x, y in places[1:])
-        return "M" + "L".join(f"{x} {y}" for x, y in places)
+            return f"M{positions[0][0]} {positions[0][1]}" + "".join(f"H{x}V{y}" for x, y in positions[1:])
+        return "M" + "L".join(f"{x} {y}" for x, y in positions)
 
     def ticks(self) -> list[tuple[float, str]]:
-        """Every eps on the horizontal axis, and its text as the user wrote it, or "" where there is no room for one."""
+        """The x of every eps on the horizontal axis and its text, which is empty where it would overlap another."""
         if self.logarithmic:
-            return [(self.x(10**power), f"{10**power:,}") for power in range(math.floor(math.log10(max(self.widest, 1))) + 1)]
+            return [(self.x(10**power), f"{10**power:,}") for power in range(math.floor(math.log10(max(self.max_eps, 1))) + 1)]
         texts = {0.0: "0"}
         marked = [line for line in self.lines if line.marked]
         if len(marked) < len(self.lines):
-            texts |= {self.widest / 2: f"{self.widest / 2:.3g}", self.widest: f"{self.widest:.3g}"}
+            texts |= {self.max_eps / 2: f"{self.max_eps / 2:.3g}", self.max_eps: f"{self.max_eps:.3g}"}
         for point in (point for line in marked for point in line.points):
-            texts.setdefault(point.eps, point.written if len(point.written) <= 8 else f"{point.eps:.3g}")
+            texts.setdefault(point.eps, point.text if len(point.text) <= 8 else f"{point.eps:.3g}")
+        texts.setdefault(self.max_eps, f"{self.max_eps:.3g}")  # the axis may be longer than the lines of this model
         taken: list[tuple[float, float]] = []
         shown = {}
         for eps in [0.0, *sorted(texts, reverse=True)[:-1]]:  # the ends first
@@ -206,25 +205,25 @@ class Chart:
         return [(self.x(eps), shown.get(eps, "")) for eps in sorted(texts)]
 
     def labels(self) -> list[Label]:
-        """What stands at the right of each line, from the top down, none over another."""
+        """The labels at the right end of the lines, from top to bottom, without overlaps."""
         texts = self._texts
-        order = sorted(range(len(self.lines)), key=lambda place: -self.lines[place].points[-1].share)
-        left, top, found = sum(map(len, texts)), _TOP - _STEP / 2, []
-        for place in order:
-            line, rows = self.lines[place], texts[place]
-            wanted = self.y(line.points[-1].share) - _STEP * len(rows) / 2
-            top = max(top, min(wanted, self.bottom + _STEP / 2 - _STEP * left))
+        order = sorted(range(len(self.lines)), key=lambda index: -self.lines[index].points[-1].share)
+        rows_left, top, labels = sum(map(len, texts)), _TOP - _STEP / 2, []
+        for index in order:
+            line, rows = self.lines[index], texts[index]
+            ideal = self.y(line.points[-1].share) - _STEP * len(rows) / 2
+            top = max(top, min(ideal, self.bottom + _STEP / 2 - _STEP * rows_left))
             heights = tuple(round(top + _STEP * (row + 0.5), 2) for row in range(len(rows)))
-            found.append(Label(line, tuple(zip(rows, heights, strict=True)), round(top + _STEP * len(rows) / 2, 2)))
-            top, left = top + _STEP * len(rows), left - len(rows)
-        return found
+            labels.append(Label(line, tuple(zip(rows, heights, strict=True)), round(top + _STEP * len(rows) / 2, 2)))
+            top, rows_left = top + _STEP * len(rows), rows_left - len(rows)
+        return labels
 
     @cached_property
     def _texts(self) -> list[tuple[str, ...]]:
-        return _rows(_apart([line.name for line in self.lines]))
+        return _rows(_without_common_prefix([line.name for line in self.lines]))
 
     def rises(self) -> list[tuple[str, Point, Point]]:
-        """For each line that rises its label, and the two points between which it rises most."""
+        """For each line that rises, its label and the two points of the largest rise."""
         return [
             ("".join(rows), *max(line.rises(), key=lambda pair: pair[1].share - pair[0].share))
             for rows, line in zip(self._texts, self.lines, strict=True)
@@ -232,63 +231,65 @@ class Chart:
         ]
 
     def shortened(self) -> list[tuple[str, str]]:
-        """Labels that are not the whole name, and the name."""
+        """The labels that are shortened, each with the full name."""
         labels = [("".join(rows), line.name) for rows, line in zip(self._texts, self.lines, strict=True)]
         return [(label, name) for label, name in labels if label != name]
 
 
 def subject_name(subject: Subject) -> str:
-    """A model, and the defence that it stands behind."""
+    """The name of a model, with its defence."""
     model, defence = subject
     return model if defence is None else f"{model} behind {defence}"
 
 
 def _plain(text: str) -> str:
-    """The text without what steers a screen: what is no Unicode is written out, marks of direction go, controls show."""
+    """The text without control and formatting characters; bytes that are not Unicode are escaped."""
     kinds = {"Cf": "", "Cc": "\N{REPLACEMENT CHARACTER}"}
-    kept = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    return "".join(one if one in "\u200c\u200d" else kinds.get(unicodedata.category(one), one) for one in kept)
+    valid = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(one if one in "\u200c\u200d" else kinds.get(unicodedata.category(one), one) for one in valid)
 
 
 def _cells(text: str) -> int:
-    """How wide a text is, in usual characters."""
+    """The width of a text in characters of normal width."""
     return sum(
         0 if unicodedata.category(one) in ("Mn", "Me") else 2 if unicodedata.east_asian_width(one) in "WF" else 1
         for one in text
     )
 
 
-def _apart(names: Sequence[str]) -> list[str]:
-    """The names without the file or package that all of them come from, where one is too long for a label."""
-    begins = {name[: name.find(":") + 1] for name in names}
-    long = any(_cells(_plain(name)) > _ROOM for name in names)
-    return [name.removeprefix(min(begins)) for name in names] if len(names) > 1 and len(begins) == 1 and long else list(names)
+def _without_common_prefix(names: Sequence[str]) -> list[str]:
+    """The names without a common file or package prefix, if one of them is too long for a label."""
+    prefixes = {name[: name.find(":") + 1] for name in names}
+    long = any(_cells(_plain(name)) > _MAX_CELLS for name in names)
+    return (
+        [name.removeprefix(min(prefixes)) for name in names] if len(names) > 1 and len(prefixes) == 1 and long else list(names)
+    )
 
 
 def _rows(names: Sequence[str]) -> list[tuple[str, ...]]:
-    """Labels of one or two rows, from the begin and the end of long names; those that come out equal are numbered."""
-    labels = [_fit(_plain(name), _ROOM) for name in names]
-    often, seen = Counter(labels), Counter[str]()
-    for place, (name, label) in enumerate(zip(names, labels, strict=True)):
+    """Labels of one or two rows; long names keep their beginning and end, and equal labels are numbered."""
+    labels = [_fit(_plain(name), _MAX_CELLS) for name in names]
+    count, seen = Counter(labels), Counter[str]()
+    for index, (name, label) in enumerate(zip(names, labels, strict=True)):
         seen[label] += 1
-        if often[label] > 1:
+        if count[label] > 1:
             mark = f" ({seen[label]})"
-            labels[place] = _fit(_plain(name), _ROOM - len(mark)) + mark
+            labels[index] = _fit(_plain(name), _MAX_CELLS - len(mark)) + mark
     return [_split(label) for label in labels]
 
 
 def _fit(text: str, cells: int) -> str:
-    """The begin of a text, … and its end, where it is too long."""
-    begin, end = text[: cells // 2], text[len(text) - min(len(text), cells // 2) :]
+    """The text, or its beginning, … and its end where it is too long."""
+    start, end = text[: cells // 2], text[len(text) - min(len(text), cells // 2) :]
     if _cells(text) <= cells:
         return text
-    while _cells(begin) + _cells(end) + 1 > cells:
-        begin, end = (begin[:-1], end) if _cells(begin) >= _cells(end) else (begin, end[1:])
-    return f"{begin}…{end}"
+    while _cells(start) + _cells(end) + 1 > cells:
+        start, end = (start[:-1], end) if _cells(start) >= _cells(end) else (start, end[1:])
+    return f"{start}…{end}"
 
 
 def _split(text: str) -> tuple[str, ...]:
-    """The text in one row or two; the break comes after a sign or a space if there is one that leaves room for the rest."""
+    """The text in one or two rows; it is broken after a sign or a space where the rest then fits."""
     if _cells(text) <= _CELLS:
         return (text,)
     cuts = [cut for cut in range(1, len(text)) if _cells(text[:cut]) <= _CELLS]

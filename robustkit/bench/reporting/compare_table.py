@@ -1,4 +1,4 @@
-"""A comparison of two runs, as it is shown on the terminal and as other programs read it."""
+"""A comparison of two runs as a table for the terminal and as JSON."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from robustkit.bench.comparison.compare import Comparison, Pair, label
-from robustkit.bench.reporting.curve_charts import USUAL
+from robustkit.bench.reporting.curve_charts import COMMON_STAGES
 
 __all__ = ["as_json", "comparison_table"]
 
-_LOUD = 0.05  # adjusted p below which a difference is hardly chance
+_LEVEL = 0.05  # adjusted p below which a difference is significant
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 
     Returns:
         The folders `a` and `b`; `tests`, the number of tests; `pairs`, each with the fields of `Pair`, `robust_a`, `robust_b`,
-        `difference` and `p_holm`; `only_in_a` and `only_in_b`, what each record is about that has no counterpart.
+        `difference` and `p_holm`; `only_in_a` and `only_in_b`, labels of the records without a counterpart.
     """
     pairs = []
     for pair, p in zip(comparison.pairs, comparison.adjusted, strict=True):
@@ -43,14 +43,14 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def comparison_table(comparison: Comparison) -> Group:
-    """The comparison as a table for each model and threat, with what the figures mean and how many tests there were below.
+    """The comparison as one table per model and threat, followed by an explanation of the columns and the number of tests.
 
-    Where several attacks were run, the last line of a table is what survives all of them.
+    Where several attacks were run, the last row of a table is the worst case over them.
     """
     groups: dict[tuple[str | None, ...], list[tuple[Pair, float]]] = {}
     for pair, p in zip(comparison.pairs, comparison.adjusted, strict=True):
         group = (pair.model_a, pair.defence_a, pair.model_b, pair.defence_b, pair.threat)
-        # All attacks together say nothing new where there is one.
+        # The worst case over a single attack is that attack.
         groups.setdefault(group, []).extend([] if pair.worst_case and len(pair.attacks) == 1 else [(pair, p)])
     several = len({pair.seed for pair in comparison.pairs if not pair.worst_case}) > 1
     parts: list[RenderableType] = [Text(f"A: {comparison.a}\nB: {comparison.b}\n")]
@@ -58,9 +58,9 @@ def comparison_table(comparison: Comparison) -> Group:
         parts += _of_group(rows, several)
     parts.append(
         Text(
-            "A, B: robust accuracy, an upper bound on robustness; only A, only B: images that stay right in that run alone. "
+            "A, B: robust accuracy, an upper bound on robustness; only A, only B: images that are robust in that run alone. "
             "B − A: 95 % score interval of the difference over the choice of images, in percentage points. p: McNemar's exact "
-            "test, for one question asked alone. "
+            "test of one pair alone. "
             f"{_tests(comparison.tests)}"
         )
     )
@@ -71,47 +71,47 @@ def comparison_table(comparison: Comparison) -> Group:
 
 def _tests(number: int) -> str:
     if number == 1:
-        return "One test was made, so that Holm's p is the same."
-    return f"{number:,} tests were made, and the smallest p of many is small by chance: read Holm's, adjusted over all of them."
+        return "One test was made, so Holm's p is the same."
+    return f"{number:,} tests were made, and the smallest p of many is small by chance: read Holm's, adjusted for all tests."
 
 
 def _of_group(rows: Sequence[tuple[Pair, float]], several_seeds: bool) -> list[RenderableType]:
-    # Text, not str: rich would read [brackets] and :words: in names as markup.
+    # Text, not str: rich would parse [brackets] and :words: in names as markup.
     first = rows[0][0]
     view = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     view.add_column("attack", overflow="fold")
     for name in ("A", "B", "B − A", "only A", "only B", "p", "Holm"):
         view.add_column(name, justify="right", no_wrap=True)
-    told: list[Text] = []
+    lines: list[Text] = []
     for pair, adjusted in rows:
         name = _name(pair, several_seeds)
         view.add_row(*_row(name, pair, adjusted))
-        told += _stages(name, pair)
+        lines += _stages(name, pair)
         for run, flags in (("A", pair.flags_a), ("B", pair.flags_b)):
             if flags and not pair.worst_case:
-                told.append(Text.assemble((f"! {', '.join(flags)}", "bold red"), f" in {run} ({name}, {pair.threat})"))
-    before, after = _whom(first.model_a, first.defence_a), _whom(first.model_b, first.defence_b)
-    whom = before if before == after else f"{before} → {after}"
-    return [Text.assemble((whom, "bold"), f", {first.threat}: {first.n:,} images of {first.data}"), view, *told]
+                lines.append(Text.assemble((f"! {', '.join(flags)}", "bold red"), f" in {run} ({name}, {pair.threat})"))
+    model_a, model_b = _model(first.model_a, first.defence_a), _model(first.model_b, first.defence_b)
+    title = model_a if model_a == model_b else f"{model_a} → {model_b}"
+    return [Text.assemble((title, "bold"), f", {first.threat}: {first.n:,} images of {first.data}"), view, *lines]
 
 
 def _stages(name: str, pair: Pair) -> list[Text]:
-    """What each stage solved in A and in B, where the attack has stages of its own."""
-    if {stage.name for stage in pair.stages} <= USUAL:
+    """The images that each stage solved in A and in B, where the attack has stages of its own."""
+    if {stage.name for stage in pair.stages} <= COMMON_STAGES:
         return []
     parts = [f"{stage.name} {stage.a:,} / {stage.b:,} ({stage.both:,} in both)" for stage in pair.stages if stage.a + stage.b]
     return [Text(f"solved by stage, A / B ({name}): {', '.join(parts)}")]
 
 
-def _whom(model: str, defence: str | None) -> str:
+def _model(model: str, defence: str | None) -> str:
     return f"{model} with {defence}" if defence else model
 
 
 def _name(pair: Pair, several_seeds: bool) -> str:
     if pair.attack is None:
-        return "all together"
+        return "worst case"
     goal = "" if pair.goal == "misclassify" else f" → {pair.goal}"
-    # A space after each comma, so that a narrow terminal breaks there and not inside a number.
+    # A space after each comma, so that a narrow terminal wraps there and not inside a number.
     return pair.attack.replace(",", ", ") + goal + (f", seed {pair.seed}" if several_seeds else "")
 
 
@@ -126,7 +126,7 @@ def _row(name: str, pair: Pair, adjusted: float) -> tuple[Text, ...]:
         Text(f"{pair.only_a:,}"),
         Text(f"{pair.only_b:,}"),
         Text(_p(pair.p), "dim"),
-        Text(_p(adjusted), "bold" if adjusted < _LOUD else ""),
+        Text(_p(adjusted), "bold" if adjusted < _LEVEL else ""),
     )
 
 

@@ -1,4 +1,4 @@
-"""Whole curves as charts, against cost and against eps, and what each stage of an attack has solved."""
+"""Charts of the curves of single records, against cost and against eps, and tables of the stages of an attack."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from robustkit.bench.reporting.chart import Chart, Line, Point, Subject
-from robustkit.bench.reporting.eps_charts import AXES, place_of
+from robustkit.bench.reporting.eps_charts import AXES, norm_and_eps
 
-__all__ = ["USUAL", "cost_charts", "eps_charts", "stage_tables"]
+__all__ = ["COMMON_STAGES", "cost_charts", "eps_charts", "stage_tables"]
 
 Record = Mapping[str, Any]  # one record of results.json
 
 _UNTARGETED = "misclassify"
-USUAL = frozenset({"clean", "attack", "learning"})  # stages of every attack
+COMMON_STAGES = frozenset({"clean", "attack", "learning"})  # stages of every attack
 
 
 def cost_charts(records: Iterable[Record]) -> list[tuple[str, Chart]]:
-    """For each model and threat the curves of its attacks against what an image has cost; with the threat."""
+    """For each model and threat, the threat spec and the robust accuracy of its attacks against the cost per image."""
     groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
     for record in records:
         if record.get("against_cost"):
@@ -30,60 +30,60 @@ def cost_charts(records: Iterable[Record]) -> list[tuple[str, Chart]]:
             Line(name, _points(row["against_cost"], row["n"]), style, main=True, only=len(rows) == 1, marked=False)
             for style, (name, row) in enumerate(zip(names, rows, strict=True))
         )
-        widest = max(point.eps for line in lines for point in line.points)
+        max_cost = max(point.eps for line in lines for point in line.points)
         axis = "forwards + 2 × backwards, per image"
-        charts.append((threat, Chart(axis, data, (model, defence), lines, widest, stairs=True, logarithmic=True)))
+        charts.append((threat, Chart(axis, data, (model, defence), lines, max_cost, stairs=True, logarithmic=True)))
     return charts
 
 
 def eps_charts(records: Sequence[Record]) -> list[Chart]:
-    """For each run that holds a curve against eps: the curves of a model, and the other attacks at the eps that they had."""
+    """For each model with a curve against eps from one run: its curves, and the other attacks at their eps."""
     groups: dict[tuple[Subject, str, str], list[Record]] = defaultdict(list)
     for record in records:
-        place = place_of(record["threat"])
-        if place is not None and record["goal"] == _UNTARGETED:
-            groups[(record["model"], record["defence"]), record["data"], place[0]].append(record)
+        norm_eps = norm_and_eps(record["threat"])
+        if norm_eps is not None and record["goal"] == _UNTARGETED:
+            groups[(record["model"], record["defence"]), record["data"], norm_eps[0]].append(record)
     charts = []
     for (subject, data, norm), rows in groups.items():
-        whole = [row for row in rows if row.get("against_eps")]
-        if whole:
-            charts.append(_eps_chart(subject, data, norm, whole, [row for row in rows if not row.get("against_eps")]))
+        with_curve = [row for row in rows if row.get("against_eps")]
+        if with_curve:
+            charts.append(_eps_chart(subject, data, norm, with_curve, [row for row in rows if not row.get("against_eps")]))
     return charts
 
 
-def _eps_chart(subject: Subject, data: str, norm: str, whole: Sequence[Record], others: Sequence[Record]) -> Chart:
-    names = _names([*whole, *others])
+def _eps_chart(subject: Subject, data: str, norm: str, with_curve: Sequence[Record], others: Sequence[Record]) -> Chart:
+    names = _names([*with_curve, *others])
     lines = [
-        Line(name, _points(row["against_eps"], row["n"]), style, main=True, only=len(whole) == 1, marked=False)
-        for style, (name, row) in enumerate(zip(names, whole, strict=False))
+        Line(name, _points(row["against_eps"], row["n"]), style, main=True, only=len(with_curve) == 1, marked=False)
+        for style, (name, row) in enumerate(zip(names, with_curve, strict=False))
     ]
-    widest = max(point.eps for line in lines for point in line.points)
-    spots: dict[str, list[Point]] = defaultdict(list)
-    for name, row in zip(names[len(whole) :], others, strict=True):
-        place = place_of(row["threat"])
-        if place is not None and place[1] <= widest:
-            written = str(row["threat"]).partition(":")[2].strip()
-            spots[name].append(Point(place[1], written, row["robust_accuracy"], row["n"], (row["low"], row["high"])))
+    max_eps = max(point.eps for line in lines for point in line.points)
+    points_of: dict[str, list[Point]] = defaultdict(list)
+    for name, row in zip(names[len(with_curve) :], others, strict=True):
+        norm_eps = norm_and_eps(row["threat"])
+        if norm_eps is not None and norm_eps[1] <= max_eps:
+            text = str(row["threat"]).partition(":")[2].strip()
+            points_of[name].append(Point(norm_eps[1], text, row["robust_accuracy"], row["n"], (row["low"], row["high"])))
     dots = [
         Line(name, tuple(sorted(points, key=lambda point: point.eps)), len(lines) + style, main=False)
-        for style, (name, points) in enumerate(spots.items())
+        for style, (name, points) in enumerate(points_of.items())
     ]
-    return Chart(AXES[norm], data, subject, (*lines, *dots), widest, stairs=True)
+    return Chart(AXES[norm], data, subject, (*lines, *dots), max_eps, stairs=True)
 
 
 def stage_tables(records: Iterable[Record]) -> list[dict[str, Any]]:
-    """The stages of each attack that has some of its own: what each solved, what it left, and what it cost an image."""
+    """The stages of each attack that has its own: examples solved, share still unsolved, and cost per image."""
     tables = []
     for record in records:
         stages = record.get("stages") or []
-        if {stage["name"] for stage in stages} <= USUAL:
+        if {stage["name"] for stage in stages} <= COMMON_STAGES:
             continue
-        left, rows = int(record["n"]), []
-        whole = max(1, sum(stage["forwards"] + 2 * stage["backwards"] for stage in stages))
+        unsolved, rows = int(record["n"]), []
+        total = max(1, sum(stage["forwards"] + 2 * stage["backwards"] for stage in stages))
         for stage in stages:
-            left -= stage["solved"]
+            unsolved -= stage["solved"]
             cost = stage["forwards"] + 2 * stage["backwards"]
-            rows.append({**stage, "left": left / record["n"], "cost": cost / record["n"], "part": cost / whole})
+            rows.append({**stage, "unsolved": unsolved / record["n"], "cost": cost / record["n"], "part": cost / total})
         tables.append({"record": record, "rows": rows})
     return tables
 
@@ -93,7 +93,7 @@ def _points(curve: Iterable[Sequence[float]], n: int) -> tuple[Point, ...]:
 
 
 def _names(rows: Sequence[Record]) -> list[str]:
-    """What each attack is called, with its seed or its threat where the name alone stands for several."""
+    """The name of each attack, with its seed or its threat where the name alone is ambiguous."""
     seeds = len({row["seed"] for row in rows}) > 1
     names = [f"{row['attack']}, seed {row['seed']}" if seeds else str(row["attack"]) for row in rows]
     return [

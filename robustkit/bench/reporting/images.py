@@ -1,4 +1,4 @@
-"""Arrays as pictures inside a page."""
+"""Images as data URIs."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ __all__ = ["Bytes", "png", "signed", "to_bytes"]
 
 Bytes = NDArray[np.uint8]
 
-_GREY = 128  # no change
+_GREY = 128  # a perturbation of zero
 
 
 def to_bytes(image: NDArray[np.float32]) -> Bytes:
-    """Values in [0, 1] as bytes."""
+    """Values in [0, 1] as bytes in [0, 255]."""
     return np.rint(image.astype(np.float64) * 255).astype(np.uint8)
 
 
-def signed(change: NDArray[Any]) -> tuple[Bytes, float]:
-    """A signed change as a picture, grey + scale * change, and the scale; scale 0 where nothing changed.
+def signed(perturbation: NDArray[Any]) -> tuple[Bytes, float]:
+    """A perturbation as a picture, grey + scale * perturbation, and the scale, which is 0 for a perturbation of zero.
 
-    The scale takes the largest change to (nearly) black or white and is rounded down to two digits, so that what the
-    page states is exactly what it draws.
+    The scale maps the largest value to (nearly) black or white. It is rounded down to two digits, so that the page states
+    exactly the scale that it draws.
     """
-    largest = float(np.abs(change).max())
+    largest = float(np.abs(perturbation).max())
     if largest == 0:
-        return np.full(change.shape, _GREY, dtype=np.uint8), 0.0
-    widest = 0.5 / largest
-    digits = 1 - math.floor(math.log10(widest))
-    scale = round(math.floor(widest * 10.0**digits) / 10.0**digits, digits)
-    return np.clip(_GREY + np.rint(255 * scale * change), 0, 255).astype(np.uint8), scale
+        return np.full(perturbation.shape, _GREY, dtype=np.uint8), 0.0
+    max_scale = 0.5 / largest
+    digits = 1 - math.floor(math.log10(max_scale))
+    scale = round(math.floor(max_scale * 10.0**digits) / 10.0**digits, digits)
+    return np.clip(_GREY + np.rint(255 * scale * perturbation), 0, 255).astype(np.uint8), scale
 
 
 def png(image: Bytes) -> str:
-    """The image, (C, H, W), as a data URI."""
+    """The image, (C, H, W), as a PNG data URI."""
     # (C, H, W) -> (H, W) or (H, W, 3)
     drawn = Image.fromarray(np.ascontiguousarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)))
     file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""A run as JUnit XML, which continuous integration shows next to the tests."""
+"""A run as JUnit XML, for continuous integration."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from robustkit.bench.comparison.gates import Verdict
 
 __all__ = ["junit"]
 
-# All but the characters of XML 1.0; also its discouraged control characters, and \r, which a parser turns into \n.
+# All characters that XML 1.0 forbids or discourages, and \r, which a parser turns into \n.
 _FORBIDDEN = re.compile("[^\t\n\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def junit(results: Mapping[str, Any], verdicts: Sequence[Verdict]) -> str:
     """The run as JUnit XML: a test case for each record and for each verdict of a gate.
 
-    Only gates fail: how robust a model should be is not for a record to say. A record's flags are its output. Characters
-    that XML cannot hold are written as Python writes them in a string, as in \\x1b. Equal arguments give equal text.
+    Only gates can fail; records always pass. The flags of a record are its output. Characters that XML forbids are written
+    as Python escapes, such as \\x1b. Equal arguments give equal text.
 
     Args:
         results: The content of results.json.
-        verdicts: What the gates say; may be empty.
+        verdicts: The verdicts of the gates; may be empty.
 
     Returns:
         One XML document, to be written as UTF-8.
@@ -44,7 +44,7 @@ def junit(results: Mapping[str, Any], verdicts: Sequence[Verdict]) -> str:
     for verdict in verdicts:
         _add_verdict(suite, verdict)
     ElementTree.indent(root)
-    # Not by ElementTree, which would name the encoding of the terminal.
+    # The declaration is written here, because ElementTree would name the encoding of the terminal.
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
@@ -56,8 +56,8 @@ def _add_record(suite: ElementTree.Element, record: Mapping[str, Any]) -> None:
     }
     case = ElementTree.SubElement(suite, "testcase", names | {"time": _seconds(record["seconds"])})
     if record["flags"]:
-        told = [f"! {flag['name']}: {flag['why']}" for flag in record["flags"]]
-        ElementTree.SubElement(case, "system-out").text = _safe("\n".join(told))
+        lines = [f"! {flag['name']}: {flag['why']}" for flag in record["flags"]]
+        ElementTree.SubElement(case, "system-out").text = _safe("\n".join(lines))
 
 
 def _add_verdict(suite: ElementTree.Element, verdict: Verdict) -> None:

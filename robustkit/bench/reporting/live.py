@@ -1,4 +1,4 @@
-"""A run under way, on the terminal: what is going on, how fast, how long still."""
+"""The progress bar of a run: current case, speed and time left."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ __all__ = ["Live", "duration"]
 
 
 class _Count(ProgressColumn):
-    """How many images are done, and how many a second."""
+    """The number of finished images, and images per second."""
 
     def render(self, task: Task) -> Text:
-        """The speed is that of the last half minute, and left out while nothing has been done."""
+        """The speed is that of the last half minute; it is omitted before the first block."""
         speed = task.finished_speed or task.speed or 0
         return Text(f"{task.completed:,.0f}/{task.total or 0:,.0f}" + (f", {speed:,.0f}/s" if speed else ""))
 
 
 class _Left(ProgressColumn):
-    """Time to go, by what each case has been seen to cost."""
+    """The time left, estimated from the cost of each case so far."""
 
     def render(self, task: Task) -> Text:
-        """Minutes and seconds; dashes until every case has been tried."""
+        """Minutes and seconds; dashes until each case has a finished block."""
         end: float | None = task.fields["end"]
         return Text("-:-- left" if end is None else f"{duration(max(0.0, end - time.monotonic()))} left")
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, as on a clock."""
+    """h:mm:ss, or m:ss below an hour."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
@@ -44,13 +44,15 @@ def duration(seconds: float) -> str:
 
 @final
 class Live:
-    """A bar over all images of all cases, with images per second and time left; silent where there is no terminal."""
+    """A progress bar over all images of all cases; it prints nothing without a terminal."""
 
     def __init__(self, screen: Console, loaded: LoadedRun, workers: int) -> None:
-        # The name gives way where the terminal is narrow; the figures do not.
-        words = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
+        # On a narrow terminal the name is shortened, not the figures.
+        description = TextColumn(
+            "{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
+        )
         columns = (
-            words,
+            description,
             BarColumn(bar_width=12),
             _Count(table_column=Column(no_wrap=True)),
             _Left(table_column=Column(no_wrap=True)),
@@ -69,7 +71,7 @@ class Live:
         self._bar.stop()
 
     def progress(self, block: Block, found: bool) -> None:
-        """Move on by a block; one that was there before says nothing of the speed."""
+        """Advance by a block; a block of an earlier run does not count for the speed."""
         case, images = self._cases[block.task.case], len(block.labels)
         now = time.monotonic()
         self._forecast.add(block.task.case, images, block.seconds, None if found else now)
@@ -79,5 +81,5 @@ class Live:
             done = int(self._bar.tasks[self._task].completed)
             self._bar.reset(self._task, completed=done + images, description="resuming", end=end)
         else:
-            words = f"{case.attack} {case.threat} {case.subject}"
-            self._bar.update(self._task, description=words, advance=images, end=end)
+            name = f"{case.attack} {case.threat} {case.subject}"
+            self._bar.update(self._task, description=name, advance=images, end=end)

@@ -1,4 +1,4 @@
-"""Shows a run in a notebook: data in, an HTML fragment out."""
+"""A run as an HTML fragment for notebooks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ __all__ = ["fragment"]
 
 
 def fragment(results: Mapping[str, Any]) -> str:
-    """A run in short, for a notebook's `_repr_html_`: the answer, the table and the flags.
+    """A summary of a run for a notebook's `_repr_html_`: robust accuracies, table and flags.
 
-    It loads nothing, runs no script, has no ids, and styles only what is its own; colours are those of what it stands in.
+    It loads nothing, runs no script, has no ids, styles only its own elements, and inherits the colours of the notebook.
 
     Args:
         results: The content of results.json.
 
     Returns:
-        One HTML element, which may stand in any page and in several cells.
+        One HTML element, which may occur several times in a page.
     """
     return render("notebook.html", summary(results))

@@ -1,4 +1,4 @@
-"""Shows a run as one self-contained HTML page: data in, string out."""
+"""The report of a run: one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ __all__ = ["render", "report", "summary"]
 Record = Mapping[str, Any]  # one record of results.json: strings, numbers, and lists of {name, why}
 
 _NONE = "–"
-_CONCERNED = ("model", "defence", "attack", "goal")  # by a flag
-_UNTARGETED = "misclassify"  # the one goal under which robust accuracy is the figure
-_MOST = 96  # pictures on a page, as long as each attack can have one
-_SIDE = 96  # CSS pixels of a picture's longer side, at most; three of them fit a phone
+_CASE = ("model", "defence", "attack", "goal")  # the cases that a flag concerns
+_UNTARGETED = "misclassify"  # the only goal whose robust accuracy measures robustness
+_MAX_PICTURES = 96  # on a page, unless there are more attacks; each attack has at least one
+_SIDE = 96  # longer side of a picture in CSS pixels; three fit on a phone
 
 
 def report(results: Mapping[str, Any], pictures: Sequence[Picture], *, command: str) -> str:
-    """The page that shows a run: the answer, curves, the table, flags, pictures, and how to repeat it.
+    """The HTML page of a run: robust accuracies, curves, tables, flags, pictures, and how to reproduce the run.
 
-    The page loads nothing, runs no script, and depends on the arguments alone: equal arguments give equal bytes.
-    A row is called lowest among the rows of one model, data, defence and threat that differ, and only where the goal is
-    that the model be wrong: robust accuracy under any other goal is high by definition and says nothing about robustness.
+    The page loads nothing, runs no script, and depends on the arguments alone: equal arguments give equal bytes. The lowest
+    robust accuracy of one model, data, defence and threat is marked, and only for the goal misclassify: robust accuracy
+    under any other goal is high by definition and says nothing about robustness.
 
     Args:
         results: The content of results.json.
         pictures: Attacked images; shown by model, threat, goal and attack, in the order of the records.
-        command: The command line that repeats the run, shown as it is.
+        command: The command line that reproduces the run.
 
     Returns:
         One HTML document, to be written as UTF-8.
@@ -50,12 +50,12 @@ def report(results: Mapping[str, Any], pictures: Sequence[Picture], *, command: 
     context = {
         "version": results["robustkit"],
         "records": results["records"],
-        "worst_case": _together(results),
+        "worst_case": _worst_case(results),
         "curves": families(results),
         "eps_charts": eps_charts(results["records"]),
         "cost_charts": cost_charts(results["records"]),
         "stages": stage_tables(results["records"]),
-        "begun": any(stage["name"] == "starts" for record in results["records"] for stage in record.get("stages", ())),
+        "warm_started": any(stage["name"] == "starts" for record in results["records"] for stage in record.get("stages", ())),
         "flag_numbers": {flag: number for number, flag in enumerate(shown["flags"], start=1)},
         "gallery": _gallery(results["records"], pictures),
         "universal": perturbations(results["records"], pictures, _SIDE),
@@ -67,39 +67,41 @@ def report(results: Mapping[str, Any], pictures: Sequence[Picture], *, command: 
 
 
 def summary(results: Mapping[str, Any]) -> dict[str, Any]:
-    """What every way to show a run is made of: the answer, the rows strongest first, which are lowest, and the flags.
+    """What every view of a run shows: the robust accuracies, the records with the strongest attack first, and the flags.
 
-    A row is lowest only where another one of its group is higher: a mark on every row would say nothing.
+    The lowest robust accuracy of a group is marked only if another one is higher.
 
     Args:
         results: The content of results.json.
     """
     records: Sequence[Record] = results["records"]
-    plain = [record for record in records if record["goal"] == _UNTARGETED]
-    other = [record for record in records if record["goal"] != _UNTARGETED]
+    untargeted = [record for record in records if record["goal"] == _UNTARGETED]
+    targeted = [record for record in records if record["goal"] != _UNTARGETED]
     return {
-        "verdicts": _verdicts(records, _together(results)),
+        "verdicts": _verdicts(records, _worst_case(results)),
         "threats": list(dict.fromkeys(str(record["threat"]) for record in records)),
-        "untargeted": [(group, sorted(rows, key=lambda row: float(row["robust_accuracy"]))) for group, rows in _groups(plain)],
-        "targeted": [(group, sorted(rows, key=lambda row: -float(row["success_rate"]))) for group, rows in _groups(other)],
-        "lowest": {group: _lowest(rows) if _differ(rows) else None for group, rows in _groups(plain)},
+        "untargeted": [
+            (group, sorted(rows, key=lambda row: float(row["robust_accuracy"]))) for group, rows in _groups(untargeted)
+        ],
+        "targeted": [(group, sorted(rows, key=lambda row: -float(row["success_rate"]))) for group, rows in _groups(targeted)],
+        "lowest": {group: _lowest(rows) if _differ(rows) else None for group, rows in _groups(untargeted)},
         "seeds": {record["seed"] for record in records},
         "flags": _flags(records),
     }
 
 
 def render(template: str, context: Mapping[str, Any]) -> str:
-    """The template with that context, every text in it escaped; it can be written as UTF-8."""
+    """Render a template; all text is escaped, and the result can be encoded as UTF-8."""
     page = _environment().get_template(template).render(context)
-    # A file name that is no Unicode holds lone surrogates, and these cannot be written as UTF-8.
+    # A file name that is not Unicode contains lone surrogates, which UTF-8 cannot encode.
     return page.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-@cache  # reading the templates takes longer than filling them, and a run writes its page after every case
+@cache  # parsing the templates takes longer than rendering, and a run writes its page after every case
 def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,  # names of models, classes and files are not to be trusted
+        autoescape=True,  # names of models, classes and files are untrusted
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -111,7 +113,7 @@ def _environment() -> Environment:
 @final
 @dataclass(frozen=True)
 class _Group:
-    """Rows that may be compared: one thing attacked, one threat."""
+    """What comparable records have in common: the model, its defence, the data and the threat."""
 
     model: str
     data: str
@@ -120,7 +122,7 @@ class _Group:
 
 
 def _groups(records: Iterable[Record]) -> list[tuple[_Group, list[Record]]]:
-    """The records by what may be compared, models kept together, all in order of first appearance."""
+    """The comparable records; groups of one model are adjacent, in the order of first appearance."""
     groups: dict[_Group, list[Record]] = defaultdict(list)
     first: dict[tuple[str, str, str | None], int] = {}
     for record in records:
@@ -138,38 +140,38 @@ def _differ(rows: Iterable[Record]) -> bool:
     return len({float(row["robust_accuracy"]) for row in rows}) > 1
 
 
-def _verdicts(records: Iterable[Record], together: Mapping[_Group, Record]) -> list[dict[str, Any]]:
-    """One answer a model: clean accuracy (a range where the rows differ), then the figure of each threat.
+def _verdicts(records: Iterable[Record], worst_case: Mapping[_Group, Record]) -> list[dict[str, Any]]:
+    """For each model its clean accuracy, as a range where records differ, and its robust accuracy under each threat.
 
-    That is the share of images that survive all attacks together, where the results hold it, else the lowest of them.
+    That is the robust accuracy under the union of all attacks, or the lowest one where the results lack the union.
     """
-    subjects: dict[tuple[str, str, str | None], list[tuple[_Group, list[Record]]]] = defaultdict(list)
+    models: dict[tuple[str, str, str | None], list[tuple[_Group, list[Record]]]] = defaultdict(list)
     for group, rows in _groups(records):
-        subjects[group.model, group.data, group.defence].append((group, rows))
+        models[group.model, group.data, group.defence].append((group, rows))
     return [
         {
-            "group": found[0][0],
-            "clean": _span([float(row["clean_accuracy"]) for _, rows in found for row in rows]),
-            "images": sorted({int(row["n"]) for _, rows in found for row in rows}),
-            "threats": [{"threat": group.threat, **_answer(rows, together.get(group))} for group, rows in found],
+            "group": groups[0][0],
+            "clean": _span([float(row["clean_accuracy"]) for _, rows in groups for row in rows]),
+            "images": sorted({int(row["n"]) for _, rows in groups for row in rows}),
+            "threats": [{"threat": group.threat, **_robust_accuracy(rows, worst_case.get(group))} for group, rows in groups],
         }
-        for found in subjects.values()
+        for groups in models.values()
     ]
 
 
-def _together(results: Mapping[str, Any]) -> dict[_Group, Record]:
-    """What survives all attacks together, by what was attacked."""
+def _worst_case(results: Mapping[str, Any]) -> dict[_Group, Record]:
+    """The worst case over attacks of each group."""
     rows = results.get("worst_case", ())
     return {_Group(row["model"], row["data"], row["defence"], row["threat"]): row for row in rows}
 
 
-def _answer(rows: Iterable[Record], together: Record | None) -> dict[str, Any]:
-    """The robust accuracy, or None where no attack tried to make the model be wrong; and whether it is flagged."""
-    plain = [row for row in rows if row["goal"] == _UNTARGETED]
-    if not plain:
+def _robust_accuracy(rows: Iterable[Record], worst_case: Record | None) -> dict[str, Any]:
+    """The robust accuracy, or None without an attack of goal misclassify; and whether it is flagged."""
+    untargeted = [row for row in rows if row["goal"] == _UNTARGETED]
+    if not untargeted:
         return {"robust": None, "flagged": False}
-    figure = min(plain, key=lambda row: float(row["robust_accuracy"])) if together is None else together
-    flagged = any(row["flags"] for row in plain)
+    figure = min(untargeted, key=lambda row: float(row["robust_accuracy"])) if worst_case is None else worst_case
+    flagged = any(row["flags"] for row in untargeted)
     return {"robust": figure["robust_accuracy"], "low": figure["low"], "high": figure["high"], "flagged": flagged}
 
 
@@ -179,30 +181,30 @@ def _span(values: Sequence[float]) -> str:
 
 
 def _flags(records: Iterable[Record]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """Each alarm told once, with what it concerns: model and defence, attack and goal, and the threats of these."""
+    """Each flag once, with the cases that it concerns: model, defence, attack, goal, and their threats."""
     flags: dict[tuple[str, str], dict[tuple[Any, ...], list[str]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         for name, why in dict.fromkeys((flag["name"], flag["why"]) for flag in record["flags"]):
-            threats = flags[name, why][tuple(record[key] for key in _CONCERNED)]
+            threats = flags[name, why][tuple(record[key] for key in _CASE)]
             if record["threat"] not in threats:
                 threats.append(record["threat"])
     return {
-        flag: [dict(zip(_CONCERNED, key, strict=True)) | {"threats": threats} for key, threats in rows.items()]
+        flag: [dict(zip(_CASE, key, strict=True)) | {"threats": threats} for key, threats in rows.items()]
         for flag, rows in flags.items()
     }
 
 
 def _sources(results: Mapping[str, Any]) -> dict[str, str]:
-    """Which images and which weights, as far as the records say it: what a name alone does not hold to."""
-    found = {}
+    """The images and the weights by name, with their hashes where the records have them."""
+    sources = {}
     for record in results["records"]:
         images = f"{record['n']:,} image{'' if record['n'] == 1 else 's'}"
         offset = int(results.get("data", {}).get("offset") or 0)
-        found[record["data"]] = f"{images}{f' after the first {offset:,}' if offset else ''}{_hash(record.get('data_hash'))}"
+        sources[record["data"]] = f"{images}{f' after the first {offset:,}' if offset else ''}{_hash(record.get('data_hash'))}"
     for record in results["records"]:
         if record.get("model_hash"):
-            found.setdefault(record["model"], _hash(record["model_hash"]).removeprefix(", "))
-    return found
+            sources.setdefault(record["model"], _hash(record["model_hash"]).removeprefix(", "))
+    return sources
 
 
 def _hash(value: str | None) -> str:
@@ -210,35 +212,35 @@ def _hash(value: str | None) -> str:
 
 
 def _gallery(records: Iterable[Record], pictures: Iterable[Picture]) -> list[dict[str, Any]]:
-    """The pictures by model, threat, goal and attack, in the order of the table; strays come last.
+    """The pictures by model, threat, goal and attack, in the order of the table; those without a record are last.
 
-    Each shows as many as keep the page within some `_MOST` of them, and at least one.
+    Each attack shows equally many, at most `_MAX_PICTURES` in all, and at least one.
     """
-    shown: dict[tuple[str, str, str, str], list[Picture]] = {
+    pictures_of: dict[tuple[str, str, str, str], list[Picture]] = {
         (Case.of(record).subject, record["threat"], record["goal"], record["attack"]): []
         for record in sorted(records, key=lambda record: bool(record["goal"] != _UNTARGETED))
     }
     for picture in pictures:
-        shown.setdefault((picture.model, picture.threat, picture.goal, picture.attack), []).append(picture)
-    albums = {key: some for key, some in shown.items() if some}
-    most = max(1, _MOST // max(1, len(albums)))
+        pictures_of.setdefault((picture.model, picture.threat, picture.goal, picture.attack), []).append(picture)
+    albums = {key: album for key, album in pictures_of.items() if album}
+    per_album = max(1, _MAX_PICTURES // max(1, len(albums)))
     names = ("model", "threat", "goal", "attack")
     return [
-        {**dict(zip(names, key, strict=True)), "panels": [_panel(picture) for picture in some[:most]]}
-        for key, some in albums.items()
+        {**dict(zip(names, key, strict=True)), "panels": [_panel(picture) for picture in album[:per_album]]}
+        for key, album in albums.items()
     ]
 
 
 def _panel(picture: Picture) -> dict[str, Any]:
-    """What the template shows of one picture."""
-    change, scale = signed(picture.adversarial.astype(np.float64) - picture.clean.astype(np.float64))
+    """The values that the template shows of one picture."""
+    perturbation, scale = signed(picture.adversarial.astype(np.float64) - picture.clean.astype(np.float64))
     height, width = picture.clean.shape[1:]
     longer = max(height, width)
-    zoom = _SIDE // longer if longer <= _SIDE else _SIDE / longer  # whole pixels where the picture is enlarged
+    zoom = _SIDE // longer if longer <= _SIDE else _SIDE / longer  # an integer factor where the picture is enlarged
     return {
         "picture": picture,
         "clean": png(to_bytes(picture.clean)),
-        "change": png(change),
+        "perturbation": png(perturbation),
         "adversarial": png(to_bytes(picture.adversarial)),
         "scale": f"{scale:g}" if scale else None,
         "width": max(1, round(width * zoom)),

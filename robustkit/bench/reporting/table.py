@@ -1,4 +1,4 @@
-"""The tables of the terminal: what came out of a run, and what a run would take."""
+"""The tables for the terminal: the results of a run, and the estimate of a dry run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["preview_table", "table"]
 
 
 def preview_table(rows: Sequence[Preview], workers: int) -> Group:
-    """What each case would take, and all of them."""
+    """The expected cost of each case and the expected time of the run."""
     view = Table(box=box.SIMPLE, padding=(0, 1))
     for name in ("model", "threat", "attack"):
         view.add_column(name, overflow="fold")
@@ -29,57 +29,55 @@ def preview_table(rows: Sequence[Preview], workers: int) -> Group:
         name = case.attack if case.goal == "misclassify" else f"{case.attack} → {case.goal}"
         counts = (f"{row.forwards:,}", f"{row.backwards:,}", duration(row.seconds))
         view.add_row(*(Text(cell) for cell in (case.subject, case.threat, name, *counts)))
-    whole, n = sum(row.seconds for row in rows), rows[0].images
+    seconds, n = sum(row.seconds for row in rows), rows[0].images
     tried = sorted({row.tried for row in rows})
     first = f"{tried[0]:,}" if len(tried) == 1 else f"{tried[0]:,} to {tried[-1]:,}"
     cases = f"{len(rows)} case{'' if len(rows) == 1 else 's'} of {n:,} images"
     return Group(
         view,
-        Text(f"{cases}: about {duration(whole / workers)} with --workers {workers}.", "bold"),
+        Text(f"{cases}: about {duration(seconds / workers)} with --workers {workers}.", "bold"),
         Text(_advice(rows[0])),
         Text(f"Measured on the first {first} images of each case; nothing was written."),
     )
 
 
 def _advice(row: Preview) -> str:
-    """What so many images can tell."""
-    told = (
+    """The precision that this number of images gives."""
+    interval = (
         f"The 95 % interval (Wilson) of a robust accuracy will be at most {100 * row.width:.1f} points wide, "
         f"{100 * row.half_width:.1f} to either side at 50 %, over the choice of images; the rate itself is an upper bound on "
         "robustness. "
     )
-    finds, needs = row.detectable_difference, row.images_for_half
-    if finds is None or needs is None:
-        return told + "Too few images to compare two models at all."
-    return told + (
-        f"Two models compared image by image: a difference of {100 * finds:.1f} points is found with a chance of "
-        f"{100 * POWER:.0f} % (McNemar's exact test at 5 %), if they decide {100 * max(DISCORDANT, finds):.0f} % of the images "
-        f"differently; the more of these, the more images it takes. Half of that difference would take {_two_digits(needs):,} "
-        "images."
+    difference, images = row.detectable_difference, row.images_for_half
+    if difference is None or images is None:
+        return interval + "Too few images to compare two models."
+    return interval + (
+        f"A paired comparison of two models detects a difference of {100 * difference:.1f} points with {100 * POWER:.0f} % "
+        f"power (McNemar's exact test at 5 %), if they differ on {100 * max(DISCORDANT, difference):.0f} % of the images; "
+        f"a larger share takes more images. Half of that difference would take {_two_digits(images):,} images."
     )
 
 
 def _two_digits(count: int) -> int:
-    """Rounded: the power of an exact test goes up and down from one count to the next."""
+    """Rounded to two digits: the power of an exact test is a sawtooth in the number of images."""
     return round(count, min(0, 2 - len(str(count))))
 
 
-def table(records: Sequence[dict[str, Any]], together: Sequence[dict[str, Any]] = ()) -> Group:
-    """The records as a table for each model, or model behind a defence.
+def table(records: Sequence[dict[str, Any]], worst_case: Sequence[dict[str, Any]] = ()) -> Group:
+    """The records as one table per model, or model behind a defence.
 
-    Be-wrong goals come first, for they alone say how robust a model is.
-
-    Where several attacks were run in one threat, a last line says what survives all of them.
+    Untargeted attacks are first, because only these measure robustness. Where a threat has several attacks, its last row is
+    the worst case over them.
     """
     parts: list[RenderableType] = []
     for subject in dict.fromkeys(map(_subject, records)):
-        both = [record for record in together if _subject(record) == subject and len(record["attacks"]) > 1]
-        parts += _of_model([record for record in records if _subject(record) == subject], both)
+        unions = [record for record in worst_case if _subject(record) == subject and len(record["attacks"]) > 1]
+        parts += _of_model([record for record in records if _subject(record) == subject], unions)
     parts.append(
         Text(
-            "robust: right before and after the attack, with its 95 % interval (Wilson) over the choice of images; the rate "
-            "itself is an upper bound on robustness. For goals other than misclassify, success is the figure. cost: forwards + "
-            "backwards for an image."
+            "robust: correct before and after the attack, with its 95 % interval (Wilson) over the choice of images; the rate "
+            "itself is an upper bound on robustness. For goals other than misclassify, read success instead. cost: forward + "
+            "backward passes per image."
         )
     )
     return Group(*parts)
@@ -89,53 +87,53 @@ def _subject(record: dict[str, Any]) -> str:
     return f"{record['model']} behind {record['defence']}" if record["defence"] else str(record["model"])
 
 
-def _of_model(records: Sequence[dict[str, Any]], together: Sequence[dict[str, Any]]) -> list[RenderableType]:
-    # Text, not str: rich would read [brackets] and :words: in names as markup.
+def _of_model(records: Sequence[dict[str, Any]], worst_case: Sequence[dict[str, Any]]) -> list[RenderableType]:
+    # Text, not str: rich would parse [brackets] and :words: in names as markup.
     first = records[0]
-    right = f": right on {first['clean_accuracy']:.1%} of {first['n']:,} images of {first['data']}"
+    clean = f": {first['clean_accuracy']:.1%} correct of {first['n']:,} images of {first['data']}"
     view = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
-    # A threat of usual length is kept whole; the attack, which may be broken at its commas, gives way.
+    # A threat of usual length is not wrapped; the attack is, at its commas.
     view.add_column("threat", overflow="fold", no_wrap=max(len(record["threat"]) for record in records) <= 12)
     view.add_column("attack", overflow="fold")
     for name in ("robust", "95 % interval", "success", "cost", "seconds"):
         view.add_column(name, justify="right", no_wrap=True)
     for threat in dict.fromkeys(record["threat"] for record in records):
-        mine = [record for record in records if record["threat"] == threat]
-        for record in sorted(mine, key=lambda r: r["goal"] != "misclassify"):
+        of_threat = [record for record in records if record["threat"] == threat]
+        for record in sorted(of_threat, key=lambda r: r["goal"] != "misclassify"):
             view.add_row(*_row(record))
-        for record in together:
+        for record in worst_case:
             if record["threat"] == threat:
                 interval = Text(f"{record['low']:.1%} – {record['high']:.1%}", "dim")
                 robust = Text(f"{record['robust_accuracy']:.1%}", "bold")
-                view.add_row(Text(threat), Text("all together", "bold"), robust, interval)
-    return [Text.assemble((_subject(first), "bold"), right), view, *_told(records)]
+                view.add_row(Text(threat), Text("worst case", "bold"), robust, interval)
+    return [Text.assemble((_subject(first), "bold"), clean), view, *_flags_and_notes(records)]
 
 
-def _told(records: Sequence[dict[str, Any]]) -> list[RenderableType]:
-    """Flags and notes, each once, with the rows that it is about."""
+def _flags_and_notes(records: Sequence[dict[str, Any]]) -> list[RenderableType]:
+    """Flags and notes, each once, with the records that it concerns."""
     rows: dict[tuple[str, str, str], list[str]] = {}
     for record in records:
         for kind in ("flags", "notes"):
             for item in record[kind]:
-                rows.setdefault((kind, item["name"], item["why"]), []).append(_who(record))
+                rows.setdefault((kind, item["name"], item["why"]), []).append(_label(record))
     lines: list[RenderableType] = []
-    for (kind, name, why), who in rows.items():
+    for (kind, name, why), labels in rows.items():
         mark = (f"! {name}", "bold red") if kind == "flags" else (name, "")
-        lines.append(Text.assemble(mark, f" ({'; '.join(dict.fromkeys(who))}): {why}"))
+        lines.append(Text.assemble(mark, f" ({'; '.join(dict.fromkeys(labels))}): {why}"))
     return lines
 
 
-def _who(record: dict[str, Any]) -> str:
+def _label(record: dict[str, Any]) -> str:
     goal = "" if record["goal"] == "misclassify" else f" → {record['goal']}"
     return f"{record['attack']}{goal}, {record['threat']}"
 
 
 def _row(record: dict[str, Any]) -> tuple[Text, ...]:
-    be_wrong = record["goal"] == "misclassify"
-    figure, other = ("bold", "dim") if be_wrong else ("dim", "bold")
-    # A space after each comma, so that a narrow terminal breaks there and not inside a number.
+    untargeted = record["goal"] == "misclassify"
+    figure, other = ("bold", "dim") if untargeted else ("dim", "bold")
+    # A space after each comma, so that a narrow terminal wraps there and not inside a number.
     name = record["attack"].replace(",", ", ")
-    attack = name if be_wrong else f"{name} → {record['goal']}"
+    attack = name if untargeted else f"{name} → {record['goal']}"
     return (
         Text(record["threat"]),
         Text.assemble(attack, (" !", "bold red")) if record["flags"] else Text(attack),

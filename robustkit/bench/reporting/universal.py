@@ -1,4 +1,4 @@
-"""What a report tells of universal perturbations: how many predictions each changes, where, and what it looks like."""
+"""Universal perturbations in the report: fooling rates on each model, and pictures."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Record = Mapping[str, Any]
 
 
 def perturbations(records: Sequence[Record], pictures: Sequence[Picture], side: int) -> dict[str, Any] | None:
-    """The models on which they were tried, and a row for each; None where the run holds no universal attack.
+    """The models on which the perturbations were evaluated, and one row per perturbation; None without a universal attack.
 
     Args:
-        records: Of results.json.
-        pictures: Attacked images; one of each universal attack knows the change behind all of them.
-        side: The longer side of a drawn change, in CSS pixels.
+        records: The records of results.json.
+        pictures: Attacked images; one of each universal attack has its perturbation.
+        side: The longer side of a drawn perturbation, in CSS pixels.
     """
     universal = [record for record in records if record.get("fooling_held_out") is not None]
     if not universal:
@@ -34,19 +34,21 @@ def perturbations(records: Sequence[Record], pictures: Sequence[Picture], side: 
 
 
 def _row(record: Record, models: Mapping[str, None], pictures: Sequence[Picture], side: int) -> dict[str, Any]:
-    fooled = dict(record.get("transfer") or {}) | {_subject(record): record["fooling_held_out"]}
+    fooling = dict(record.get("transfer") or {}) | {_subject(record): record["fooling_held_out"]}
     key = _subject(record), *(record[name] for name in ("threat", "goal", "attack"))
-    mine = (one for one in pictures if (one.model, one.threat, one.goal, one.attack) == key and one.perturbation is not None)
-    picture = next(mine, None)
-    shares = [fooled.get(model) for model in models]
-    return {"record": record, "subject": _subject(record), "fooled": shares, "drawn": _drawn(picture, side)}
+    matching = (
+        one for one in pictures if (one.model, one.threat, one.goal, one.attack) == key and one.perturbation is not None
+    )
+    picture = next(matching, None)
+    shares = [fooling.get(model) for model in models]
+    return {"record": record, "subject": _subject(record), "fooling": shares, "drawn": _draw(picture, side)}
 
 
 def _subject(record: Record) -> str:
     return Case.of(record).subject
 
 
-def _drawn(picture: Picture | None, side: int) -> dict[str, Any] | None:
+def _draw(picture: Picture | None, side: int) -> dict[str, Any] | None:
     if picture is None or picture.perturbation is None or picture.perturbation.shape != picture.clean.shape:
         return None
     drawn, scale = signed(picture.perturbation.astype(np.float64))

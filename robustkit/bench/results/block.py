@@ -1,4 +1,4 @@
-"""What a run is made of: some images of one case, attacked, judged and written down; done again it is the same."""
+"""Blocks: the results of one case on consecutive images, and their files. A block that is computed again is the same."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from robustkit.bench.results.universal_stats import UniversalStats
 from robustkit.errors import ArgumentError
 from robustkit.result import Result
 
-__all__ = ["Block", "BlockHeader", "Task"]
+__all__ = ["Block", "BlockHeader", "Task", "block_errors"]
 
-_WORDS = tuple(field.name for field in fields(Picture) if field.name not in ("clean", "adversarial", "perturbation"))
-_FACTS = ("success", "rate", "size", "forwards", "backwards", "flat", "solver")
+_PICTURE_FIELDS = tuple(field.name for field in fields(Picture) if field.name not in ("clean", "adversarial", "perturbation"))
+_RESULT_FIELDS = ("success", "rate", "size", "forwards", "backwards", "flat", "solver")
 
 
 @final
 @dataclass(frozen=True)
 class Task:
-    """A block that is wanted.
+    """A block to compute.
 
     Attributes:
-        case: Which case of the plan, from 0.
-        first: The first of its images, from 0.
-        last: The one after its last image.
-        name: A hash of all that its outcome depends on.
+        case: The index of the case in the plan, from 0.
+        first: The index of its first image, from 0.
+        last: The index of its last image, plus one.
+        name: A hash of everything that the block depends on.
     """
 
     case: int
@@ -47,119 +47,116 @@ class Task:
 
     @property
     def rows(self) -> slice:
-        """Its images."""
+        """The indices of its images."""
         return slice(self.first, self.last)
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Block:
-    """A block that is done.
+    """A computed block.
 
     Attributes:
-        task: What was wanted.
-        result: What the attack came to; without its images, (n, 0), unless they are to be kept.
-        ids: Which examples of the data these are, (n,) int64, whatever the plan has passed over.
+        task: The task.
+        result: The result of the attack; its x_adv is (n, 0) unless the plan saves adversarial images.
+        ids: The indices of the examples in the whole data, (n,) int64.
         labels: The true classes, (n,) int64.
-        clean: Which images are right without an attack, (n,).
-        robust: Which are right both before and after it, (n,).
+        correct: Which images are classified correctly without an attack, (n,).
+        robust: Which images are classified correctly both before and after the attack, (n,).
         seconds: How long it took.
-        pictures: Some of the images, to look at.
-        spread: What a universal perturbation did to the predictions; None for other attacks.
-        found: The images of `changed`, in order, (k, *S), from which other attacks may start; None where they are not kept,
-            or where the result has all.
+        pictures: Some of the images, for the report.
+        universal: The statistics of a universal perturbation; None for other attacks.
+        kept_images: The images of `perturbed`, in order, (k, *S), from which other attacks may start. None if they are not
+            kept, or if the result has all images.
     """
 
     task: Task
     result: Result
     ids: Tensor
     labels: Tensor
-    clean: NDArray[np.bool_]
+    correct: NDArray[np.bool_]
     robust: NDArray[np.bool_]
     seconds: float
     pictures: tuple[Picture, ...] = ()
-    spread: UniversalStats | None = None
-    found: Tensor | None = None
+    universal: UniversalStats | None = None
+    kept_images: Tensor | None = None
 
     @property
-    def changed(self) -> Tensor:
-        """On which examples the attack succeeded by a change of the image, (n,) bool."""
+    def perturbed(self) -> Tensor:
+        """On which examples the attack succeeded with a perturbation other than zero, (n,) bool."""
         return self.result.success & (self.result.size > 0)
 
     @property
-    def images(self) -> Tensor | None:
-        """The adversarial images of `changed`, in order, (k, *S), if they are kept."""
-        return self.result.x_adv[self.changed] if self.result.x_adv.shape[1:].numel() else self.found
+    def adversarial(self) -> Tensor | None:
+        """The adversarial images of `perturbed`, in order, (k, *S); None if they are not kept."""
+        return self.result.x_adv[self.perturbed] if self.result.x_adv.shape[1:].numel() else self.kept_images
 
     def bytes(self) -> bytes:
-        """Everything as one safetensors file, the row of each example under plain names."""
-        tensors = {name: getattr(self.result, name) for name in _FACTS}
+        """The block as a safetensors file: tensors with one row per example, and metadata."""
+        tensors = {name: getattr(self.result, name) for name in _RESULT_FIELDS}
         tensors |= {
             "index": self.ids,
             "label": self.labels,
-            "clean": torch.from_numpy(self.clean),
+            "clean": torch.from_numpy(self.correct),
             "robust": torch.from_numpy(self.robust),
         }
-        if self.spread is not None:
-            tensors |= self.spread.tensors()
+        if self.universal is not None:
+            tensors |= self.universal.tensors()
         if self.result.x_adv.shape[1:].numel():
             tensors["x_adv"] = self.result.x_adv
-        elif self.found is not None:
-            tensors["found"] = self.found
+        elif self.kept_images is not None:
+            tensors["found"] = self.kept_images
         for name in ("clean", "adversarial") if self.pictures else ():
             tensors[f"picture_{name}"] = torch.from_numpy(np.stack([getattr(picture, name) for picture in self.pictures]))
-        told: dict[str, Any] = self.result.to_json()
-        words = [{name: getattr(picture, name) for name in _WORDS} for picture in self.pictures]
-        told["learned"] = None if self.spread is None else self.spread.learned
-        held = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        told |= {"task": asdict(self.task), "seconds": self.seconds, "pictures": words, "sha256": _digest(held)}
-        return save(held, {"robustkit": json.dumps(told)})
+        metadata: dict[str, Any] = self.result.to_json()
+        pictures = [{name: getattr(picture, name) for name in _PICTURE_FIELDS} for picture in self.pictures]
+        metadata["learned"] = None if self.universal is None else self.universal.learned
+        stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        metadata |= {"task": asdict(self.task), "seconds": self.seconds, "pictures": pictures, "sha256": _digest(stored)}
+        return save(stored, {"robustkit": json.dumps(metadata)})
 
     @classmethod
     def load(cls, path: Path) -> Block:
-        """Read what `bytes` gave; no code is executed.
+        """Read a file that was written from `bytes`. No code is executed.
 
         Raises:
-            ArgumentError: The file is missing, damaged, or no block.
+            ArgumentError: The file is missing or damaged, or is not a block.
         """
-        with _readable(path), safe_open(str(path), framework="pt") as file:
-            told = json.loads((file.metadata() or {})["robustkit"])
-            held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if told.pop("sha256") != _digest(held):
+        with block_errors(path), safe_open(str(path), framework="pt") as file:
+            metadata = json.loads((file.metadata() or {})["robustkit"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if metadata.pop("sha256") != _digest(tensors):
                 raise ValueError("its numbers are not those that were written")
-            return cls._of(held, told)
+            return cls._from_tensors(tensors, metadata)
 
     @classmethod
-    def _of(cls, held: dict[str, Tensor], told: dict[str, Any]) -> Block:
-        x_adv = held.get("x_adv", torch.empty(len(held["success"]), 0))
-        facts: dict[str, Any] = {name: held[name] for name in _FACTS}
-        result = Result(x_adv, **facts, **Result.from_json(told))
-        pictures = _pictures(held, told["pictures"])
-        masks = held["clean"].numpy(), held["robust"].numpy()
-        spread = UniversalStats.of(held, told.get("learned"))
+    def _from_tensors(cls, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Block:
+        x_adv = tensors.get("x_adv", torch.empty(len(tensors["success"]), 0))
+        fields_of_result: dict[str, Any] = {name: tensors[name] for name in _RESULT_FIELDS}
         return cls(
-            Task(**told["task"]),
-            result,
-            held["index"],
-            held["label"],
-            *masks,
-            told["seconds"],
-            pictures,
-            spread,
-            held.get("found"),
+            Task(**metadata["task"]),
+            Result(x_adv, **fields_of_result, **Result.from_json(metadata)),
+            tensors["index"],
+            tensors["label"],
+            tensors["clean"].numpy(),
+            tensors["robust"].numpy(),
+            metadata["seconds"],
+            _pictures(tensors, metadata["pictures"]),
+            UniversalStats.from_tensors(tensors, metadata.get("learned")),
+            tensors.get("found"),
         )
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class BlockHeader:
-    """Which adversarial images a file keeps, known without reading them.
+    """Which adversarial images a block file has; the images themselves are not read.
 
     Attributes:
         path: The file.
-        ids: Which examples of the data they belong to.
-        sizes: How large the changes are.
-        digest: Of all that the file holds, as it says itself.
+        ids: The index in the data of each image.
+        sizes: The size of each perturbation.
+        digest: The hash of the content that the file states.
     """
 
     path: Path
@@ -168,44 +165,44 @@ class BlockHeader:
     digest: str
 
     @classmethod
-    def of(cls, path: Path) -> BlockHeader | None:
-        """A look at a file; None where it keeps no images at all.
+    def read(cls, path: Path) -> BlockHeader | None:
+        """Read the header of a block file; None if it has no images.
 
         Raises:
-            ArgumentError: It cannot be read, or is no block.
+            ArgumentError: The file cannot be read, or is not a block.
         """
-        with _readable(path), safe_open(str(path), framework="pt") as file:
+        with block_errors(path), safe_open(str(path), framework="pt") as file:
             if not {"found", "x_adv"} & set(file.keys()):
                 return None
             digest = json.loads((file.metadata() or {})["robustkit"])["sha256"]
             ids, sizes, success = (file.get_tensor(name) for name in ("index", "size", "success"))
-            changed = success & (sizes > 0)
-            return cls(path, tuple(ids[changed].tolist()), tuple(sizes[changed].tolist()), digest)
+            perturbed = success & (sizes > 0)
+            return cls(path, tuple(ids[perturbed].tolist()), tuple(sizes[perturbed].tolist()), digest)
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """What goes wrong while a block is read, in one line."""
+def block_errors(path: Path) -> Iterator[None]:
+    """Raise the errors of reading a block file as ArgumentError, in one line."""
     try:
         yield
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise ArgumentError(f"{str(path)!r} is no block of a run ({error}); remove it and resume the run") from error
+    except (OSError, SafetensorError, KeyError, IndexError, ValueError, TypeError) as error:
+        raise ArgumentError(f"{str(path)!r} is not a block of a run ({error}); remove it and resume the run") from error
 
 
-def _digest(held: dict[str, Tensor]) -> str:
+def _digest(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name in sorted(held):
-        digest.update(f"{name}{held[name].dtype}{tuple(held[name].shape)}".encode())
-        digest.update(held[name].flatten().view(torch.uint8).numpy().tobytes())
+    for name in sorted(tensors):
+        digest.update(f"{name}{tensors[name].dtype}{tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _pictures(held: dict[str, Tensor], words: Sequence[dict[str, Any]]) -> tuple[Picture, ...]:
-    if not words:
+def _pictures(tensors: dict[str, Tensor], metadata: Sequence[dict[str, Any]]) -> tuple[Picture, ...]:
+    if not metadata:
         return ()
-    clean, adversarial = (held[f"picture_{name}"].numpy() for name in ("clean", "adversarial"))
-    change = held["spread/delta"].numpy() if "spread/delta" in held else None
+    clean, adversarial = (tensors[f"picture_{name}"].numpy() for name in ("clean", "adversarial"))
+    perturbation = tensors["spread/delta"].numpy() if "spread/delta" in tensors else None
     return tuple(
-        Picture(**word, clean=before, adversarial=after, perturbation=change)
-        for word, before, after in zip(words, clean, adversarial, strict=True)
+        Picture(**one, clean=before, adversarial=after, perturbation=perturbation)
+        for one, before, after in zip(metadata, clean, adversarial, strict=True)
     )

@@ -1,4 +1,4 @@
-"""Whole curves from one run: what stays right after so much cost, and under so much change."""
+"""Curves of robust accuracy from a single run: against the cost of the attack, and against eps."""
 
 from __future__ import annotations
 
@@ -13,57 +13,63 @@ from robustkit.result import Result
 
 __all__ = ["GRID", "Curve", "against_cost", "against_eps", "costs"]
 
-GRID: Final = 50  # places of a curve at most, besides its begin
+GRID: Final = 50  # the largest number of points of a curve, not counting the one at 0
 
-Curve = list[list[float]]  # of [place, share that is still right there], by increasing place
+Curve = list[list[float]]  # points [cost or eps, robust accuracy], the first coordinate increasing
 
 
 def costs(result: Result) -> Tensor:
-    """What each example cost in forwards, a gradient counted as two, (N,) int64."""
+    """The cost of each example in forward passes, a backward pass counted as two, (N,) int64."""
     return result.forwards + 2 * result.backwards
 
 
-def against_cost(result: Result, clean: NDArray[np.bool_], robust: NDArray[np.bool_]) -> Curve:
-    """The share of all images that would still be right had the attack been stopped after a cost for each image.
+def against_cost(result: Result, correct: NDArray[np.bool_], robust: NDArray[np.bool_]) -> Curve:
+    """Robust accuracy against cost: as if the attack had been stopped after a number of forward passes per image.
 
-    A solved example leaves, so its cost is that of its solution: what is right after B is what was right before and is
-    unsolved or cost more than B. Of more than `GRID` steps down some are left out, evenly; at those that are told the share
-    is exact, and between them it is at most that of the one before.
+    A solved example is attacked no further, so its cost is that of its solution. After cost B those images count as robust
+    that are correctly classified without an attack, and that are unsolved or cost more than B. If the curve has more than
+    `GRID` steps, some are left out, evenly. It is exact at its points, and between two points at most the value of the left
+    one.
+
+    Args:
+        result: The result of the attack.
+        correct: Which images are classified correctly without an attack, (N,).
+        robust: Which images are classified correctly before and after the attack, (N,).
 
     Returns:
-        [cost, share] at 0, at steps, and at the largest cost of all.
+        Points [cost, robust accuracy] at 0, at steps of the curve, and at the largest cost.
     """
-    spent = costs(result).cpu().numpy()
-    fell = spent[clean & ~robust]
-    steps = np.unique(fell)
-    at = sorted({0, *steps[_spread(len(steps))].tolist(), int(spent.max(initial=0))})
-    return [[float(cost), float(clean.sum() - (fell <= cost).sum()) / len(clean)] for cost in at]
+    all_costs = costs(result).cpu().numpy()
+    costs_of_broken = all_costs[correct & ~robust]
+    steps = np.unique(costs_of_broken)
+    points = sorted({0, *steps[_evenly_spaced(len(steps))].tolist(), int(all_costs.max(initial=0))})
+    return [[float(cost), float(correct.sum() - (costs_of_broken <= cost).sum()) / len(correct)] for cost in points]
 
 
 def against_eps(
-    result: Result, clean: NDArray[np.bool_], robust: NDArray[np.bool_], eps: float, *, whole: bool = False
+    result: Result, correct: NDArray[np.bool_], robust: NDArray[np.bool_], eps: float, *, integers: bool = False
 ) -> Curve:
-    """The share of all images that stay right under every eps up to that of the run, by the smallest change of each.
+    """Robust accuracy at every eps up to that of the run, from the smallest adversarial perturbation of each image.
 
     Args:
-        result: Of a minimum-norm attack run with keep="smallest".
-        clean: Which images are right without an attack, (N,).
-        robust: Which are right before and after, (N,).
-        eps: Of the run.
-        whole: Whether eps counts something, and only whole numbers mean anything.
+        result: The result of a minimum-norm attack with keep="smallest".
+        correct: Which images are classified correctly without an attack, (N,).
+        robust: Which images are classified correctly before and after the attack, (N,).
+        eps: The eps of the run.
+        integers: Whether only integers are possible, as for a number of pixels.
 
     Returns:
-        [eps, share] at 0 and at `GRID` even places, or at the whole numbers.
+        Points [eps, robust accuracy] at 0 and at `GRID` evenly spaced values, or at integers.
     """
-    # What rounding has put beyond the budget by a hair was judged to be inside.
-    sizes = result.size.cpu().clamp(max=eps).numpy()[clean & ~robust]
-    places = torch.linspace(0, eps, GRID + 1, dtype=torch.float64).tolist()[1:]
-    at = sorted({float(round(place)) for place in places} - {0.0}) if whole else [*places[:-1], eps]
-    # At 0 it is the clean accuracy, though a change of size 0 may do where a model is not the same twice.
-    right = [float(clean.sum()), *(float(clean.sum() - (sizes <= place).sum()) for place in at)]
-    return [[place, count / len(clean)] for place, count in zip([0.0, *at], right, strict=True)]
+    # Rounding may have put a size slightly above eps; such points were accepted as inside the ball.
+    sizes = result.size.cpu().clamp(max=eps).numpy()[correct & ~robust]
+    grid = torch.linspace(0, eps, GRID + 1, dtype=torch.float64).tolist()[1:]
+    values = sorted({float(round(value)) for value in grid} - {0.0}) if integers else [*grid[:-1], eps]
+    # The clean accuracy at 0: a stochastic model may have been fooled with a perturbation of size 0.
+    counts = [float(correct.sum()), *(float(correct.sum() - (sizes <= value).sum()) for value in values)]
+    return [[value, count / len(correct)] for value, count in zip([0.0, *values], counts, strict=True)]
 
 
-def _spread(count: int) -> NDArray[np.int64]:
-    """All of so many indices, or `GRID` of them at even distances, the first and the last among them."""
+def _evenly_spaced(count: int) -> NDArray[np.int64]:
+    """All indices below `count`, or `GRID` of them evenly spaced, including the first and the last."""
     return np.unique(np.linspace(0, count - 1, min(count, GRID)).round().astype(np.int64))

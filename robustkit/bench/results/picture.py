@@ -1,4 +1,4 @@
-"""An attacked image, to be looked at."""
+"""An attacked image, for the report."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ __all__ = ["Picture"]
 @final
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """One attacked image, before and after, C being 1 or 3.
+    """An image before and after an attack; C is 1 or 3.
 
     Attributes:
-        model: The model's spec, as in the record that the picture belongs to, and the defence that it stands behind.
-        attack: The attack's spec, likewise.
-        goal: The goal's spec, likewise.
-        threat: The threat's spec, likewise.
-        index: Which image of the data it is.
+        model: The model spec, and the defence in front of it, as in `Case.subject`.
+        attack: The attack spec.
+        goal: The goal spec.
+        threat: The threat spec.
+        index: The index of the image in the data.
         clean: The image, (C, H, W), float32 in [0, 1].
         adversarial: The attacked image, (C, H, W), float32 in [0, 1].
         label: Its true class.
-        clean_as: What the model takes the clean image for.
-        clean_confidence: The probability that the model gives that, in [0, 1].
-        adversarial_as: What the model takes the attacked image for.
-        adversarial_confidence: The probability that the model gives that, in [0, 1].
-        size: How large the change is, in the units of the threat.
+        clean_as: The predicted class of the clean image.
+        clean_confidence: Its probability according to the model, in [0, 1].
+        adversarial_as: The predicted class of the attacked image.
+        adversarial_confidence: Its probability according to the model, in [0, 1].
+        size: The size of the perturbation, in the units of the threat.
         success: Whether the attack reached its goal.
-        perturbation: Of a universal attack the one change behind all pictures, (C, H, W), float32; the box may have cut it.
+        perturbation: The perturbation of a universal attack, (C, H, W), float32, before clipping to [0, 1]; else None.
     """
 
     model: str
@@ -56,11 +56,11 @@ class Picture:
         for name, image in (("clean", self.clean), ("adversarial", self.adversarial)):
             if image.ndim != 3 or image.shape[0] not in (1, 3) or image.size == 0:
                 raise ShapeError(
-                    f"{name} has shape {image.shape}; a picture is (C, H, W) with C = 1 or 3, so move channels first"
+                    f"{name} has shape {image.shape}; a picture is (C, H, W) with C = 1 or 3; move channels first"
                 )
             if not bool(((image >= 0) & (image <= 1)).all()):
                 raise ArgumentError(
-                    f"{name} of picture {self.index} leaves [0, 1]; divide byte images by 255, undo normalisation"
+                    f"{name} of picture {self.index} has values outside [0, 1]; divide byte images by 255, undo normalisation"
                 )
         if self.clean.shape != self.adversarial.shape:
             raise ShapeError(f"clean has shape {self.clean.shape}, adversarial {self.adversarial.shape}; they must be equal")

@@ -1,4 +1,4 @@
-"""A run as its folder tells it."""
+"""Read an earlier run from its folder."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from robustkit.bench.plan.plan import Case
 from robustkit.bench.plan.plan_file import read_plan
 from robustkit.bench.results.block import Block
 from robustkit.bench.results.picture import Picture
+from robustkit.bench.results.store import block_files
 from robustkit.errors import ArgumentError
 
 __all__ = ["Run", "read"]
@@ -23,12 +24,12 @@ __all__ = ["Run", "read"]
 @final
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A run that was made before.
+    """An earlier run.
 
     Attributes:
         path: Its folder.
         results: The content of its results.json.
-        robust: For each record, in their order, which images were right before and after the attack, (N,) bool.
+        robust: For each record, which images are classified correctly before and after the attack, (N,) bool.
         pictures: Some of its images.
     """
 
@@ -39,40 +40,40 @@ class Run:
 
 
 def read(path: Path) -> Run:
-    """Read the folder of a run, finished or not: the cases that results.json tells of.
+    """Read the cases of a run that results.json contains; the run need not be finished. Files of schema 1 are converted.
 
     Raises:
         ArgumentError: There is no run, or a file of it is missing or damaged.
     """
     try:
         results = upgrade_results(json.loads((path / "results.json").read_text(encoding="utf-8")))
-        records = [(Case.of(r), int(r["n"])) for r in results["records"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        records = [(Case.from_record(record), int(record["n"])) for record in results["records"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArgumentError(
-            f"run={str(path)!r} holds no readable results.json ({error}); name a folder that robustkit bench has written"
+            f"run={str(path)!r} has no readable results.json ({error}); name a folder written by robustkit bench"
         ) from error
     cases = read_plan(path / "plan.toml").cases
     masks: list[NDArray[np.bool_]] = []
     pictures: list[Picture] = []
     for case, n in records:
         if case not in cases:
-            raise ArgumentError(f"run={str(path)!r}: results.json and plan.toml do not belong together; make the run anew")
-        robust, some = _examples(path / "examples" / f"case-{cases.index(case) + 1:02d}", n)
+            raise ArgumentError(f"run={str(path)!r}: results.json and plan.toml do not belong together; run it again")
+        robust, case_pictures = _read_case(path, cases.index(case), n)
         masks.append(robust)
-        pictures += some
+        pictures += case_pictures
     return Run(path, results, tuple(masks), tuple(pictures))
 
 
-def _examples(folder: Path, n: int) -> tuple[NDArray[np.bool_], list[Picture]]:
-    """Which of the n images of a case stayed right, and its pictures."""
+def _read_case(run: Path, case: int, n: int) -> tuple[NDArray[np.bool_], list[Picture]]:
+    """Which of the n images of a case are robust, and its pictures."""
     robust, done, first = np.zeros(n, np.bool_), 0, None
     pictures: list[Picture] = []
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in block_files(run, case):
         block = Block.load(file)
-        first = block.task.first if first is None else first  # a universal attack may have left out those it learned on
+        first = block.task.first if first is None else first  # not 0 if a universal attack learned on the first images
         robust[block.task.first - first : block.task.last - first] = block.robust
         pictures += block.pictures
         done += block.task.last - block.task.first
     if done != n:
-        raise ArgumentError(f"{str(folder)!r} tells of {done} of {n} images; resume the run, or make it anew")
+        raise ArgumentError(f"run={str(run)!r} has {done} of the {n} images of case {case + 1}; resume it, or run it again")
     return robust, pictures

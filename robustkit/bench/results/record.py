@@ -83,7 +83,7 @@ def make_record(
         "flags": flags,
         "notes": notes,
         "model_hash": model_hash,
-        "data_hash": plan.pins.get(plan.data),
+        "data_hash": plan.expected_hashes.get(plan.data),
         **_curves(case, attack, result, clean, robust),
         "stages": [asdict(stage) for stage in result.stages],
         "checks": [asdict(one) for one in result.checks],

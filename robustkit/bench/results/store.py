@@ -1,4 +1,4 @@
-"""Where finished blocks are: in memory, or one file each, which is there whole or not at all."""
+"""Stores of finished blocks: in memory, or one file per block, written atomically."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from typing import final
 from robustkit.bench.results.block import Block, Task
 from robustkit.errors import ArgumentError
 
-__all__ = ["Files", "Memory", "Store", "files_of", "replace_file"]
+__all__ = ["Files", "Memory", "Store", "block_files", "replace_file"]
 
 
-def files_of(run: Path, case: int) -> list[Path]:
-    """The files of the blocks of a case, from 0, in the folder of a run, in the order of their images."""
+def block_files(run: Path, case: int) -> list[Path]:
+    """The block files of a case, in the order of their images.
+
+    Args:
+        run: The folder of a run.
+        case: The index of the case, from 0.
+    """
     return sorted(_folder(run / "examples", case).glob("*.safetensors"))
 
 
@@ -24,7 +29,7 @@ def _folder(examples: Path, case: int) -> Path:
 
 
 class Store(ABC):
-    """Keeps blocks."""
+    """Keeps finished blocks."""
 
     @abstractmethod
     def put(self, block: Block) -> None:
@@ -32,34 +37,34 @@ class Store(ABC):
 
     @abstractmethod
     def get(self, task: Task) -> Block | None:
-        """The block, if it is here."""
+        """The block of a task; None if there is none."""
 
     @property
     def shared(self) -> Store | None:
-        """By what other processes find the same blocks; None where they cannot."""
+        """A store with which other processes get the same blocks; None if they cannot."""
         return None
 
 
 @final
 @dataclass(frozen=True)
 class Memory(Store):
-    """Blocks in memory, without the images from which other attacks may start: those would fill it."""
+    """Blocks in memory, without the images that other attacks may start from, which would take too much of it."""
 
     blocks: dict[Task, Block] = field(default_factory=dict)
 
     def put(self, block: Block) -> None:
         """Keep a block."""
-        self.blocks[block.task] = replace(block, found=None)
+        self.blocks[block.task] = replace(block, kept_images=None)
 
     def get(self, task: Task) -> Block | None:
-        """The block, if it is here."""
+        """The block of a task; None if there is none."""
         return self.blocks.get(task)
 
 
 @final
 @dataclass(frozen=True)
 class Files(Store):
-    """Blocks as files, in a folder for each case; a file that is there is never touched again.
+    """Blocks as files, in one folder per case. An existing file is never changed.
 
     Attributes:
         root: The folder.
@@ -68,7 +73,7 @@ class Files(Store):
     root: Path
 
     def path(self, task: Task) -> Path:
-        """Where the block is, or would be."""
+        """The path of the file of a block."""
         return _folder(self.root, task.case) / f"{task.first:07d}-{task.name}.safetensors"
 
     def put(self, block: Block) -> None:
@@ -78,7 +83,7 @@ class Files(Store):
         replace_file(path, block.bytes())
 
     def get(self, task: Task) -> Block | None:
-        """The block, if it is here and whole; a damaged one is as good as none."""
+        """The block of a task; None if its file is missing or damaged."""
         path = self.path(task)
         try:
             block = Block.load(path) if path.exists() else None
@@ -88,15 +93,15 @@ class Files(Store):
 
     @property
     def shared(self) -> Store:
-        """Itself: files are there for all."""
+        """This store: other processes can read the files."""
         return self
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write aside and rename: whoever looks finds the old file or the new one, never half of it."""
-    aside = path.with_name(f".{path.name}.part")
+    """Write a file atomically: readers see the old content or the new one, never a part of it."""
+    temporary = path.with_name(f".{path.name}.part")
     try:
-        aside.write_bytes(content)
-        os.replace(aside, path)
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Two runs compared: counts against single images, which records are paired, and refusals."""
+"""The comparison of two runs: counts against single images, which records are paired, and refusals."""
 
 import io
 import itertools
@@ -45,7 +45,7 @@ HOSTILE = ["net[0].py:[bold]x[/bold]", "a:smile:b", "[/]", "back\\slash\\", "[li
 
 
 def run(*rows, path="/runs/x", schema=1, **more):
-    """A run of records that differ from RECORD as told, each with its mask."""
+    """A run of records, each given by its differences from RECORD and its mask of robust images."""
     records = [RECORD | changed | {"n": changed.get("n", len(mask))} for changed, mask in rows]
     return Run(Path(path), {"schema": schema, "records": records} | more, tuple(np.array(mask, bool) for _, mask in rows))
 
@@ -87,7 +87,7 @@ def test_counts_are_those_of_single_images(masks):
         assert pair.difference == pytest.approx(pair.robust_b - pair.robust_a)
         assert (pair.p, (pair.low, pair.high)) == (mcnemar(*counts[:2]), tango(*counts[:2], len(x)))
     assert [pair.worst_case for pair in pairs] == [False, False, True]
-    for side, it in (("robust_a", a), ("robust_b", b)):  # what the run itself says of all attacks together
+    for side, it in (("robust_a", a), ("robust_b", b)):  # the worst case that the run itself reports
         (entry,) = worst_case(list(zip(it.results["records"], it.robust, strict=True)))
         assert getattr(pairs[2], side) == entry["robust_accuracy"]
         assert list(pairs[2].attacks) == entry["attacks"]
@@ -104,13 +104,13 @@ def test_a_run_against_itself_and_the_runs_swapped(masks):
         assert -1 <= one.low <= one.difference <= one.high <= 1
 
 
-# What belongs together
+# Which records are paired
 
 
-def test_a_pair_tells_what_was_compared_in_the_order_of_a():
+def test_pairs_name_their_records_and_are_in_the_order_of_a():
     rows = [({"threat": t, "attack": x}, mask(i)) for i, (t, x) in enumerate(itertools.product(["l2:1", "linf:1"], "ab"))]
-    found = compare(run(*rows), run(*reversed(rows)))
-    assert [(pair.threat, pair.attack, pair.goal, pair.seed) for pair in found.pairs] == [
+    comparison = compare(run(*rows), run(*reversed(rows)))
+    assert [(pair.threat, pair.attack, pair.goal, pair.seed) for pair in comparison.pairs] == [
         ("l2:1", "a", "misclassify", 0),
         ("l2:1", "b", "misclassify", 0),
         ("linf:1", "a", "misclassify", 0),
@@ -118,72 +118,76 @@ def test_a_pair_tells_what_was_compared_in_the_order_of_a():
         ("l2:1", None, None, 0),
         ("linf:1", None, None, 0),
     ]
-    assert found.only_in_a == found.only_in_b == ()
-    assert all((pair.model_a, pair.model_b, pair.data) == ("m", "m", "digits") for pair in found.pairs)
-    assert [pair.robust_a for pair in found.pairs[:4]] == [m.mean() for _, m in rows]
-    assert all(pair.difference == 0 for pair in found.pairs)
+    assert comparison.only_in_a == comparison.only_in_b == ()
+    assert all((pair.model_a, pair.model_b, pair.data) == ("m", "m", "digits") for pair in comparison.pairs)
+    assert [pair.robust_a for pair in comparison.pairs[:4]] == [m.mean() for _, m in rows]
+    assert all(pair.difference == 0 for pair in comparison.pairs)
 
 
 @pytest.mark.parametrize(
     "other", [{"threat": "l2:1"}, {"goal": "least-likely"}, {"attack": "fgsm"}, {"recipe": "PGD(steps=1)"}, {"seed": 1}]
 )
-def test_only_the_same_question_is_compared_and_the_rest_is_told(other):
-    found = compare(run((other, mask(1)), ({}, mask(0))), run(({}, mask(2))))
-    assert {(pair.robust_a, pair.robust_b) for pair in found.pairs} == {(mask(0).mean(), mask(2).mean())}
-    assert [label(record) for record in found.only_in_a] == [label(RECORD | other)]
+def test_only_equal_cases_are_compared_and_the_others_are_listed(other):
+    comparison = compare(run((other, mask(1)), ({}, mask(0))), run(({}, mask(2))))
+    assert {(pair.robust_a, pair.robust_b) for pair in comparison.pairs} == {(mask(0).mean(), mask(2).mean())}
+    assert [label(record) for record in comparison.only_in_a] == [label(RECORD | other)]
     assert label(RECORD | other) != label(RECORD)
-    assert found.only_in_b == ()
-    # All attacks together are compared only where they are the same on both sides.
-    assert len(found.pairs) == (2 if "threat" in other else 1)
-    assert [pair.worst_case for pair in found.pairs][1:] == ([True] if "threat" in other else [])
-    back = compare(run(({}, mask(2))), run((other, mask(1)), ({}, mask(0))))
-    assert (back.only_in_a, back.only_in_b) == ((), found.only_in_a)
-    assert len(back.pairs) == len(found.pairs)
+    assert comparison.only_in_b == ()
+    # The worst case is compared only where both runs have the same attacks.
+    assert len(comparison.pairs) == (2 if "threat" in other else 1)
+    assert [pair.worst_case for pair in comparison.pairs][1:] == ([True] if "threat" in other else [])
+    swapped = compare(run(({}, mask(2))), run((other, mask(1)), ({}, mask(0))))
+    assert (swapped.only_in_a, swapped.only_in_b) == ((), comparison.only_in_a)
+    assert len(swapped.pairs) == len(comparison.pairs)
 
 
 def test_single_models_are_paired_whatever_their_names():
-    found = compare(run(({"model": "old"}, mask(0))), run(({"model": "new", "defence": "jpeg"}, mask(1))))
-    pair = found.pairs[0]
+    comparison = compare(run(({"model": "old"}, mask(0))), run(({"model": "new", "defence": "jpeg"}, mask(1))))
+    pair = comparison.pairs[0]
     assert (pair.model_a, pair.model_b, pair.defence_a, pair.defence_b) == ("old", "new", None, "jpeg")
-    assert len(found.pairs) == 2
+    assert len(comparison.pairs) == 2
 
 
 def test_several_models_are_paired_by_name():
     a = run(({"model": "x"}, mask(0)), ({"model": "y"}, mask(1)))
     b = run(({"model": "y"}, mask(2)), ({"model": "z"}, mask(3)))
-    found = compare(a, b)
-    assert [(pair.model_a, pair.model_b, pair.robust_a, pair.robust_b) for pair in found.pairs] == [
+    comparison = compare(a, b)
+    assert [(pair.model_a, pair.model_b, pair.robust_a, pair.robust_b) for pair in comparison.pairs] == [
         ("y", "y", mask(1).mean(), mask(2).mean())
     ] * 2
-    assert ([r["model"] for r in found.only_in_a], [r["model"] for r in found.only_in_b]) == (["x"], ["z"])
-    one = compare(a, run(({"model": "y"}, mask(2))))  # two models against one: by name as well
-    assert {(pair.model_a, pair.model_b) for pair in one.pairs} == {("y", "y")}
+    assert ([r["model"] for r in comparison.only_in_a], [r["model"] for r in comparison.only_in_b]) == (["x"], ["z"])
+    with_one_model = compare(a, run(({"model": "y"}, mask(2))))  # two models and one are paired by name too
+    assert {(pair.model_a, pair.model_b) for pair in with_one_model.pairs} == {("y", "y")}
 
 
 def test_several_defences_are_paired_by_name():
     a = run(({"defence": None}, mask(0)), ({"defence": "jpeg"}, mask(1)))
-    found = compare(a, run(({"defence": "jpeg", "model": "other"}, mask(2))))
-    assert [(pair.defence_a, pair.defence_b, pair.robust_a) for pair in found.pairs] == [("jpeg", "jpeg", mask(1).mean())] * 2
-    assert len(found.only_in_a) == 1
+    comparison = compare(a, run(({"defence": "jpeg", "model": "other"}, mask(2))))
+    assert [(pair.defence_a, pair.defence_b, pair.robust_a) for pair in comparison.pairs] == [
+        ("jpeg", "jpeg", mask(1).mean())
+    ] * 2
+    assert len(comparison.only_in_a) == 1
 
 
 def test_equal_records_are_paired_in_their_order():
     a, b = run(({}, mask(0)), ({}, mask(1))), run(({}, mask(2)), ({}, mask(3, 0.2)), ({}, mask(4)))
-    found = compare(a, b)
-    assert [pair.robust_b for pair in found.pairs] == [mask(2).mean(), mask(3, 0.2).mean()]
-    assert len(found.only_in_b) == 1
-    assert found.tests == 2
-    assert found.adjusted == holm([pair.p for pair in found.pairs])
+    comparison = compare(a, b)
+    assert [pair.robust_b for pair in comparison.pairs] == [mask(2).mean(), mask(3, 0.2).mean()]
+    assert len(comparison.only_in_b) == 1
+    assert comparison.tests == 2
+    assert comparison.adjusted == holm([pair.p for pair in comparison.pairs])
 
 
-def test_flags_are_told_with_the_figures_that_they_concern():
-    rows = ({"attack": "a", "flags": [FLAG]}, {"attack": "b", "flags": [FLAG, {"name": "alarm", "why": ""}]})
-    found = compare(run((rows[0], mask(0)), (rows[1], mask(1))), run(({"attack": "a"}, mask(0)), ({"attack": "b"}, mask(1))))
-    assert [pair.flags_a for pair in found.pairs] == [("flat-gradients",), *[("alarm", "flat-gradients")] * 2]
-    assert {pair.flags_b for pair in found.pairs} == {()}
+def test_a_pair_has_the_flags_of_its_records():
+    rows = ({"attack": "a", "flags": [FLAG]}, {"attack": "b", "flags": [FLAG, {"name": "weak-attack", "why": ""}]})
+    comparison = compare(
+        run((rows[0], mask(0)), (rows[1], mask(1))), run(({"attack": "a"}, mask(0)), ({"attack": "b"}, mask(1)))
+    )
+    assert [pair.flags_a for pair in comparison.pairs] == [("flat-gradients",), *[("flat-gradients", "weak-attack")] * 2]
+    assert {pair.flags_b for pair in comparison.pairs} == {()}
 
 
-def test_several_seeds_stand_together():
+def test_the_worst_case_combines_several_seeds():
     rows = [({"seed": seed}, mask(seed)) for seed in (3, 4)]
     pairs = compare(run(*rows), run(*rows)).pairs
     assert [pair.seed for pair in pairs] == [3, 4, None]
@@ -193,7 +197,7 @@ def test_several_seeds_stand_together():
 # Refusals
 
 
-def test_unlike_runs_are_refused_in_one_line_that_says_why():
+def test_runs_that_cannot_be_compared_are_refused_with_the_reason():
     a = run(({}, mask(0)), path="/runs/a")
     for b, words in (
         (run(({"data_hash": "d1"}, mask(0))), ("data_hash", "'d1'", "'d0'", "same data")),
@@ -204,14 +208,14 @@ def test_unlike_runs_are_refused_in_one_line_that_says_why():
         (run(({"n": N + 1}, mask(0))), ("b='/runs/x' is not finished", "40 of 41", "finish it")),
         (run(), ("b='/runs/x' is not finished", "0 of 0")),
     ):
-        told = refused(a, b)
-        assert all(word in told for word in (*words, "/runs/x")), told
+        message = refused(a, b)
+        assert all(word in message for word in (*words, "/runs/x")), message
     assert "a='/runs/x' is not finished" in refused(run(), a)
-    half = Run(Path("half"), a.results, ())
-    assert "b='half' is not finished: 0 of 40" in refused(a, half)
+    unfinished = Run(Path("half"), a.results, ())
+    assert "b='half' is not finished: 0 of 40" in refused(a, unfinished)
 
 
-def test_another_offset_is_refused_where_both_tell_theirs():
+def test_different_offsets_are_refused_where_both_runs_state_one():
     runs = [run(({}, mask(0)), **more) for more in ({}, {"data": {"offset": 0}}, {"data": {"offset": 7}}, {"data": {}})]
     assert "offset 7" in refused(runs[1], runs[2])
     for one, other in itertools.combinations(runs, 2):
@@ -219,51 +223,51 @@ def test_another_offset_is_refused_where_both_tell_theirs():
             assert compare(one, other).pairs
 
 
-def test_many_records_without_a_counterpart_are_told_in_short():
+def test_the_error_names_only_the_first_of_many_records():
     a = run(*[({"seed": seed}, mask(0)) for seed in range(9)])
-    told = refused(a, run(({"seed": 10}, mask(0))))
-    assert "seed 0" in told
-    assert "and 6 more" in told
-    assert "seed 8" not in told
+    message = refused(a, run(({"seed": 10}, mask(0))))
+    assert "seed 0" in message
+    assert "and 6 more" in message
+    assert "seed 8" not in message
 
 
-# What is shown
+# The table and the JSON
 
 
-def test_p_is_adjusted_over_all_tests_and_one_attack_is_not_tested_twice():
+def test_p_is_adjusted_over_all_tests_and_a_single_attack_is_tested_once():
     rows = [({"threat": threat}, mask(i)) for i, threat in enumerate(("l2:1", "l2:2", "l2:3"))]
-    found = compare(run(*rows), run(*[(row, mask(i + 5, 0.2)) for i, (row, _) in enumerate(rows)]))
-    assert (len(found.pairs), found.tests) == (6, 3)
-    assert found.adjusted == 2 * holm([pair.p for pair in found.pairs[:3]])
-    assert "3 tests were made" in " ".join(shown(found).split())
-    both = compare(*[run(({}, mask(i)), ({"attack": "b"}, mask(i + 1))) for i in (0, 8)])
-    assert (len(both.pairs), both.tests) == (3, 3)
-    assert both.adjusted == holm([pair.p for pair in both.pairs])
+    comparison = compare(run(*rows), run(*[(row, mask(i + 5, 0.2)) for i, (row, _) in enumerate(rows)]))
+    assert (len(comparison.pairs), comparison.tests) == (6, 3)
+    assert comparison.adjusted == 2 * holm([pair.p for pair in comparison.pairs[:3]])
+    assert "3 tests were made" in " ".join(shown(comparison).split())
+    two_attacks = compare(*[run(({}, mask(i)), ({"attack": "b"}, mask(i + 1))) for i in (0, 8)])
+    assert (len(two_attacks.pairs), two_attacks.tests) == (3, 3)
+    assert two_attacks.adjusted == holm([pair.p for pair in two_attacks.pairs])
     single = shown(compare(run(({}, mask(0))), run(({}, mask(1)))))
     assert "One test was made" in single
-    assert "all together" not in single
+    assert "worst case" not in single
 
 
-def test_both_p_are_shown():
+def test_p_and_adjusted_p_are_shown():
     rows = [({"attack": x}, [i < k for i in range(N)]) for x, k in (("a", 6), ("b", 5))]
-    found = compare(run(*rows), run(*[(row, [False] * N) for row, _ in rows]))
-    lines = [line.split()[-2:] for line in shown(found).splitlines() if " to " in line and "%" in line]
+    comparison = compare(run(*rows), run(*[(row, [False] * N) for row, _ in rows]))
+    lines = [line.split()[-2:] for line in shown(comparison).splitlines() if " to " in line and "%" in line]
     assert lines == [["0.0312", "0.0938"], ["0.0625", "0.1250"], ["0.0625", "0.1250"]]
 
 
-def test_the_table_fits_80_columns_with_every_figure_whole():
+def test_the_table_fits_80_columns_without_cutting_a_figure():
     n = 20_000
     rows = [
         ({"attack": x, "flags": [FLAG] * (x == "a")}, mask(i, n=n)) for i, x in enumerate(("a", "pgd:steps=1000,reach=2.5"))
     ]
-    found = compare(
+    comparison = compare(
         run(*rows, path="/runs/old"), run(*[(r | {"flags": []}, mask(9 + i, 0.1, n)) for i, (r, _) in enumerate(rows)])
     )
-    text = shown(found)
+    text = shown(comparison)
     assert all(len(line) <= 80 for line in text.splitlines())
     assert "…" not in text
     lines = [line for line in text.splitlines() if " to " in line and "%" in line]
-    for pair, adjusted, line in zip(found.pairs, found.adjusted, lines, strict=True):
+    for pair, adjusted, line in zip(comparison.pairs, comparison.adjusted, lines, strict=True):
         for figure in (
             f"{pair.robust_a:.1%}",
             f"{pair.robust_b:.1%}",
@@ -274,49 +278,54 @@ def test_the_table_fits_80_columns_with_every_figure_whole():
         ):
             assert f" {figure} " in f" {line} "
         assert adjusted < 1e-4
-    wide = [line for line in shown(found, 120).splitlines() if " to " in line and "%" in line]
+    wide = [line for line in shown(comparison, 120).splitlines() if " to " in line and "%" in line]
     assert [" !" in line for line in wide] == [True, False, True]
     assert text.count("! flat-gradients in A (a, linf:0.1)") == text.count("! flat") == 1
     assert "A: /runs/old\nB: /runs/x" in text
 
 
-def test_the_table_says_what_was_not_compared_and_of_which_seed():
+def test_the_table_lists_records_without_a_counterpart_and_names_seeds():
     rows = ({"seed": 1}, {"seed": 2}, {"threat": "l2:9"})
-    found = compare(run(*[(row, mask(0)) for row in rows]), run(*[(row, mask(1)) for row in rows[:2]]))
-    text = shown(found, 120)
+    comparison = compare(run(*[(row, mask(0)) for row in rows]), run(*[(row, mask(1)) for row in rows[:2]]))
+    text = shown(comparison, 120)
     assert f"only in A, not compared: {label(RECORD | rows[2])}" in text
     assert "only in B" not in text.split("tests were made")[1]
     assert "pgd, seed 1 " in text
     assert "pgd, seed 2 " in text
-    assert "all together" in text
+    assert "worst case" in text
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_names_are_told_as_they_are(name):
+def test_names_are_printed_verbatim(name):
     changed = dict.fromkeys(("model", "data", "threat", "attack", "goal", "recipe", "defence"), name)
     flags = {"flags": [{"name": name, "why": name}]}
     a, b = run((changed | flags, mask(0)), ({"seed": 5}, mask(0))), run((changed, mask(1)), path=f"/runs/{name}")
-    found = compare(a, b)
-    text = shown(found, 250)
+    comparison = compare(a, b)
+    text = shown(comparison, 250)
     if "\n" not in name:
         assert f"{name} with {name}, {name}: 40 images of {name}" in text
         assert f"{name} → {name} !" in text
         assert f"! {name} in A ({name} → {name}, {name})" in text
         assert f"B: /runs/{name}" in text
-    told = json.loads(json.dumps(as_json(found), allow_nan=False))
-    assert told["pairs"][0]["model_a"] == name
-    assert told["b"] == f"/runs/{name}"
+    parsed = json.loads(json.dumps(as_json(comparison), allow_nan=False))
+    assert parsed["pairs"][0]["model_a"] == name
+    assert parsed["b"] == f"/runs/{name}"
     refused(a, run((changed | {"seed": 7}, mask(0)), path=f"/runs/{name}"))
 
 
-def test_json_holds_what_the_table_shows():
+def test_the_json_has_the_figures_of_the_table():
     rows = ({}, {"attack": "b", "flags": [FLAG]}, {"threat": "l2:9"})
-    found = compare(run(*[(row, mask(i)) for i, row in enumerate(rows)]), run(*[(row, mask(8)) for row in rows[:2]]))
-    told = as_json(found)
-    assert json.loads(json.dumps(told, allow_nan=False)) == told
-    assert (told["a"], told["tests"], told["only_in_a"], told["only_in_b"]) == ("/runs/x", 3, [label(RECORD | rows[2])], [])
-    assert len(told["pairs"]) == 3
-    for row, pair, p in zip(told["pairs"], found.pairs, found.adjusted, strict=True):
+    comparison = compare(run(*[(row, mask(i)) for i, row in enumerate(rows)]), run(*[(row, mask(8)) for row in rows[:2]]))
+    content = as_json(comparison)
+    assert json.loads(json.dumps(content, allow_nan=False)) == content
+    assert (content["a"], content["tests"], content["only_in_a"], content["only_in_b"]) == (
+        "/runs/x",
+        3,
+        [label(RECORD | rows[2])],
+        [],
+    )
+    assert len(content["pairs"]) == 3
+    for row, pair, p in zip(content["pairs"], comparison.pairs, comparison.adjusted, strict=True):
         assert row["p_holm"] == p
         assert (row["p"], row["low"], row["high"], row["only_a"]) == (pair.p, pair.low, pair.high, pair.only_a)
         assert (row["robust_a"], row["robust_b"], row["difference"]) == (pair.robust_a, pair.robust_b, pair.difference)
@@ -330,12 +339,12 @@ def staged(*names):
     return {"stages": [{"name": name, "forwards": 1, "backwards": 1, "solved": 0} for name in names]}
 
 
-A_STAGES = ["clean", "descent", "", "descent", "windows", "", "clean", "windows"]
-B_STAGES = ["clean", "windows", "", "descent", "", "polish", "descent", "windows"]
+A_STAGES = ["clean", "descent", "", "descent", "patches", "", "clean", "patches"]
+B_STAGES = ["clean", "patches", "", "descent", "", "refine", "descent", "patches"]
 
 
 def compared(
-    a_names=("clean", "look", "descent", "windows"), b_names=("clean", "descent", "polish", "windows"), attack="standard"
+    a_names=("clean", "first-pass", "descent", "patches"), b_names=("clean", "descent", "refine", "patches"), attack="standard"
 ):
     a = run(({"attack": attack} | staged(*a_names), [not name for name in A_STAGES]), ({"threat": "l2:1"}, mask(0, n=8)))
     b = run(({"threat": "l2:1"}, mask(1, n=8)), ({"attack": attack} | staged(*b_names), [not name for name in B_STAGES]))
@@ -345,54 +354,54 @@ def compared(
 
 def test_stages_are_compared_on_the_same_images():
     pair = compared().pairs[0]
-    found = {stage.name: (stage.a, stage.b, stage.both) for stage in pair.stages}
+    counts = {stage.name: (stage.a, stage.b, stage.both) for stage in pair.stages}
     by_hand = {
         name: (A_STAGES.count(name), B_STAGES.count(name), sum(x == y == name for x, y in zip(A_STAGES, B_STAGES, strict=True)))
-        for name in ("clean", "look", "descent", "windows", "polish")
+        for name in ("clean", "first-pass", "descent", "patches", "refine")
     }
-    assert found == by_hand
-    assert found["clean"] == (2, 1, 1)
+    assert counts == by_hand
+    assert counts["clean"] == (2, 1, 1)
     assert [stage.name for stage in pair.stages] == [
         "clean",
-        "look",
+        "first-pass",
         "descent",
-        "windows",
-        "polish",
+        "patches",
+        "refine",
     ]  # in the order of A, then of B
-    assert [pair.stages for pair in compared().pairs[1:]] == [()] * 3  # no stages recorded; all together has none
+    assert [pair.stages for pair in compared().pairs[1:]] == [()] * 3  # no stages were recorded; the worst case has none
     assert sum(stage.a for stage in pair.stages) == pair.n - pair.only_a - pair.both
 
 
-def test_stages_are_shown_where_an_attack_has_some_of_its_own():
+def test_stages_are_shown_for_attacks_with_their_own_stages():
     text = " ".join(shown(compared(), 250).split())
-    told = "clean 2 / 1 (1 in both), descent 2 / 2 (1 in both), windows 2 / 2 (1 in both), polish 0 / 1 (0 in both)"
-    assert f"solved by stage, A / B (standard): {told}" in text
+    counts = "clean 2 / 1 (1 in both), descent 2 / 2 (1 in both), patches 2 / 2 (1 in both), refine 0 / 1 (0 in both)"
+    assert f"solved by stage, A / B (standard): {counts}" in text
     assert "solved by stage" not in shown(compared(("clean", "attack"), ("clean", "attack")))
     row = json.loads(json.dumps(as_json(compared())))["pairs"][0]
     assert row["stages"][2] == {"name": "descent", "a": 2, "b": 2, "both": 1}
     assert as_json(compare(run(({}, mask(0))), run(({}, mask(1)))))["pairs"][0]["stages"] == []
 
 
-def test_who_solved_what_is_read_from_the_folder_of_a_run(tmp_path):
+def test_the_solving_stages_are_read_from_the_folder_of_a_run(tmp_path):
     cases = tuple(
         Case("zoo:digits-mlp", threat, attack) for threat, attack in (("linf:0.05", "fgsm"), ("linf:0.1", "standard"))
     )
     bench.run(Plan(cases, "digits", limit=50, block=20), out=tmp_path / "a")
-    found = past.read(tmp_path / "a")
-    names, again = solvers(found), solvers(past.read(tmp_path / "a"))
-    for record, robust, of in zip(found.results["records"], found.robust, names, strict=True):
+    saved = past.read(tmp_path / "a")
+    names, read_again = solvers(saved), solvers(past.read(tmp_path / "a"))
+    for record, robust, of in zip(saved.results["records"], saved.robust, names, strict=True):
         assert len(of) == 50
-        assert np.array_equal(of == "", robust)  # whatever is right was solved by nobody
+        assert np.array_equal(of == "", robust)  # no stage solved a robust image
         assert {stage["name"]: stage["solved"] for stage in record["stages"] if stage["solved"]} == {
             str(name): int((of == name).sum()) for name in set(of.tolist()) - {""}
         }
-    pairs = compare(found, found, solved=(names, again)).pairs
+    pairs = compare(saved, saved, solved=(names, read_again)).pairs
     assert all(stage.a == stage.b == stage.both for pair in pairs for stage in pair.stages)
     assert len([stage for stage in pairs[1].stages if stage.a]) >= 2
     file = next((tmp_path / "a" / "examples" / "case-01").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ArgumentError, match="is no block of a run"):
-        solvers(found)
+        solvers(saved)
 
 
 def test_the_command_compares_stages(tmp_path, capsys):
@@ -405,7 +414,7 @@ def test_the_command_compares_stages(tmp_path, capsys):
     assert sum(stage["a"] for stage in first["stages"]) == 8 - first["only_a"] - first["both"]
 
 
-def test_the_interval_is_called_what_it_is():
+def test_the_table_explains_its_interval():
     text = " ".join(shown(compare(run(({}, mask(0))), run(({}, mask(1))))).split())
     assert "robust accuracy, an upper bound on robustness" in text
     assert "interval of the difference over the choice of images" in text

@@ -1,4 +1,4 @@
-"""Gates: what passes and what fails, at the margin exactly, and nothing passes by being flagged or by not being measured."""
+"""Gates pass and fail exactly at the margin; flagged and missing measurements never pass."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ FLAG = {"name": "flat-gradients", "why": "no signal"}
 
 
 def run(*rows, path="/runs/x"):
-    """A run of records that differ from RECORD as told, each with how many of the images stay right, or which."""
+    """A run of records, each given by its differences from RECORD and its mask of robust images."""
     masks = [np.array(right, bool) for _, right in rows]
     records = [
         RECORD | row | {"n": len(m), "robust_accuracy": float(m.mean())} for (row, _), m in zip(rows, masks, strict=True)
@@ -53,7 +53,7 @@ def passed(verdicts):
 @pytest.mark.parametrize(
     ("k", "share", "expected"), [(29, 0.29, True), (28, 0.29, False), (0, 0, True), (100, 1, True), (99, 1, False)]
 )
-def test_a_share_is_reached_at_that_share_exactly(k, share, expected):
+def test_a_robust_accuracy_equal_to_the_share_passes(k, share, expected):
     (verdict,) = fail_under(run(({}, right(k, 100))).results, share)
     assert verdict.passed is expected
     assert f"robust accuracy {k}.0% on 100 images, {'at least' if expected else 'under'} {share:.1%}" == verdict.why
@@ -61,13 +61,13 @@ def test_a_share_is_reached_at_that_share_exactly(k, share, expected):
 
 
 @given(st.integers(1, 3000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.integers(0, 1000))
-def test_floating_point_decides_nothing_about_a_share(counts, thousandths):
+def test_rounding_never_decides_about_a_share(counts, thousandths):
     k, n = counts
     (verdict,) = fail_under(run(({}, right(k, n))).results, thousandths / 1000)
     assert verdict.passed == (1000 * k >= thousandths * n)
 
 
-def test_all_attacks_together_are_gated_in_each_threat_and_model():
+def test_the_worst_case_of_each_threat_and_model_is_gated():
     a, b = [True, True, False, True], [False, True, True, True]
     it = run(
         ({}, a),
@@ -82,7 +82,7 @@ def test_all_attacks_together_are_gated_in_each_threat_and_model():
 
 
 @pytest.mark.parametrize("where", [{}, {"goal": "least-likely", "attack": "fgsm"}])
-def test_a_flagged_figure_passes_no_gate(where):
+def test_a_flagged_figure_fails(where):
     it = run(({}, right(9, 9)), ({"flags": [FLAG]} | where, right(9, 9)), ({"threat": "l2:1"}, right(9, 9)))
     flagged, clean = fail_under(it.results, 0)
     assert (flagged.passed, clean.passed) == (False, True)
@@ -97,7 +97,7 @@ def test_a_flag_concerns_its_own_group_alone(field):
     assert passed(fail_under(it.results, 0.5)) == [True, False]
 
 
-def test_robust_accuracy_under_other_goals_is_no_gate():
+def test_robust_accuracy_under_other_goals_is_not_gated():
     other = ({"goal": "least-likely", "threat": "l2:1", "attack": "odd (misclassify)"}, right(5, 5))
     assert len(fail_under(run(({}, right(5, 5)), other).results, 0.5)) == 1
     with pytest.raises(
@@ -116,7 +116,7 @@ def test_robust_accuracy_under_other_goals_is_no_gate():
         (float("nan"), "share from 0 to 1"),
     ],
 )
-def test_a_share_that_is_none_is_refused(value, words):
+def test_an_invalid_share_is_refused(value, words):
     it = run(({}, right(5, 5)))
     for name, gate in (("share", lambda: fail_under(it.results, value)), ("margin", lambda: fail_if_worse(it, it, value))):
         with pytest.raises(ArgumentError, match=f"^{name}={value:g} must be") as error:
@@ -156,13 +156,13 @@ def test_a_fall_of_exactly_the_margin_passes(lost, won, n, margin, expected):
 
 
 @given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.integers(0, 1000))
-def test_floating_point_decides_nothing_about_a_margin(counts, thousandths):
+def test_rounding_never_decides_about_a_margin(counts, thousandths):
     lost, n = counts
     (verdict,) = fail_if_worse(run(({}, right(0, n))), run(({}, right(lost, n))), thousandths / 1000)
     assert verdict.passed == (1000 * lost <= thousandths * n)
 
 
-def test_the_figures_are_those_of_all_attacks_together_old_and_new():
+def test_the_worst_cases_of_both_runs_are_compared():
     before = run(({}, right(8, 10)), ({"attack": "fgsm"}, right(9, 10)), path="/runs/old")
     now = run(({"model": "new"}, right(9, 10)), ({"attack": "fgsm", "model": "new"}, right(5, 10)))
     (verdict,) = fail_if_worse(now, before, 0.1)
@@ -176,7 +176,7 @@ def test_the_figures_are_those_of_all_attacks_together_old_and_new():
     assert "50.0% in the baseline (new), 80.0% now" in back.why
 
 
-def test_a_new_flag_fails_and_an_old_one_is_told():
+def test_a_new_flag_fails_and_an_old_one_is_reported():
     clean, flagged = run(({}, right(5, 10))), run(({"flags": [FLAG]}, right(5, 10)))
     more = run(({"flags": [FLAG, {"name": "masked", "why": ""}]}, right(9, 10)))
     (new,), (gone,), (old,), (both,) = (
@@ -189,17 +189,17 @@ def test_a_new_flag_fails_and_an_old_one_is_told():
     assert "do not believe it: masked; flagged like the baseline: flat-gradients" in both.why
 
 
-def test_what_is_not_measured_any_more_fails_and_what_is_new_is_not_gated():
+def test_a_missing_measurement_fails_and_a_new_one_is_not_gated():
     everything = ({}, right(5, 5)), ({"threat": "l2:1"}, right(5, 5)), ({"threat": "l1:1"}, right(5, 5))
-    here, gone = fail_if_worse(run(everything[0], everything[2]), run(*everything[:2]), 0.5)
-    assert (here.passed, gone.passed) == (True, False)
-    assert gone.name.startswith("m, l2:1: ")
-    assert "make a new baseline" in gone.why
+    kept, missing = fail_if_worse(run(everything[0], everything[2]), run(*everything[:2]), 0.5)
+    assert (kept.passed, missing.passed) == (True, False)
+    assert missing.name.startswith("m, l2:1: ")
+    assert "make a new baseline" in missing.why
     added = fail_if_worse(run(*everything, ({"threat": "l2:1", "attack": "fgsm"}, right(5, 5))), run(*everything), 0.5)
-    assert passed(added) == [True, False, True]  # with other attacks it is another figure
+    assert passed(added) == [True, False, True]  # other attacks give another figure
 
 
-def test_the_verdicts_stand_in_the_order_of_the_baseline():
+def test_verdicts_are_in_the_order_of_the_baseline():
     rows = [({"model": m, "threat": t}, right(5, 5)) for m, t in (("b", "l2:1"), ("a", "l2:1"), ("b", "linf:1"))]
     names = [verdict.name.split(":")[0] for verdict in fail_if_worse(run(*rows[::-1]), run(*rows), 0)]
     assert names == ["b, l2", "a, l2", "b, linf"]
@@ -220,7 +220,7 @@ def test_runs_without_a_comparable_group_are_refused():
 
 
 @pytest.mark.parametrize("name", ["x\ny", "[/]", "\udcff", "a\r\n\x85b"])
-def test_a_verdict_is_told_in_lines_whatever_the_names(name):
+def test_name_and_reason_of_a_verdict_are_one_line_each(name):
     row = dict.fromkeys(("model", "threat", "defence", "attack", "data"), name)
     it = run((row | {"flags": [{"name": name, "why": name}]}, right(5, 5)))
     verdicts = [*fail_under(it.results, 0.5), *fail_if_worse(it, it, 0.5)]

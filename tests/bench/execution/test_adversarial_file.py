@@ -1,4 +1,4 @@
-"""Starts from files that others have written: taken, brought into the threat, judged anew; or refused in one line."""
+"""Warm starts from files of other programs: they are projected and checked again, or refused in one line."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from robustkit import L2, PGD, Linf, Target, zoo
 from robustkit.bench import Case, Plan, read_plan, run
-from robustkit.bench.execution.adversarial_file import read_foreign
+from robustkit.bench.execution.adversarial_file import read_adversarial_file
 from robustkit.bench.execution.loaded_run import load
 from robustkit.bench.execution.warm_starts import read_warm_starts
 from robustkit.cli import main
@@ -35,8 +35,8 @@ def solved(record, name):
 
 
 @pytest.fixture(scope="module")
-def theirs():
-    """What foolbox finds where FGSM finds less: one image for each, its own where it failed."""
+def foolbox_images():
+    """What an attack of foolbox, stronger than FGSM, returns: an image for each example, also where it failed."""
     foolbox = pytest.importorskip("foolbox")
     model = foolbox.PyTorchModel(NET.eval(), bounds=(0, 1), device="cpu")
     attack = foolbox.attacks.LinfPGD(steps=40, rel_stepsize=0.1)
@@ -46,8 +46,8 @@ def theirs():
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
-def test_what_foolbox_has_broken_is_broken(theirs, tmp_path, suffix):
-    clipped, success = theirs
+def test_successes_of_foolbox_are_successes_of_the_run(foolbox_images, tmp_path, suffix):
+    clipped, success = foolbox_images
     path = tmp_path / f"foolbox{suffix}"
     if suffix == ".npz":
         np.savez(path, x_adv=clipped.numpy())
@@ -56,7 +56,7 @@ def test_what_foolbox_has_broken_is_broken(theirs, tmp_path, suffix):
     (record,), (before,) = run(plan_of(path)).records, run(plan_of()).records
     with torch.no_grad():
         clean = int((NET(X).argmax(1) != Y).sum())
-    # foolbox may step over eps by a rounding; brought back, an image may lose by as much.
+    # foolbox may exceed eps by a rounding error, and an image may fail after projection.
     inside = wrong(Linf(0.1).project(clipped, X))
     assert int(success.sum()) - int(inside.sum()) in (0, 1)
     assert solved(record, "clean") + solved(record, "starts") == int(inside.sum()) > clean
@@ -64,7 +64,7 @@ def test_what_foolbox_has_broken_is_broken(theirs, tmp_path, suffix):
     assert record["robust_accuracy"] < before["robust_accuracy"]
 
 
-def test_rows_outside_of_the_threat_are_projected_and_judged_anew(tmp_path):
+def test_rows_outside_of_the_threat_are_projected_and_checked_again(tmp_path):
     far = PGD(steps=10)(NET.eval(), X, Y, threat=Linf(0.4)).x_adv
     np.savez(tmp_path / "far.npz", x_adv=far.numpy())
     (record,) = run(plan_of(tmp_path / "far.npz", threat="linf:0.07", save_adversarial=True)).records
@@ -73,14 +73,14 @@ def test_rows_outside_of_the_threat_are_projected_and_judged_anew(tmp_path):
     assert solved(record, "clean") + solved(record, "starts") == int(wrong(near).sum())
 
 
-def test_another_norm_than_that_of_the_file_is_served_too(tmp_path):
+def test_a_file_made_for_another_norm_can_be_used(tmp_path):
     found = PGD(steps=20)(NET.eval(), X, Y, threat=Linf(0.1)).x_adv
     np.savez(tmp_path / "f.npz", x_adv=found.numpy())
     (record,) = run(plan_of(tmp_path / "f.npz", threat="l2:0.5")).records
     assert solved(record, "clean") + solved(record, "starts") == int(wrong(L2(0.5).project(found, X)).sum())
 
 
-def test_bytes_are_images_over_255_channels_last(tmp_path):
+def test_uint8_arrays_are_divided_by_255_and_have_channels_last(tmp_path):
     found = (PGD(steps=20)(NET.eval(), X, Y, threat=Linf(0.1)).x_adv * 255).round().to(torch.uint8)
     for number, array in enumerate((found[:, 0], found.movedim(1, -1))):
         np.savez(tmp_path / f"{number}.npz", x_adv=array.numpy())
@@ -90,27 +90,27 @@ def test_bytes_are_images_over_255_channels_last(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_other_floats_are_read(tmp_path, dtype):
+def test_other_floating_point_types_are_read(tmp_path, dtype):
     found = PGD(steps=20)(NET.eval(), X, Y, threat=Linf(0.1)).x_adv.to(dtype)
     save_file({"x_adv": found}, tmp_path / "f.safetensors")
-    held = read_foreign(str(tmp_path / "f.safetensors"), DIGITS, range(N))
-    assert torch.equal(held.images([0, 3, 39]), found[[0, 3, 39]].float())
+    file = read_adversarial_file(str(tmp_path / "f.safetensors"), DIGITS, range(N))
+    assert torch.equal(file.images([0, 3, 39]), found[[0, 3, 39]].float())
 
 
-def test_a_row_with_nan_stands_for_none_and_one_that_changes_nothing_is_not_asked_about(tmp_path):
+def test_rows_with_nan_and_rows_equal_to_the_image_are_skipped(tmp_path):
     found = PGD(steps=20)(NET.eval(), X, Y, threat=Linf(0.1))
-    given, right = found.x_adv.clone(), (~wrong(X)).nonzero().squeeze(1)
-    broken = [row for row in right.tolist() if found.success[row]]
+    given, correct = found.x_adv.clone(), (~wrong(X)).nonzero().squeeze(1)
+    broken = [row for row in correct.tolist() if found.success[row]]
     given[broken[:2]], given[broken[2:4]] = torch.nan, X[broken[2:4]]
     np.savez(tmp_path / "f.npz", x_adv=given.numpy())
     (record,) = run(plan_of(tmp_path / "f.npz")).records
-    changed = [row for row in right.tolist() if not given[row].isnan().any() and not torch.equal(given[row], X[row])]
+    changed = [row for row in correct.tolist() if not given[row].isnan().any() and not torch.equal(given[row], X[row])]
     (stage,) = [stage for stage in record["stages"] if stage["name"] == "starts"]
     assert stage["forwards"] == len(changed)
     assert stage["solved"] == len(broken) - 4
 
 
-def test_what_the_attack_command_writes_is_taken_as_it_is(tmp_path):
+def test_the_output_of_the_attack_command_can_be_used(tmp_path):
     out = tmp_path / "ours.npz"
     words = ["attack", *WORDS[1:5], "--threat", "linf:0.1", "--attack", "pgd:steps=20", "--limit", "30", "--offset", "10"]
     assert main([*words, "--out", str(out)]) == 0
@@ -121,10 +121,10 @@ def test_what_the_attack_command_writes_is_taken_as_it_is(tmp_path):
     changed[index[success]] = True
     assert solved(record, "starts") == int((changed & ~wrong(X)).sum()) > 3
     (stage,) = [stage for stage in record["stages"] if stage["name"] == "starts"]
-    assert stage["forwards"] == stage["solved"]  # what the file does not call a success is not asked about
+    assert stage["forwards"] == stage["solved"]  # rows that the file does not mark as successes are not queried
 
 
-def test_a_saved_result_is_taken_for_the_images_that_are_taken(tmp_path):
+def test_a_saved_result_belongs_to_the_images_of_the_run(tmp_path):
     result = PGD(steps=20)(Target(NET.eval()), X, Y, threat=Linf(0.1))
     result.save(tmp_path / "result.safetensors")
     (record,) = run(plan_of(tmp_path / "result.safetensors")).records
@@ -135,7 +135,7 @@ def test_a_saved_result_is_taken_for_the_images_that_are_taken(tmp_path):
     assert solved(record, "clean") + solved(record, "starts") == int(moved.success.sum())
 
 
-def test_of_two_files_the_smaller_change_and_of_any_the_one_that_is_known_to_work(tmp_path):
+def test_known_successes_come_first_and_then_the_smaller_perturbation(tmp_path):
     attack = PGD(steps=20)
     small, large = (attack(NET.eval(), X, Y, threat=Linf(eps)) for eps in (0.08, 0.3))
     save_file({"x_adv": large.x_adv}, tmp_path / "large.safetensors")
@@ -144,8 +144,8 @@ def test_of_two_files_the_smaller_change_and_of_any_the_one_that_is_known_to_wor
     ids = torch.arange(N)
 
     def best(*names):
-        finds = read_warm_starts([str(tmp_path / f"{name}.safetensors") for name in names], DIGITS, range(N))
-        return finds.images("misclassify", Linf(0.1), "any", ids, X)
+        warm_starts = read_warm_starts([str(tmp_path / f"{name}.safetensors") for name in names], DIGITS, range(N))
+        return warm_starts.starting_points("misclassify", Linf(0.1), "any", ids, X)
 
     changed = ((small.size > 0) & (large.size > 0)).nonzero().squeeze(1)
     assert torch.equal(best("large", "small")[changed], small.x_adv[changed])
@@ -153,24 +153,24 @@ def test_of_two_files_the_smaller_change_and_of_any_the_one_that_is_known_to_wor
     assert torch.equal(best("small", "sure")[sure], large.x_adv[sure])
 
 
-def test_the_plan_holds_the_file_and_blocks_are_named_by_it(tmp_path, capsys):
+def test_the_plan_records_the_file_and_block_names_depend_on_it(tmp_path, capsys):
     path, out = tmp_path / "f.npz", tmp_path / "out"
     np.savez(path, x_adv=np.full((N, 1, 8, 8), np.nan, np.float32))
     assert main([*WORDS, "--attack", "fgsm", "--start-from", str(path), "--out", str(out)]) == 0
     plan = read_plan(out / "plan.toml")
     assert plan.start_from == (str(path),)
-    assert len(plan.pins[f"start-from:{path}"]) == 16
+    assert len(plan.expected_hashes[f"start-from:{path}"]) == 16
     names = [task.name for task in load(plan_of(path)).tasks()]
     assert names != [task.name for task in load(plan_of()).tasks()]
     np.savez(path, x_adv=X.numpy())
     assert names != [task.name for task in load(plan_of(path)).tasks()]
     capsys.readouterr()
     assert main(["bench", "--plan", str(out / "plan.toml"), "--out", str(tmp_path / "again")]) == 2
-    assert "it is not the same any more" in capsys.readouterr().err
+    assert "it has changed, or is not the same twice" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_any_number_of_workers_does_the_same(tmp_path, workers):
+def test_starts_are_used_with_any_number_of_workers(tmp_path, workers):
     np.savez(tmp_path / "f.npz", x_adv=PGD(steps=20)(NET.eval(), X, Y, threat=Linf(0.1)).x_adv.numpy())
     records = run(plan_of(tmp_path / "f.npz"), workers=workers).records
     for record in records:
@@ -179,61 +179,68 @@ def test_any_number_of_workers_does_the_same(tmp_path, workers):
 
 IMAGES = np.random.default_rng(0).random((N, 1, 8, 8), dtype=np.float32)
 UNFIT = {
-    "no images": ({"x": IMAGES}, ("it holds x, and no x_adv",)),
-    "too few": ({"x_adv": IMAGES[:7]}, ("has 7 images", "has 359, of which 40 are taken", "an array index")),
+    "no images": ({"x": IMAGES}, ("it contains x, but no x_adv",)),
+    "too few": ({"x_adv": IMAGES[:7]}, ("has 7 images", "has 359, and the run uses 40 of them", "an array index")),
     "other images": ({"x_adv": IMAGES[:, :, :5]}, ("each image is (1, 5, 8)", "are (1, 8, 8)")),
     "a lost axis": ({"x_adv": IMAGES[:, 0]}, ("each image is (8, 8)", "are (1, 8, 8)")),
     "bytes as floats": ({"x_adv": IMAGES * 255}, ("outside [0, 1]",)),
-    "infinite": ({"x_adv": np.where(IMAGES > 0.99, np.inf, IMAGES)}, ("x_adv holds inf",)),
+    "infinite": ({"x_adv": np.where(IMAGES > 0.99, np.inf, IMAGES)}, ("x_adv contains inf",)),
     "whole numbers": ({"x_adv": IMAGES.astype(np.int64)}, ("torch.int64",)),
     "pickles": ({"x_adv": np.array([{}] * N, dtype=object)}, ("cannot be read as plain arrays", "allow_pickle")),
-    "an index beyond": ({"x_adv": IMAGES[:2], "index": np.array([0, 359])}, ("index must say", "in [0, 359)")),
-    "an index that is short": ({"x_adv": IMAGES[:2], "index": np.array([0])}, ("index must say of each of the 2 rows",)),
-    "other labels": ({"x_adv": IMAGES, "y": np.roll(Y.numpy(), 1)}, ("y does not hold the labels", "another order")),
+    "an index beyond": (
+        {"x_adv": IMAGES[:2], "index": np.array([0, 359])},
+        ("index must give for each of the 2 rows its example", "in [0, 359)"),
+    ),
+    "an index that is short": (
+        {"x_adv": IMAGES[:2], "index": np.array([0])},
+        ("index must give for each of the 2 rows its example",),
+    ),
+    "other labels": ({"x_adv": IMAGES, "y": np.roll(Y.numpy(), 1)}, ("y differs from the labels", "another order")),
     "a success that is a number": ({"x_adv": IMAGES, "success": np.ones(N)}, ("success is float64",)),
     "nothing": ({"x_adv": IMAGES[:0]}, ("has 0 images",)),
 }
 
 
 @pytest.mark.parametrize("name", UNFIT)
-def test_what_does_not_fit_is_refused_in_one_line(name, tmp_path, capsys):
-    held, told = UNFIT[name]
-    np.savez(tmp_path / "f.npz", **held)
-    refused([str(tmp_path / "f.npz")], told, capsys, tmp_path)
+def test_a_file_that_does_not_fit_is_refused_in_one_line(name, tmp_path, capsys):
+    arrays, message = UNFIT[name]
+    np.savez(tmp_path / "f.npz", **arrays)
+    check_refused([str(tmp_path / "f.npz")], message, capsys, tmp_path)
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
-def test_what_is_no_such_file_is_refused_in_one_line(suffix, tmp_path, capsys):
-    refused([f"{tmp_path}/none{suffix}"], ("there is no such file",), capsys, tmp_path)
+def test_a_missing_or_unreadable_file_is_refused_in_one_line(suffix, tmp_path, capsys):
+    check_refused([f"{tmp_path}/none{suffix}"], ("there is no such file",), capsys, tmp_path)
     (tmp_path / f"text{suffix}").write_text("text")
-    refused([f"{tmp_path}/text{suffix}"], ("cannot be read as plain arrays",), capsys, tmp_path)
+    check_refused([f"{tmp_path}/text{suffix}"], ("cannot be read as plain arrays",), capsys, tmp_path)
     (tmp_path / "file.txt").write_text("text")
-    refused([f"{tmp_path}/file.txt"], ("holds no plan.toml", "npz or safetensors file with x_adv"), capsys, tmp_path)
+    check_refused(
+        [f"{tmp_path}/file.txt"], ("has no readable plan.toml", "npz or safetensors file with x_adv"), capsys, tmp_path
+    )
 
 
-def refused(files, told, capsys, tmp_path):
+def check_refused(files, message, capsys, tmp_path):
     words = [*WORDS, "--attack", "fgsm", "--out", str(tmp_path / "out"), *(w for file in files for w in ("--start-from", file))]
     assert main(words) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    for part in ("start-from=", *told):
-        assert part in said
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    for part in ("start-from=", *message):
+        assert part in error
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_of_many_images_is_read_as_it_is_needed(tmp_path):
-    """Rows of a block, not all."""
+def test_only_the_rows_of_a_block_are_read(tmp_path):
     np.savez(tmp_path / "f.npz", x_adv=IMAGES)
-    held = read_foreign(str(tmp_path / "f.npz"), DIGITS, range(N))
-    asked = []
-    inner = held.read
+    file = read_adversarial_file(str(tmp_path / "f.npz"), DIGITS, range(N))
+    ranges = []
+    inner = file.read
 
     def spy(first, last):
-        asked.append((first, last))
+        ranges.append((first, last))
         return inner(first, last)
 
-    object.__setattr__(held, "read", spy)
-    assert torch.equal(held.images([3, 5]), torch.from_numpy(IMAGES[[3, 5]]))
-    assert asked == [(3, 6)]
+    object.__setattr__(file, "read", spy)
+    assert torch.equal(file.images([3, 5]), torch.from_numpy(IMAGES[[3, 5]]))
+    assert ranges == [(3, 6)]
     with pytest.raises(ArgumentError, match="has 40 images"):
-        read_foreign(str(tmp_path / "f.npz"), DIGITS, range(7))
+        read_adversarial_file(str(tmp_path / "f.npz"), DIGITS, range(7))

@@ -1,4 +1,4 @@
-"""The runner: its records are what a slow recomputation says, whatever the blocks, the batches and the neighbours."""
+"""The runner: its records equal a slow recomputation, whatever the blocks, the batches and the other cases."""
 
 import gc
 import math
@@ -21,7 +21,7 @@ DATA = load_data("digits")
 
 
 class Counting(nn.Module):
-    """A model that counts the images that it sees, and the most at once."""
+    """A model that counts its images, and records the largest batch."""
 
     def __init__(self, net=NET):
         super().__init__()
@@ -35,14 +35,14 @@ class Counting(nn.Module):
 
 
 class Noisy(nn.Module):
-    """A model that throws dice with torch's global generator."""
+    """A model with noise from torch's global generator."""
 
     def forward(self, x):
         return NET(x) + 4 * torch.randn(len(x), 10)
 
 
 class NotANumber(nn.Module):
-    """NaN for bright images, and the same predictions as the plain network for the others."""
+    """NaN for bright images, the outputs of the plain network for the others."""
 
     def forward(self, x):
         return torch.where(x.flatten(1).mean(1, keepdim=True) > 0.31, torch.nan, NET(x))
@@ -69,8 +69,8 @@ def predicted(x):
         return torch.cat([NET(image[None]).argmax(1) for image in x])
 
 
-def slowly(attack, threat, wanted, *, seed=0, offset=0, limit=None, batch_size=100):
-    """The figures of a case, image by image where it can be, from the attack itself."""
+def recompute(attack, threat, wanted, *, seed=0, offset=0, limit=None, batch_size=100):
+    """The figures of a case, from the attack itself and image by image where possible."""
     last = len(DATA) if limit is None else min(offset + limit, len(DATA))
     clean, robust, success, sizes, backwards, net = [], [], [], [], 0, Counting()
     for first in range(offset, last, 100):
@@ -115,21 +115,21 @@ def slowly(attack, threat, wanted, *, seed=0, offset=0, limit=None, batch_size=1
         (("l2:2", "ifgsm:steps=3", "classify-as:0"), PGD(3, 2.0, random_start=False), L2(2.0), 0, {"seed": -5, "limit": 100}),
     ],
 )
-def test_a_record_is_what_a_slow_recomputation_says(case, attack, threat, wanted, options):
+def test_a_record_equals_a_slow_recomputation(case, attack, threat, wanted, options):
     (outcome,) = measured(case, **options)
-    expected = slowly(attack, threat, wanted, **options)
+    expected = recompute(attack, threat, wanted, **options)
     assert {key: outcome.record[key] for key in expected} == pytest.approx(expected, rel=1e-9, abs=1e-9)
-    assert 0 < expected["success_rate"] < 1  # else the case would show little
+    assert 0 < expected["success_rate"] < 1  # otherwise the case would test little
     goal = "misclassify" if wanted is None else case[2]
-    spoken = {"model": "zoo:digits-mlp", "data": "digits", "threat": case[0], "attack": case[1], "goal": goal}
-    assert spoken.items() <= outcome.record.items()
+    expected_specs = {"model": "zoo:digits-mlp", "data": "digits", "threat": case[0], "attack": case[1], "goal": goal}
+    assert expected_specs.items() <= outcome.record.items()
     assert outcome.record["seed"] == options.get("seed", 0)
 
 
 CASES = (("linf:0.1", "pgd:steps=3"), ("l2:1", "fgsm", "least-likely"), ("linf:0.2", "fgsm", "classify-as:3"))
 
 
-def test_a_case_does_not_depend_on_its_neighbours():
+def test_a_case_does_not_depend_on_the_other_cases():
     together = measured(*CASES, limit=120)
     for case, outcome in zip(CASES, together, strict=True):
         (alone,) = measured(case, limit=120)
@@ -139,7 +139,7 @@ def test_a_case_does_not_depend_on_its_neighbours():
 
 
 def figures(outcome):
-    """What adds up over images."""
+    """The figures of a record that are sums over images."""
     record = outcome.record
     shares = ("clean_accuracy", "robust_accuracy", "success_rate")
     counts = [round(record[name] * record["n"], 6) for name in shares]
@@ -147,7 +147,7 @@ def figures(outcome):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_noise_and_outcome_belong_to_the_image_not_to_the_run(case):
+def test_noise_and_outcome_depend_on_the_image_and_not_on_the_run(case):
     single = [measured(case, offset=i, limit=1)[0] for i in range(100, 115)]
     (part,) = measured(case, offset=100, limit=15)
     (start,), (longer,) = measured(case, limit=100), measured(case, limit=115)
@@ -164,7 +164,7 @@ def test_noise_and_outcome_belong_to_the_image_not_to_the_run(case):
 
 @pytest.mark.parametrize("goal", ["misclassify", "least-likely", "classify-as:3"])
 @pytest.mark.parametrize("batch_size", [7, 1000])
-def test_batches_are_no_larger_than_asked_and_change_nothing(use, goal, batch_size):
+def test_batches_are_at_most_batch_size_and_do_not_change_the_figures(use, goal, batch_size):
     (usual,) = measured(("linf:0.1", "pgd:steps=3", goal), limit=120)
     net = use(Counting())
     (other,) = measured(("linf:0.1", "pgd:steps=3", goal), limit=120, batch_size=batch_size)
@@ -191,7 +191,7 @@ def test_a_model_in_training_mode_is_measured_in_evaluation_mode_and_left_as_it_
     assert plain.record["flags"] == []
 
 
-def test_a_stochastic_model_is_told_and_gives_the_same_numbers_again(use):
+def test_a_stochastic_model_gets_a_note_and_reproducible_numbers(use):
     use(Noisy())
     case = ("linf:0.1", "pgd:steps=2")
     state = random_state()
@@ -204,13 +204,13 @@ def test_a_stochastic_model_is_told_and_gives_the_same_numbers_again(use):
         figures(first), figures(measured(case, limit=100)[0]) + figures(measured(case, offset=100, limit=30)[0])
     )
     assert timeless(measured(case, limit=130, seed=1)[0].record) != timeless(first.record) | {"seed": 1}
-    meant = Noisy().eval()
-    meant.stochastic = True
-    use(meant)
+    declared = Noisy().eval()
+    declared.stochastic = True
+    use(declared)
     assert measured(case, limit=10)[0].record["flags"] == []
 
 
-def test_an_output_that_is_no_number_is_a_wrong_answer(use):
+def test_a_nan_output_counts_as_misclassified(use):
     use(NotANumber())
     bright = DATA.x[:100].flatten(1).mean(1) > 0.31
     right = (predicted(DATA.x[:100]) == DATA.y[:100]) & ~bright
@@ -223,7 +223,7 @@ def test_an_output_that_is_no_number_is_a_wrong_answer(use):
 
 
 def held_bytes():
-    """The memory of all tensors that are alive."""
+    """The memory of all live tensors."""
     gc.collect()
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) is torch.Tensor
@@ -233,17 +233,17 @@ def held_bytes():
 
 def test_finished_blocks_keep_no_images():
     image = DATA.x[:1].numel() * 4
-    seen = []
-    measured(("linf:0.1", "fgsm"), progress=lambda block, found: seen.append(held_bytes()))
-    assert len(seen) == 4
-    assert seen[-1] - seen[0] < 100 * image  # less than one block of images for three blocks more
+    memory = []
+    measured(("linf:0.1", "fgsm"), progress=lambda block, found: memory.append(held_bytes()))
+    assert len(memory) == 4
+    assert memory[-1] - memory[0] < 100 * image  # three further blocks keep less than the images of one
 
 
 def test_progress_counts_every_image_once():
-    told = []
-    measured(*CASES, limit=230, progress=lambda block, found: told.append((block.task.case, len(block.labels), found)))
-    # The first block of every case comes first: then it is known what each costs.
-    assert told == [(case, 100, False) for case in range(3)] + [(c, n, False) for c in range(3) for n in (100, 30)]
+    calls = []
+    measured(*CASES, limit=230, progress=lambda block, found: calls.append((block.task.case, len(block.labels), found)))
+    # The first block of every case comes first, for the estimate of the remaining time.
+    assert calls == [(case, 100, False) for case in range(3)] + [(c, n, False) for c in range(3) for n in (100, 30)]
 
 
 def test_everything_is_checked_before_the_first_attack(use):
@@ -252,11 +252,11 @@ def test_everything_is_checked_before_the_first_attack(use):
         net.images = 0
         with pytest.raises(ArgumentError):
             measured(("linf:0.1", "fgsm"), case, limit=10)
-        words = case in (("linf:0.1", "nope"), ("l3:1", "fgsm"))
-        assert net.images <= (0 if words else 20)  # a look at the data and at one gradient
+        bad_spec = case in (("linf:0.1", "nope"), ("l3:1", "fgsm"))
+        assert net.images <= (0 if bad_spec else 20)  # the clean images and one gradient
 
 
-def test_a_failure_of_the_model_is_told_as_its_own_even_late(use):
+def test_an_exception_of_the_model_names_the_model_even_late_in_a_run(use):
     net = use(Counting())
     net.fail = (250, OSError("two\nlines"))
     with pytest.raises(ArgumentError, match=r"'zoo:digits-mlp' raised OSError on images \(\d+, 1, 8, 8\): two lines"):
@@ -264,7 +264,7 @@ def test_a_failure_of_the_model_is_told_as_its_own_even_late(use):
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("a defect"), RuntimeError("a defect"), TypeError("a defect")])
-def test_a_defect_of_an_attack_is_not_taken_for_one_of_the_model(monkeypatch, error):
+def test_an_exception_of_an_attack_is_not_blamed_on_the_model(monkeypatch, error):
     def broken(self, problem):
         raise error
 
@@ -274,11 +274,11 @@ def test_a_defect_of_an_attack_is_not_taken_for_one_of_the_model(monkeypatch, er
 
 
 class Hungry(nn.Module):
-    """Runs out of memory on more than some images, with and without a gradient."""
+    """Runs out of memory on batches beyond a size, one for forward passes and one for gradients."""
 
-    def __init__(self, most, most_with_gradient):
+    def __init__(self, limit, limit_with_gradient):
         super().__init__()
-        self.batch_size = {False: most, True: most_with_gradient}
+        self.batch_size = {False: limit, True: limit_with_gradient}
 
     def forward(self, x):
         if len(x) > self.batch_size[x.requires_grad]:
@@ -286,7 +286,7 @@ class Hungry(nn.Module):
         return NET(x)
 
 
-def test_an_attack_that_runs_out_of_memory_goes_on_with_smaller_batches(use):
+def test_an_attack_that_runs_out_of_memory_continues_with_smaller_batches(use):
     (plain,) = measured(("linf:0.1", "fgsm"), limit=80)
     use(Hungry(100, 25))
     (halved,) = measured(("linf:0.1", "fgsm"), limit=80)
@@ -294,33 +294,33 @@ def test_an_attack_that_runs_out_of_memory_goes_on_with_smaller_batches(use):
     assert [note["name"] for note in halved.record["notes"]] == ["batch-halved"]
 
 
-def test_a_batch_that_fills_the_memory_without_any_attack_is_refused(use):
+def test_a_batch_that_is_too_large_even_without_an_attack_is_refused(use):
     use(Hungry(25, 25))
-    with pytest.raises(ArgumentError, match="batch_size=80: memory ran out in model 'zoo:digits-mlp'; take a smaller one"):
+    with pytest.raises(ArgumentError, match="batch_size=80: model 'zoo:digits-mlp' ran out of memory; take a smaller one"):
         measured(("linf:0.1", "fgsm"), limit=80, batch_size=80)
 
 
-class Torn(nn.Module):
-    """A model whose forward pass works, and whose gradient raises."""
+class BrokenGradient(nn.Module):
+    """A model whose forward pass works, and whose backward pass raises."""
 
     def forward(self, x):
         out = NET(x).exp()
-        out += 1  # exp needs its own result for the gradient
+        out += 1  # the backward pass of exp needs its unmodified output
         return out
 
 
-def test_a_broken_gradient_is_refused_and_none_at_all_is_measured(use):
-    use(Torn())
+def test_a_gradient_that_raises_is_refused_and_a_missing_gradient_is_flagged(use):
+    use(BrokenGradient())
     with pytest.raises(
         ArgumentError, match=r"has a gradient that raised RuntimeError on images \(2, 1, 8, 8\): one of the var"
     ):
         measured(("linf:0.1", "fgsm"), limit=10)
-    use(Severed())
+    use(NoGradient())
     (outcome,) = measured(("linf:0.1", "fgsm"), limit=10)
     assert outcome.record["success_rate"] == pytest.approx(1 - outcome.record["clean_accuracy"])
     assert "flat-gradients" in {flag["name"] for flag in outcome.record["flags"]}
 
 
-class Severed(nn.Module):
+class NoGradient(nn.Module):
     def forward(self, x):
         return NET(x).detach()

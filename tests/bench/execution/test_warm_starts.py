@@ -1,4 +1,4 @@
-"""Starts: a larger eps begins at what a smaller one has found, a run at what earlier runs have; the numbers only get truer."""
+"""Warm starts: a larger eps starts from the successes of a smaller one, and a run from those of earlier runs."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ from robustkit.data import load as load_data
 from robustkit.errors import ArgumentError
 
 EPS = ("pixels:2", "pixels:3", "pixels:5")
-WEAK = "onepixel:population=10,generations=1"  # so weak that luck decides, and more pixels may break fewer images
+WEAK = "onepixel:population=10,generations=1"  # so weak that more pixels may solve fewer images
 MODEL = "zoo:digits-mlp"
 
 
@@ -35,12 +35,12 @@ def plan_of(*threats, attack=None, model=MODEL, **options):
 
 
 def masks(plan, **options):
-    """Who stays right, by threat."""
+    """The robust images, by threat."""
     return {plan.cases[one.index].threat: one.robust for one in outcomes(load(plan), **options)}
 
 
 def timeless(block):
-    """All that a block holds but its seconds, as bytes."""
+    """A block without its seconds, as bytes."""
     return replace(block, seconds=0.0).bytes()
 
 
@@ -49,7 +49,7 @@ def stored(loaded, store):
 
 
 def run(out, plan):
-    """A run as the command line makes it."""
+    """Run a plan as the command line does."""
     loaded = load(plan)
     with open_folder(out, loaded.plan) as folder:
         folder.begin(loaded)
@@ -67,8 +67,8 @@ def blocks(out):
 ALONE = {threat: masks(plan_of(threat))[threat] for threat in EPS}
 
 
-def test_robust_accuracy_never_rises_with_eps_and_everything_else_is_as_in_runs_of_their_own():
-    """Without starts, some images that have fallen stand again under a larger eps."""
+def test_robust_accuracy_never_rises_with_eps_and_otherwise_equals_that_of_separate_runs():
+    """Without starts, some images that are solved under a smaller eps are not under a larger one."""
     assert any((after & ~before).any() for before, after in pairwise(ALONE.values()))
     swept, so_far = masks(plan_of(*EPS[::-1])), np.ones(60, np.bool_)
     for threat in EPS:
@@ -76,13 +76,13 @@ def test_robust_accuracy_never_rises_with_eps_and_everything_else_is_as_in_runs_
         assert swept[threat].tolist() == so_far.tolist(), threat
 
 
-def test_what_is_taken_over_costs_a_look_a_start_and_a_verdict_and_stands_in_the_record():
+def test_a_start_that_succeeds_costs_three_forward_passes_and_is_a_stage_of_the_record():
     store = Memory()
     done = {outcome.record["threat"]: outcome for outcome in outcomes(load(plan_of(*EPS)), store)}
     for below, threat in pairwise(EPS):
         stages = {stage["name"]: stage for stage in done[threat].record["stages"]}
-        fallen = 60 - stages["clean"]["solved"] - done[below].robust.sum()
-        assert stages["starts"]["solved"] == stages["starts"]["forwards"] == fallen > 0
+        solved_below = 60 - stages["clean"]["solved"] - done[below].robust.sum()
+        assert stages["starts"]["solved"] == stages["starts"]["forwards"] == solved_below > 0
     assert "starts" not in [stage["name"] for stage in done[EPS[0]].record["stages"]]
     for task, block in store.blocks.items():
         names = [stage.name for stage in block.result.stages]
@@ -93,21 +93,21 @@ def test_what_is_taken_over_costs_a_look_a_start_and_a_verdict_and_stands_in_the
             assert (block.result.forwards[by_start] == 3).all()
 
 
-def test_where_no_change_was_needed_none_is_looked_for_again():
-    """The goal holds at x, which other goals than being wrong attack all the same; x itself is the start then, and no file."""
+def test_an_example_that_needed_no_perturbation_starts_from_itself():
+    """Goals other than misclassification also attack examples at which they hold already: these start from x itself."""
     case = Case(MODEL, "linf:0.05", "fgsm", "classify-as:3")
     loaded = load(Plan((case, replace(case, threat="linf:0.1")), "digits", limit=60, block=60))
-    low, high = loaded.measure_all(loaded.tasks())
-    still = low.result.success & (low.result.size == 0)
-    assert still.sum() > 3
-    assert len(low.images) == int((low.result.success & ~still).sum())
+    low, high = loaded.measure_chain(loaded.tasks())
+    unperturbed = low.result.success & (low.result.size == 0)
+    assert unperturbed.sum() > 3
+    assert len(low.images) == int((low.result.success & ~unperturbed).sum())
     number = [stage.name for stage in high.result.stages].index("starts")
-    assert (high.result.solver[still] == number).all()
-    assert (high.result.size[still] == 0).all()
+    assert (high.result.solver[unperturbed] == number).all()
+    assert (high.result.size[unperturbed] == 0).all()
     assert (high.result.forwards[low.result.success] == 2).all()
 
 
-def test_in_memory_it_is_the_same():
+def test_evaluate_uses_the_same_starts():
     data = load_data("digits").part(0, 60)
     report = evaluate({"m": zoo.load("digits-mlp")}, data, threat=list(EPS), attacks=WEAK)
     swept = masks(plan_of(*EPS))
@@ -115,13 +115,15 @@ def test_in_memory_it_is_the_same():
 
 
 class Backwards:
+    """Runs the chains in reverse order."""
+
     def run(self, make, tasks):
         do = make()
         return (do(task) for task in reversed(tasks))
 
 
 class Singly:
-    """Takes chains apart, and does their blocks from the largest eps down."""
+    """Splits chains into single blocks, and runs them from the largest eps down."""
 
     def run(self, make, tasks):
         do = make()
@@ -136,27 +138,27 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("executor", [Backwards(), Singly(), Processes(2)], ids=lambda one: type(one).__name__)
-def test_blocks_are_the_same_bit_for_bit_whoever_does_them_in_whatever_order(tmp_path, whole, executor):
+def test_blocks_are_equal_bit_for_bit_with_any_executor_and_order(tmp_path, whole, executor):
     loaded, store = load(plan_of(*EPS)), Files(tmp_path)
     list(outcomes(loaded, store, executor))
     assert stored(loaded, store) == whole[1]
 
 
-@pytest.mark.parametrize("left", range(8))
-def test_blocks_are_the_same_whichever_of_a_chain_were_there(tmp_path, whole, left):
-    """All that an interruption may leave of the three blocks of some images, the last ones without what they stand on too."""
+@pytest.mark.parametrize("finished", range(8))
+def test_blocks_are_equal_whichever_of_a_chain_were_stored(tmp_path, whole, finished):
+    """Every subset of the three blocks of some images, also blocks without those that they start from."""
     loaded, store = load(plan_of(*EPS)), Files(tmp_path)
     for task in loaded.tasks():
-        if task.first == 25 and left >> task.case & 1:
+        if task.first == 25 and finished >> task.case & 1:
             store.path(task).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(Files(whole[0]).path(task), store.path(task))
-    found = []
-    list(outcomes(loaded, store, progress=lambda block, there: found.append(there)))
-    assert sum(found) == left.bit_count()
+    stored_before = []
+    list(outcomes(loaded, store, progress=lambda block, found: stored_before.append(found)))
+    assert sum(stored_before) == finished.bit_count()
     assert stored(loaded, store) == whole[1]
 
 
-def test_a_block_that_stands_on_a_damaged_one_is_the_same(tmp_path, whole):
+def test_a_block_that_starts_from_a_damaged_one_is_equal(tmp_path, whole):
     loaded = load(plan_of(*EPS))
     shutil.copytree(whole[0], tmp_path / "copy")
     store = Files(tmp_path / "copy")
@@ -167,8 +169,8 @@ def test_a_block_that_stands_on_a_damaged_one_is_the_same(tmp_path, whole):
     assert stored(loaded, store) == whole[1]
 
 
-def test_a_block_without_images_is_done_anew_by_those_that_stand_on_it(tmp_path, whole):
-    """As in a folder whose images were left out to save room."""
+def test_a_block_without_images_is_computed_again_for_those_that_start_from_it(tmp_path, whole):
+    """As in a run that is too large to store its images."""
     loaded, store = load(plan_of(*EPS)), Files(tmp_path)
     for task in loaded.tasks():
         if task.case < 2:
@@ -177,15 +179,15 @@ def test_a_block_without_images_is_done_anew_by_those_that_stand_on_it(tmp_path,
     assert {task.name: timeless(store.get(task)) for task in loaded.tasks() if task.case == 2}.items() <= whole[1].items()
 
 
-def test_where_the_images_would_fill_the_disk_they_are_not_written_and_nothing_else_changes(tmp_path, whole, monkeypatch):
+def test_images_beyond_the_size_limit_are_not_stored_and_nothing_else_changes(tmp_path, whole, monkeypatch):
     plan, store = plan_of(*EPS), Files(tmp_path)
-    monkeypatch.setattr(loaded_module, "KEPT", 60 * 64 * 4 - 1)
+    monkeypatch.setattr(loaded_module, "MAX_STORED_BYTES", 60 * 64 * 4 - 1)
     list(outcomes(load(plan), store))
     for task in load(plan).tasks():
         block, usual = store.get(task), Files(whole[0]).get(task)
         assert block.found is None
         assert timeless(replace(block, found=usual.found)) == whole[1][task.name]
-    monkeypatch.setattr(loaded_module, "KEPT", 60 * 64 * 4)
+    monkeypatch.setattr(loaded_module, "MAX_STORED_BYTES", 60 * 64 * 4)
     list(outcomes(load(plan), fits := Files(tmp_path / "fits")))
     assert stored(load(plan), fits) == whole[1]
 
@@ -195,16 +197,16 @@ def names(plan, threat):
     return {task.name for task in loaded.tasks() if loaded.plan.cases[task.case].threat == threat}
 
 
-def test_a_block_is_named_by_what_it_stands_on_and_by_nothing_else():
+def test_the_name_of_a_block_depends_only_on_the_block_that_it_starts_from():
     top = names(plan_of(*EPS), EPS[2])
-    assert names(plan_of(*EPS[::-1]), EPS[2]) == top  # not by the order of the plan
+    assert names(plan_of(*EPS[::-1]), EPS[2]) == top  # the order of the plan does not matter
     assert names(plan_of(*EPS, "pixels:7"), EPS[2]) == top
     for others in (EPS[1:], EPS[::2], ("pixels:1", *EPS), ("pixels:4", *EPS)):
         assert names(plan_of(*others), EPS[2]) != top
     assert names(plan_of(EPS[0]), EPS[0]) == names(plan_of(*EPS), EPS[0])
 
 
-def test_cases_of_another_attack_goal_model_or_kind_of_threat_do_not_stand_on_each_other():
+def test_cases_with_another_attack_goal_model_or_type_of_threat_do_not_start_from_each_other():
     case = Case(MODEL, "linf:0.3", "fgsm")
     lone = names(Plan((case,), "digits", limit=60, block=25), "linf:0.3")
     others = [
@@ -230,8 +232,8 @@ def strong(tmp_path_factory):
     return out, run(out, plan_of("linf:0.1", attack="pgd:steps=20", limit=50))
 
 
-def test_who_was_broken_before_is_broken_and_the_others_are_as_they_were(strong):
-    """Images of an earlier run by their index, though this one passes over some and cuts its blocks otherwise."""
+def test_successes_of_an_earlier_run_are_kept_and_other_images_are_unchanged(strong):
+    """Images are matched by their index, with another offset and other blocks than in the earlier run."""
     out, before = strong
     plan = plan_of("linf:0.1", offset=20, limit=60, block=32)
     (without,), (robust,) = (masks(one).values() for one in (plan, replace(plan, start_from=(str(out),))))
@@ -241,8 +243,8 @@ def test_who_was_broken_before_is_broken_and_the_others_are_as_they_were(strong)
     assert expected.sum() < without.sum()
 
 
-def test_where_several_hold_an_image_the_smallest_change_is_taken(tmp_path):
-    """Bit for bit, by hand from the files; for a threat that is smaller than both, what was found is brought into it."""
+def test_of_several_images_the_one_with_the_smallest_perturbation_is_used(tmp_path):
+    """Bit for bit, recomputed from the files; images outside a smaller threat are projected."""
     for name, eps in (("a", "linf:0.3"), ("b", "linf:0.15")):
         run(tmp_path / name, plan_of(eps, attack="pgd:steps=3,reach=0.9"))
     known = {}
@@ -268,8 +270,8 @@ def test_where_several_hold_an_image_the_smallest_change_is_taken(tmp_path):
     assert sum(int((block.result.size > 0.05 + 1e-6).sum()) for block in map(small.measure, small.tasks())) == 0
 
 
-def test_images_that_were_made_for_the_very_model_go_before_those_for_others(tmp_path, monkeypatch):
-    """A copy with other weights was attacked under a smaller eps, so that its images are nearer."""
+def test_images_of_the_same_model_come_before_those_of_others(tmp_path, monkeypatch):
+    """A copy with other weights was attacked under a smaller eps, so its perturbations are smaller."""
     monkeypatch.chdir(tmp_path)
     weights = {name: tensor + 0.001 for name, tensor in zoo.load("digits-mlp").state_dict().items()}
     save_file(weights, "weak.safetensors")
@@ -277,17 +279,17 @@ def test_images_that_were_made_for_the_very_model_go_before_those_for_others(tmp
     before = run(tmp_path / "own", own)["linf:0.3"]
     run(tmp_path / "other", plan_of("linf:0.1", attack="pgd:steps=20", model=other))
     data = load_data("digits")
-    finds = read_warm_starts((str(tmp_path / "other"), str(tmp_path / "own")), data)
-    (goal, threat), pin = ("misclassify", load(own).trials[0].threat), load(own).plan.pins[MODEL]
+    warm_starts = read_warm_starts((str(tmp_path / "other"), str(tmp_path / "own")), data)
+    (goal, threat), signature = ("misclassify", load(own).cases[0].threat), load(own).plan.expected_hashes[MODEL]
     ids = torch.arange(60)
-    starts = finds.images(goal, threat, pin, ids, data.images(slice(0, 60)))
+    starts = warm_starts.starting_points(goal, threat, signature, ids, data.images(slice(0, 60)))
     mine = torch.cat([block.ids[block.changed] for block in blocks(tmp_path / "own")])
     assert torch.equal(starts[mine], torch.cat([block.images for block in blocks(tmp_path / "own")]))
     both = masks(plan_of("linf:0.3", start_from=(str(tmp_path / "other"), str(tmp_path / "own"))))["linf:0.3"]
     assert not (both & ~before).any()
 
 
-def test_of_other_goals_and_kinds_of_threats_nothing_is_taken(tmp_path):
+def test_images_of_other_goals_and_types_of_threats_are_not_used(tmp_path):
     plan = Plan((Case(MODEL, "linf:0.3", "pgd:steps=10", "least-likely"), Case(MODEL, "l2:2", "fgsm")), "digits", limit=30)
     run(tmp_path / "a", plan)
     assert all(block.changed.any() for block in blocks(tmp_path / "a"))
@@ -297,19 +299,19 @@ def test_of_other_goals_and_kinds_of_threats_nothing_is_taken(tmp_path):
     assert "starts" not in [stage.name for stage in block.result.stages]
 
 
-def test_a_block_is_named_by_what_the_earlier_run_holds_and_not_by_where_it_is(strong, tmp_path):
+def test_the_name_of_a_block_depends_on_the_content_of_the_earlier_run_and_not_on_its_path(strong, tmp_path):
     shutil.copytree(strong[0], tmp_path / "copy")
-    lone, there, copied = (
+    without, original, copied = (
         names(plan_of("linf:0.1", start_from=runs), "linf:0.1") for runs in ((), (str(strong[0]),), (str(tmp_path / "copy"),))
     )
-    assert there == copied
-    assert not lone & there
+    assert original == copied
+    assert not without & original
     next((tmp_path / "copy" / "examples").rglob("*.safetensors")).unlink()
-    assert not names(plan_of("linf:0.1", start_from=(str(tmp_path / "copy"),)), "linf:0.1") & there
+    assert not names(plan_of("linf:0.1", start_from=(str(tmp_path / "copy"),)), "linf:0.1") & original
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_the_plan_of_a_run_tells_where_it_started_and_holds_it_to_that(strong, tmp_path, workers, capsys):
+def test_the_plan_records_the_earlier_run_and_refuses_to_resume_if_it_changes(strong, tmp_path, workers, capsys):
     out, start = tmp_path / "out", tmp_path / "start"
     shutil.copytree(strong[0], start)
     words = [
@@ -335,7 +337,8 @@ def test_the_plan_of_a_run_tells_where_it_started_and_holds_it_to_that(strong, t
     plan = read_plan(out / "plan.toml")
     assert plan.start_from == (str(start),)
     assert (
-        plan.pins[f"start-from:{start}"] == read_warm_starts(plan.start_from, load_data("digits")).hashes[f"start-from:{start}"]
+        plan.expected_hashes[f"start-from:{start}"]
+        == read_warm_starts(plan.start_from, load_data("digits")).hashes[f"start-from:{start}"]
     )
     results = json.loads((out / "results.json").read_text())
     assert f"--start-from {start}" in results["command"]
@@ -345,8 +348,8 @@ def test_the_plan_of_a_run_tells_where_it_started_and_holds_it_to_that(strong, t
         block.unlink()
     assert cli.main(["bench", "--out", str(out), "--resume"]) == 0
     again = json.loads((out / "results.json").read_text())
-    for told in (results, again):
-        told["records"][0].pop("seconds")
+    for content in (results, again):
+        content["records"][0].pop("seconds")
     assert again == results
     next((start / "examples").rglob("*.safetensors")).unlink()
     capsys.readouterr()
@@ -354,15 +357,15 @@ def test_the_plan_of_a_run_tells_where_it_started_and_holds_it_to_that(strong, t
     assert "has the hash" in capsys.readouterr().err
 
 
-def emptied(out):
-    """The run as an older version would have left it."""
+def remove_images(out):
+    """Remove the images from a run, as if an older version had written it."""
     for file in (out / "examples").rglob("*.safetensors"):
         file.write_bytes(replace(Block.load(file), found=None).bytes())
 
 
-def test_what_is_no_run_on_these_images_with_images_is_refused_in_one_line(strong, tmp_path):
+def test_a_folder_without_a_usable_run_is_refused_in_one_line(strong, tmp_path):
     shutil.copytree(strong[0], tmp_path / "old")
-    emptied(tmp_path / "old")
+    remove_images(tmp_path / "old")
     shutil.copytree(strong[0], tmp_path / "begun")
     shutil.rmtree(tmp_path / "begun" / "examples")
     run(tmp_path / "train", replace(plan_of("linf:0.1", limit=20), data="digits:train"))
@@ -371,16 +374,16 @@ def test_what_is_no_run_on_these_images_with_images_is_refused_in_one_line(stron
     x, y = load_data("digits").x[:100].numpy(), load_data("digits").y[:100].numpy()
     np.savez(tmp_path / "few.npz", x=x, y=y)
     few = f"npz:{tmp_path / 'few.npz'}"
-    for name, data, told in (
-        ("old", "digits", "keeps no adversarial images: .* run it anew, or leave it out"),
-        ("begun", "digits", "keeps no adversarial images: nothing of it is finished"),
-        ("train", "digits", r"other images \('digits:train', passing over 0\); name a run on those of data='digits'"),
-        ("long", few, "other images .*name a run on those of data='npz:"),
-        ("empty", "digits", "holds no plan.toml that can be read; name a folder that robustkit bench has written"),
-        ("nowhere", "digits", "holds no plan.toml"),
+    for name, data, message in (
+        ("old", "digits", "has no adversarial images: .* run it again, or leave it out"),
+        ("begun", "digits", "has no adversarial images: no block is finished"),
+        ("train", "digits", r"other images \(data='digits:train', offset=0\); name a run on images of data='digits'"),
+        ("long", few, "other images .*name a run on images of data='npz:"),
+        ("empty", "digits", "has no readable plan.toml; name a folder written by robustkit bench"),
+        ("nowhere", "digits", "has no readable plan.toml"),
     ):
         with pytest.raises(
-            ArgumentError, match=f"start-from='.*{name}' {told}" if name not in ("train", "long") else told
+            ArgumentError, match=f"start-from='.*{name}' {message}" if name not in ("train", "long") else message
         ) as caught:
             load(replace(plan_of("linf:0.1"), data=data, start_from=(str(tmp_path / name),)))
         assert "\n" not in str(caught.value)
@@ -388,21 +391,21 @@ def test_what_is_no_run_on_these_images_with_images_is_refused_in_one_line(stron
     assert load(replace(plan_of("linf:0.1"), data=few, start_from=(str(strong[0]),)))
 
 
-def test_a_run_that_has_broken_nothing_is_no_mistake(tmp_path):
+def test_a_run_without_successes_is_accepted(tmp_path):
     run(tmp_path / "a", plan_of("linf:1e-6", limit=20))
     assert sum(int(block.changed.sum()) for block in blocks(tmp_path / "a")) == 0
     plan = plan_of("linf:0.1", limit=20)
     assert masks(replace(plan, start_from=(str(tmp_path / "a"),)))["linf:0.1"].tolist() == masks(plan)["linf:0.1"].tolist()
 
 
-def test_a_file_that_is_damaged_is_told(strong, tmp_path):
+def test_a_damaged_block_is_refused(strong, tmp_path):
     shutil.copytree(strong[0], tmp_path / "a")
     file = next((tmp_path / "a" / "examples").rglob("*.safetensors"))
     whole = file.read_bytes()
     file.write_bytes(whole[:-1])
     with pytest.raises(ArgumentError, match="is no block of a run"):
         load(plan_of("linf:0.1", start_from=(str(tmp_path / "a"),)))
-    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # an image that is another: seen when it is read
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # another image: found when it is read
     loaded = load(plan_of("linf:0.1", start_from=(str(tmp_path / "a"),)))
     with pytest.raises(ArgumentError, match="not those that were written"):
         list(map(loaded.measure, loaded.tasks()))

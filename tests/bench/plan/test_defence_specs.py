@@ -12,7 +12,7 @@ from robustkit.attacks import Square
 from robustkit.bench import Case, Plan, plan_text, read_plan, run
 from robustkit.bench.comparison.compare import compare
 from robustkit.bench.execution.loaded_run import load
-from robustkit.bench.plan.defence_specs import DEFENCES, described, guarded, settable
+from robustkit.bench.plan.defence_specs import DEFENCES, defence_recipe, guard_target, settable
 from robustkit.bench.plan.model_specs import model_hash
 from robustkit.bench.plan.request import Request, command_of, plan_of
 from robustkit.bench.results import read_run as past
@@ -81,20 +81,20 @@ def file(tmp_path_factory):
     ],
 )
 def test_words_for_a_defence_mean_the_class_with_its_fields(spec, recipe, draws):
-    target = guarded(spec, Target(NET))
-    assert described(target) == recipe
+    target = guard_target(spec, Target(NET))
+    assert defence_recipe(target) == recipe
     assert target.draws == draws
     assert tuple(target.views) == tuple(guards_of(target)[0].views())
 
 
 def test_none_is_the_target_itself():
     target = Target(NET)
-    assert guarded("none", target) is target
-    assert described(target) is None
+    assert guard_target("none", target) is target
+    assert defence_recipe(target) is None
 
 
 def test_stacked_defences_are_told_in_the_order_of_the_input():
-    assert described(MedianFilter().guard(Quantise(4).guard(NET))) == "MedianFilter(size=3) before Quantise(levels=4)"
+    assert defence_recipe(MedianFilter().guard(Quantise(4).guard(NET))) == "MedianFilter(size=3) before Quantise(levels=4)"
 
 
 def test_every_defence_of_the_package_has_a_word():
@@ -103,7 +103,7 @@ def test_every_defence_of_the_package_has_a_word():
     assert set(DEFENCES.values()) == {getattr(defences, name) for name in defences.__all__}
     for name in DEFENCES:  # what is shown is what is meant
         shown = ",".join(f"{field}={value}" for field, value in settable(name).items())
-        assert described(guarded(f"{name}:{shown}", Target(NET))) == described(guarded(name, Target(NET)))
+        assert defence_recipe(guard_target(f"{name}:{shown}", Target(NET))) == defence_recipe(guard_target(name, Target(NET)))
 
 
 WRONG = {
@@ -242,8 +242,8 @@ def test_every_combination_is_a_case_and_the_plan_reads_back(made):
     plan = read_plan(made / "plan.toml")
     assert [case.defence for case in plan.cases] == ["none", "quantise:levels=3", "median"]
     assert [case.subject for case in plan.cases][1] == "zoo:mnist-cnn behind quantise:levels=3"
-    assert set(plan.pins) == {"mnist-5k", *(case.subject for case in plan.cases)}
-    assert len(set(plan.pins.values())) == 4  # the defences do not say the same
+    assert set(plan.expected_hashes) == {"mnist-5k", *(case.subject for case in plan.cases)}
+    assert len(set(plan.expected_hashes.values())) == 4  # the defences do not say the same
     assert read_plan_of(plan_text(plan), made) == plan
     results = json.loads((made / "results.json").read_text())
     assert [record["defence"] for record in results["records"]] == [None, "quantise:levels=3", "median"]

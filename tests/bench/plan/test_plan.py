@@ -130,7 +130,7 @@ SETTINGS = {
     "start_from": st.lists(WORDS, max_size=2).map(tuple),
 }
 CASES = st.lists(st.builds(Case, WORDS, WORDS, WORDS, WORDS), min_size=1, max_size=4, unique=True)
-PLANS = st.builds(Plan, CASES.map(tuple), WORDS, pins=st.dictionaries(WORDS, WORDS, max_size=3), **SETTINGS)
+PLANS = st.builds(Plan, CASES.map(tuple), WORDS, expected_hashes=st.dictionaries(WORDS, WORDS, max_size=3), **SETTINGS)
 
 
 @given(PLANS)
@@ -139,7 +139,7 @@ def test_a_plan_in_a_file_reads_back_equal(tmp_path_factory, plan):
     path.write_text(plan_text(plan), encoding="utf-8")
     held = read_plan(path)
     assert held == plan
-    assert held.pins == plan.pins
+    assert held.expected_hashes == plan.expected_hashes
 
 
 @given(PLANS)

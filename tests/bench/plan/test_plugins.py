@@ -266,7 +266,7 @@ def test_a_package_that_is_there_twice_counts_once_and_the_first_is_meant(publis
     monkeypatch.syspath_prepend(str(tmp_path / "newer"))
     install(tmp_path / "newer", "same-package", "one = same_package:Still", STILL, "2.0")
     (plugin,) = specs.plugins().values()
-    assert (plugin.packages, plugin.trouble) == ((("same-package", "2.0"),), "")
+    assert (plugin.packages, plugin.problem) == ((("same-package", "2.0"),), "")
     assert issubclass(plugin.load(), plugins.Attack)
 
 
@@ -326,9 +326,9 @@ def test_an_error_of_the_model_is_not_put_down_to_the_attack(publish, use):
 
 def test_memory_that_runs_out_is_not_put_down_to_the_attack():
     plugin = plugins.Plugin("x", (("y", "1"),), None)
-    with pytest.raises(torch.OutOfMemoryError), plugins.blamed(plugin, "x"):
+    with pytest.raises(torch.OutOfMemoryError), plugins.attribute_errors(plugin, "x"):
         raise torch.OutOfMemoryError("out of memory")
-    with pytest.raises(KeyError), plugins.blamed(None, "pgd"):
+    with pytest.raises(KeyError), plugins.attribute_errors(None, "pgd"):
         raise KeyError("a defect of ours")
 
 

@@ -113,11 +113,11 @@ def test_every_attack_can_be_written_out_in_full_and_read_back(name):
     attack = specs.attack(name)
     values = {field.name: getattr(attack, field.name) for field in dataclasses.fields(attack)}
     assert set(specs.settable(type(attack))) == set(values)
-    words = [f"{key}={specs.written(value)}" for key, value in values.items()]
+    words = [f"{key}={specs.format_value(value)}" for key, value in values.items()]
     assert specs.attack(":".join([name, ",".join(words)])) == attack
     for key, value in values.items():
         for other in others(type(attack), key, value):
-            changed = specs.attack(f"{name}:{key}={specs.written(other)}")
+            changed = specs.attack(f"{name}:{key}={specs.format_value(other)}")
             assert changed == dataclasses.replace(attack, **{key: other})
             assert type(getattr(changed, key)) in (type(other), float)
 
@@ -272,7 +272,7 @@ def test_the_threats_that_an_attack_serves_are_told_in_words():
         (Threat,): "linf:EPS, l2:EPS, l1:EPS, pixels:K",
     }
     for serves, told in words.items():
-        assert specs.served(type("Some", (Needy,), {"serves": serves})) == told
+        assert specs.served_threats(type("Some", (Needy,), {"serves": serves})) == told
 
 
 def test_a_threat_that_an_attack_does_not_serve_is_refused_in_words():
@@ -332,7 +332,7 @@ def test_goals_make_their_reference():
         "least-likely": (ClassifyAs(), [1, 2]),
         "classify-as:2": (ClassifyAs(), [2, 2]),
     }
-    assert [aim.wanted for aim in aims.values()] == [None, None, 2]
+    assert [aim.target_class for aim in aims.values()] == [None, None, 2]
 
 
 def test_the_least_likely_class_is_sought_in_small_batches():

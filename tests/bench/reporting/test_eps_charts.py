@@ -20,7 +20,7 @@ from robustkit.bench.reporting.page import report
 HOSTILE = """<script>alert(1)</script>"'><img src=x onerror=alert(1)>&{{ 7 * 7 }}"""
 TURNED = "\u202egnp.exe\u2066\u200f\x07"
 LONG = "a/very/long/path" * 13
-NORMS = {"linf": "eps (linf)", "l2": "eps (l2)", "l1": "eps (l1)", "pixels": "pixels that may change"}
+NORMS = {"linf": "eps (linf)", "l2": "eps (l2)", "l1": "eps (l1)", "pixels": "number of pixels"}
 
 
 def record(threat="linf:0.1", robust=0.5, **changes):
@@ -171,7 +171,7 @@ def test_every_measured_pair_is_where_the_axes_say_and_nothing_else_is_drawn(run
                 figures[row["model"]].append((value(row), row["robust_accuracy"]))
         figures = {model: [(0, 0.97), *sorted(points)] for model, points in figures.items() if len(points) > 1}
         if len(figures) > 1:
-            expected.append(("All models, all attacks together", figures))
+            expected.append(("All models, worst case over attacks", figures))
         for model, points in figures.items():
             mine = [row for row in rows if row["model"] == model]
             attacks = {
@@ -182,7 +182,7 @@ def test_every_measured_pair_is_where_the_axes_say_and_nothing_else_is_drawn(run
             if len(attacks) == 1:
                 lines = {next(iter(attacks)): points}
             else:
-                lines = {"all together": points} | several
+                lines = {"worst case": points} | several
             if len(figures) == 1 or len(lines) > 1:
                 expected.append((model + (", attack by attack" if len(lines) > 1 else ""), lines))
     found = [(chart.caption, chart.lines) for chart in drawn(page_of(records, combined))]
@@ -251,12 +251,12 @@ def test_the_lowest_attack_stands_in_where_no_joint_figure_is_known_and_the_page
         record(f"linf:{eps}", robust, attack=attack)
         for eps, attack, robust in [(0.1, "fgsm", 0.9), (0.1, "pgd", 0.8), (0.2, "fgsm", 0.6), (0.2, "pgd", 0.5)]
     ]
-    told = "the lowest attack stands in"
+    told = "the lowest single attack is shown"
     both = [worst_case("linf:0.1", 0.7), worst_case("linf:0.2", 0.4)]
     for combined, expected in ((both, [0.7, 0.4]), (both[:1], [0.7, 0.5]), ([], [0.8, 0.5])):
         page = page_of(rows, combined)
         (chart,) = drawn(page)
-        assert chart.lines["all together"] == near([(0, 0.97), (0.1, expected[0]), (0.2, expected[1])])
+        assert chart.lines["worst case"] == near([(0, 0.97), (0.1, expected[0]), (0.2, expected[1])])
         assert (told in text_of(section(page))) is (len(combined) < 2)
     assert told not in section(page_of([record("linf:0.1"), record("linf:0.2")]))  # one attack is all of them
 
@@ -276,13 +276,13 @@ def test_points_with_fewer_attacks_are_hollow_and_the_legend_says_so():
     page = page_of(rows)
     hollow = {chart.caption.split(",")[0]: chart.hollow for chart in drawn(page)}
     assert hollow["All models"] == {"a": [False, True, False], "b": [False, False, True]}
-    assert hollow["a"]["all together"] == [False, True, False]
+    assert hollow["a"]["worst case"] == [False, True, False]
     assert hollow["a"]["fgsm"] == [False, False]
-    assert "Hollow: fewer attacks were run there" in text_of(section(page))
+    assert "Hollow: fewer attacks were run at this eps" in text_of(section(page))
     assert "Hollow" not in section(page_of([row for row in rows if row["attack"] == "pgd" or row["model"] == "a"][1:3]))
     aimed = record("linf:0.2", 0.5, goal="least-likely")
     (chart,) = drawn(page_of([record("linf:0.1"), record("linf:0.2"), aimed]))
-    assert chart.hollow["all together"] == [False, True, False]  # an attack with another goal counts as well
+    assert chart.hollow["worst case"] == [False, True, False]  # an attack with another goal counts as well
 
 
 @settings(deadline=None, max_examples=60)
@@ -303,7 +303,7 @@ def test_a_rise_is_noted_and_no_fall_is(counts):
 def test_points_of_other_images_are_no_rise_and_the_page_says_that_they_are_others():
     page = page_of([record("l2:1", 0.5), record("l2:2", 0.6, n=200)])
     assert "Rises" not in page
-    assert "Not all points are of the same number of images." in text_of(section(page))
+    assert "The points have different numbers of images." in text_of(section(page))
     two = [record(f"{norm}:{eps}", n=n, data=norm) for norm, n in (("l2", 100), ("l1", 200)) for eps in (1, 2)]
     assert "Not all points" not in page_of(two)
     low, high = (Point(eps, str(eps), share, 100) for eps, share in ((1.0, 0.5), (2.0, 0.6)))
@@ -315,7 +315,7 @@ def test_flagged_points_carry_a_flag_and_others_none():
     page = page_of([record("l2:1", 0.9), record("l2:2", 0.8, flags=flag), record("l2:3", 0.7)])
     (chart,) = drawn(page)
     assert [chart.eps(float(mark.get("x"))) for mark in chart.classed("text", "alert")] == [pytest.approx(2, abs=1e-3)]
-    assert "a number there is flagged" in text_of(section(page))
+    assert "a number at this eps is flagged" in text_of(section(page))
     assert "⚑" not in section(page_of([record("l2:1"), record("l2:2")]))
 
 
@@ -323,7 +323,7 @@ def test_seeds_are_lines_of_their_own_and_are_told():
     rows = [record(f"l2:{eps}", 0.9 - eps / 10 - seed / 10, seed=seed) for eps in (1, 2) for seed in (0, 1)]
     (chart,) = drawn(page_of(rows))
     assert {name: [share for _, share in pairs] for name, pairs in chart.lines.items()} == {
-        "all together": near([0.97, 0.7, 0.6]),
+        "worst case": near([0.97, 0.7, 0.6]),
         "pgd, seed 0": near([0.8, 0.7]),
         "pgd, seed 1": near([0.7, 0.6]),
     }
@@ -389,7 +389,7 @@ def test_labels_leave_out_the_file_that_all_models_come_from():
 def test_attacks_that_have_no_line_are_named():
     rows = [record(f"l2:{eps}", attack=attack) for attack, eps in (("fgsm", 1), ("pgd", 1), ("pgd", 2), ("cw", 2))]
     (chart,) = drawn(page_of(rows))
-    assert "Run at one eps only, and so without a line: fgsm, cw." in chart.notes
+    assert "Run at one eps only, so there is no line: fgsm, cw." in chart.notes
     assert "without a line" not in section(page_of(rows[1:3]))
 
 

@@ -80,7 +80,7 @@ def test_it_fits_80_columns_with_every_figure_whole(record):
         assert heading in text
     packed = "".join(text.split())
     if record is RECORD:
-        assert "zoo:mnist-cnn: right on 98.1% of 1,000 images of mnist-5k" in text
+        assert "zoo:mnist-cnn: 98.1% correct of 1,000 images of mnist-5k" in text
         assert rows(text)[0].split() == ["linf:0.3", "pgd", "12.3%", "7.1%", "–", "20.2%", "87.7%", "81.5", "12.3"]
     else:
         assert packed.count("!an-alarm") == 1
@@ -103,7 +103,7 @@ def test_names_are_shown_as_they_are(name):
     record = RECORD | dict.fromkeys(("model", "data", "threat", "attack", "goal"), name)
     record |= {"flags": [{"name": name, "why": name}], "notes": [{"name": f"note {name}", "why": name}]}
     text = shown(record, width=250)
-    assert f"{name}: right on 98.1% of 1,000 images of {name}" in text
+    assert f"{name}: 98.1% correct of 1,000 images of {name}" in text
     assert f"! {name} ({name} → {name}, {name}): {name}" in text
     assert f"note {name} ({name} → {name}, {name}): {name}" in text
     assert f"{name} → {name} !" in text
@@ -166,7 +166,7 @@ def test_what_survives_all_attacks_stands_below_them_threat_by_threat():
     file = io.StringIO()
     Console(width=80, file=file).print(table(records, both))
     told = [line.split()[:2] for line in rows(file.getvalue())]
-    assert told == [[t, a] for t in ("linf:1", "l2:1") for a in ("fgsm", "pgd", "all")]
+    assert told == [[t, a] for t in ("linf:1", "l2:1") for a in ("fgsm", "pgd", "worst")]
 
 
 def test_flags_are_loud_and_told_once():
@@ -185,7 +185,7 @@ def test_flags_are_loud_and_told_once():
 def test_each_model_has_a_table_and_goals_of_being_wrong_come_first():
     other = RECORD | {"goal": "least-likely", "success_rate": 0.111}
     text = shown(other, RECORD, RECORD | {"model": "second"}, width=120)
-    assert [line.split(":")[0] for line in text.splitlines() if "right on" in line] == ["zoo", "second"]
+    assert [line.split(":")[0] for line in text.splitlines() if "correct of" in line] == ["zoo", "second"]
     assert ["→ least-likely" in row for row in rows(text)] == [False, True, False]
     packed = " ".join(text.split())
     assert (

@@ -148,7 +148,7 @@ class Forgetful(Memory):
 
 
 def test_a_block_that_vanishes_is_told():
-    with pytest.raises(Exception, match=r"block [0-9a-f]{16} of case 1 is gone or damaged; resume the run"):
+    with pytest.raises(Exception, match=r"block [0-9a-f]{16} of case 1 is missing or damaged; resume the run"):
         list(outcomes(LOADED, Forgetful()))
 
 

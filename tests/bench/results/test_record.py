@@ -48,7 +48,7 @@ KEYS = {
     "checks": list,
 }
 CASE = Case("m", "linf:0.1", "pgd", "least-likely")
-PLAN = Plan((CASE,), "digits", seed=4, pins={"digits": "def"})
+PLAN = Plan((CASE,), "digits", seed=4, expected_hashes={"digits": "def"})
 
 
 def made(success, size, *, flat=0, flags=(), notes=(), clean=None, robust=None):

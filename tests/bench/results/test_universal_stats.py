@@ -85,7 +85,9 @@ def test_data_without_a_training_part_are_split_and_the_first_half_is_not_scored
 
 
 def test_one_image_is_too_few_to_learn_and_to_score():
-    with pytest.raises(ArgumentError, match="learns from the first half and is scored on the rest; here is one image"):
+    with pytest.raises(
+        ArgumentError, match="learns from the first half and is scored on the rest, and there is only one image"
+    ):
         evaluate(
             nets()["one"], (torch.rand(1, 1, 6, 6), torch.zeros(1, dtype=torch.int64)), threat=Linf(0.1), attacks="uap-pgd"
         )

@@ -1,4 +1,4 @@
-"""McNemar's exact test and Holm's adjustment against closed forms, published figures and slow recomputations."""
+"""McNemar's exact test and Holm's adjustment against closed forms, published figures and brute force."""
 
 import itertools
 
@@ -17,10 +17,10 @@ def test_p_in_closed_form(only_a, only_b, p):
 
 
 @pytest.mark.parametrize(("only_a", "only_b"), [(a, b) for a in range(6) for b in range(6)])
-def test_p_is_the_share_of_all_ways_to_swap_the_runs_on_the_images_that_differ(only_a, only_b):
+def test_p_is_that_of_the_exact_permutation_test(only_a, only_b):
     swaps = [abs(sum(signs)) for signs in itertools.product((-1, 1), repeat=only_a + only_b)]
-    slow = sum(found >= abs(only_b - only_a) for found in swaps) / len(swaps)
-    assert mcnemar(only_a, only_b) == pytest.approx(slow, rel=1e-12)
+    by_enumeration = sum(swapped >= abs(only_b - only_a) for swapped in swaps) / len(swaps)
+    assert mcnemar(only_a, only_b) == pytest.approx(by_enumeration, rel=1e-12)
 
 
 # Fagerland, Lydersen, Laake 2014 (Stat. Med. 33:2850), tables of Bentur 2009 and Cavo 2012, whose difference is
@@ -38,7 +38,7 @@ def test_holm_in_closed_form():
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.floats(0.01, 0.99))
-def test_holm_rejects_what_the_procedure_step_by_step_rejects(p, level):
+def test_holm_rejects_the_same_hypotheses_as_the_step_down_procedure(p, level):
     rejected, adjusted = set(), holm(p)
     for step, index in enumerate(sorted(range(len(p)), key=p.__getitem__)):
         if p[index] * (len(p) - step) > level:
