@@ -244,9 +244,13 @@ ROWS = {
     "an instance": model("instance", "nets.py:instance'", "called without arguments"),
     "returns None": model("nothing", "nets.py:nothing'", "returned NoneType", "must return a torch nn.Module"),
     "returns a function": model("function", "nets.py:function'", "returned function", "must return a torch nn.Module"),
-    "raises in forward": model("raises", "nets.py:raises'", "KeyError", "deep inside", "(12, 1, 8, 8)", "must take what"),
-    "exits in forward": model("exits", "nets.py:exits'", "SystemExit", "must take what"),
-    "raises under attack": model("hides", "nets.py:hides'", "ValueError", "only under attack", "must take what"),
+    "raises in forward": model(
+        "raises", "nets.py:raises'", "KeyError", "deep inside", "(12, 1, 8, 8)", "must accept the images of the data"
+    ),
+    "exits in forward": model("exits", "nets.py:exits'", "SystemExit", "must accept the images of the data"),
+    "raises under attack": model(
+        "hides", "nets.py:hides'", "ValueError", "only under attack", "must accept the images of the data"
+    ),
     "raises in its gradient": model("tears", "nets.py:tears'", "gradient", "RuntimeError", "must be differentiable"),
     "says None": model("none", "nets.py:none'", "returned NoneType", "needs one tensor of logits (N, C)"),
     "says a pair": model("pair", "nets.py:pair'", "returned tuple", "needs one tensor of logits", "lambda x: model(x)[0]"),
@@ -257,8 +261,10 @@ ROWS = {
     "says integers": model("integers", "nets.py:integers'", "torch.int64", "needs logits"),
     "says images": model("images", "nets.py:images'", "(12, 1, 8, 8)", "needs logits"),
     "has too few classes": model("three", "nets.py:three'", "labels run from 0 to 9", "must lie in [0, 3)"),
-    "wants other images": model("mnist", "nets.py:mnist'", "(12, 1, 8, 8)", "must take what the data holds"),
-    "a model of other data": option("model", "zoo:mnist-cnn", "zoo:mnist-cnn", "(12, 1, 8, 8)", "must take what the data"),
+    "wants other images": model("mnist", "nets.py:mnist'", "(12, 1, 8, 8)", "must accept the images of the data"),
+    "a model of other data": option(
+        "model", "zoo:mnist-cnn", "zoo:mnist-cnn", "(12, 1, 8, 8)", "must accept the images of the data"
+    ),
     # weights
     "no weights": filled("none.pt", "there is no weights file", "paths are relative to"),
     "a pickle by name": filled("trap.pkl", "must end in .safetensors, .pt or .pth"),
@@ -266,8 +272,8 @@ ROWS = {
     "a bare pickle": filled("trap.pth", "save the state_dict() alone"),
     "a whole module": filled("whole.pt", "save the state_dict() alone"),
     "half a .pt": filled("cut.pt", "broken", "save the state_dict() alone"),
-    "half a .safetensors": filled("cut.safetensors", "no readable safetensors file"),
-    "text as weights": filled("text.safetensors", "no readable safetensors file"),
+    "half a .safetensors": filled("cut.safetensors", "is not a readable safetensors file"),
+    "text as weights": filled("text.safetensors", "is not a readable safetensors file"),
     "weights of another": filled("other.safetensors", "does not fit the model", "1.weight"),
     "weights of a folder": filled("empty", "there is no weights file"),
     # data
@@ -323,7 +329,9 @@ ROWS = {
     # attacks of other packages
     "unknown anywhere": option("attack", "choosey", "'choosey' does not exist", "there are fgsm", "choosy"),
     "a broken package": option("attack", "broken", "'broken'", "'broken' 1.0", "No module named", "install what it needs"),
-    "a function as attack": option("attack", "function", "'broken' 1.0", "is no class", "publish the class"),
+    "a function as attack": option(
+        "attack", "function", "'broken' 1.0", "is not a class derived from Attack", "the entry point must name a class"
+    ),
     "one name of two": option("attack", "same", "'other' 1.0 and 'sound' 1.0", "uninstall all but one"),
     "a threat it does not serve": option("attack", "choosy", "'choosy' does not serve threat 'linf:0.1'", "serves pixels:K"),
     "none of the choices": option("attack", "choosy:recipe=nope", "recipe='nope'", "must be paper or scipy"),
@@ -411,18 +419,21 @@ OTHERS = [
     (["crosscheck", "--data", "nope"], ("'nope'", "give mnist-5k")),
     (["crosscheck", "--data", "digits", "--limit", "0"], ("limit=0", "at least 1")),
     (["crosscheck", "--limit", "x"], ("'x'", "must be a whole number")),
-    (["crosscheck", "--data", "digits"], ("zoo:mnist-cnn", "must take what the data holds")),
+    (["crosscheck", "--data", "digits"], ("zoo:mnist-cnn", "must accept the images of the data")),
     (["crosscheck", "--data", "npz:{}/labels.npz", "--model", "{}/nets.py:net"], ("from 7 to 16", "must lie in [0, 10)")),
-    (["bench", "--data", "digits", "--out", "{}/out"], ("zoo:mnist-cnn", "must take what the data holds")),
+    (["bench", "--data", "digits", "--out", "{}/out"], ("zoo:mnist-cnn", "must accept the images of the data")),
     # plans
-    ([*PLAN, "{}/typo.toml", "--out", "{}/out"], ("typo.toml", "'thraets' means nothing in the plan", "threats")),
-    ([*PLAN, "{}/words.toml", "--out", "{}/out"], ("words.toml", "is no TOML", "line 1", "repair that line")),
+    (
+        [*PLAN, "{}/typo.toml", "--out", "{}/out"],
+        ("typo.toml", "'thraets' is not a key of the plan", "its keys are", "threats"),
+    ),
+    ([*PLAN, "{}/words.toml", "--out", "{}/out"], ("words.toml", "is not TOML", "line 1", "correct that line")),
     ([*PLAN, "{}/nothing.toml", "--out", "{}/out"], ("nothing.toml", "data is missing")),
     ([*PLAN, "{}/unknown.toml", "--out", "{}/out"], ("'nope'", "there are fgsm")),
     ([*PLAN, "{}/hashes.toml", "--out", "{}/out"], ("the plan was made with 0000", "[hashes]")),
     ([*PLAN, "{}/none.toml", "--out", "{}/out"], ("none.toml", "cannot be read", "name a TOML file")),
     ([*PLAN, "{}/trap.pth", "--out", "{}/out"], ("trap.pth", "name a TOML file")),
-    ([*PLAN, "{}/sound.toml", "--limit", "3"], ("--limit has no place beside --plan", "sound.toml")),
+    ([*PLAN, "{}/sound.toml", "--limit", "3"], ("--limit cannot be combined with --plan", "sound.toml")),
     # resuming
     ([*words_of({"--out": "{}/run"}), "--resume", "--seed", "3"], ("different: seed", "name a new folder", "--resume")),
     ([*words_of({"--out": "{}/run", "--attack": "pgd"}), "--resume"], ("different: cases", "name a new folder")),
@@ -438,14 +449,20 @@ OTHERS = [
     ([*words_of({}), "--fail-under", "90"], ("fail_under=90", "[0, 1]", "write 0.9 for 90 %")),
     ([*words_of({}), "--fail-under", "high"], ("'high'", "such as 8/255")),
     ([*words_of({}), "--fail-if-worse", "0.1"], ("fail_if_worse=0.1", "needs --baseline RUN")),
-    ([*words_of({}), "--baseline", "{}/none"], ("none'", "no readable results.json", "name a folder that robustkit bench")),
-    ([*words_of({}), "--baseline", "{}/broken run"], ("no block of a run", "resume the run")),
+    (
+        [*words_of({}), "--baseline", "{}/none"],
+        ("none'", "no readable results.json", "name a folder written by robustkit bench"),
+    ),
+    ([*words_of({}), "--baseline", "{}/broken run"], ("not a block of a run", "resume the run")),
     ([*words_of({}), "--format", "xml"], ("format='xml'", "text or json")),
     ([*words_of({}), "--normalize", "0.5"], ("normalize='0.5'", "MEAN,STD", "for example 0.1307,0.3081")),
     ([*words_of({}), "--normalize", "0.5,zero"], ("normalize='zero'", "number")),
     ([*words_of({}), "--normalize", "0.5,0"], ("std=[0.0]", "above zero")),
-    ([*words_of({}), "--normalize", "1:2,3"], ("2 means and 1 deviations", "one of each a channel")),
-    ([*words_of({"--model": "zoo:digits-mlp"}), "--normalize", "0.5,0.5"], ("normalises by itself", "without --normalize")),
+    ([*words_of({}), "--normalize", "1:2,3"], ("2 means and 1 standard deviations", "one of each per channel")),
+    (
+        [*words_of({"--model": "zoo:digits-mlp"}), "--normalize", "0.5,0.5"],
+        ("normalises its inputs itself", "leave out --normalize"),
+    ),
     # the other commands
     (["compare", "{}/run", "{}/none"], ("none'", "no readable results.json")),
     (["compare", "{}/run", "{}/empty"], ("empty'", "no readable results.json")),
@@ -453,7 +470,7 @@ OTHERS = [
     (["compare", "{}/run", "{}/run", "--format", "xml"], ("format='xml'", "text or json")),
     (["compare", "{}/run"], ("'run_b'", "robustkit compare --help")),
     (["report", "{}/none"], ("none'", "no readable results.json")),
-    (["report", "{}/broken run"], ("no block of a run", "resume the run")),
+    (["report", "{}/broken run"], ("not a block of a run", "resume the run")),
     (["attack", *attack_words({"--out": "{}/a.npy"})], ("a.npy", "must end in .npz")),
     (["attack", *attack_words({"--out": "{}/sound.npz"})], ("sound.npz", "nothing is overwritten")),
     (["attack", *attack_words({"--out": "{}/file/a.npz"})], ("file/a.npz", "name another file")),
@@ -514,7 +531,7 @@ def test_the_unchanged_requests_are_accepted(folder, tmp_path, capsys):
 def test_logits_of_nan_are_misclassifications_not_a_wrong_request(folder, tmp_path, capsys):
     words = [word.replace("{}", str(folder)) for word in words_of({"--model": "{}/nets.py:nan", "--out": f"{tmp_path}/out"})]
     assert main(words) == 0
-    assert "right on 0.0% of 12 images" in " ".join(capsys.readouterr().out.split())
+    assert "0.0% correct of 12 images" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_trap_creates_a_file_when_it_is_loaded(folder, tmp_path):

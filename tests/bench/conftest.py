@@ -1,16 +1,16 @@
-"""What several tests of the bench need."""
+"""Fixtures of the bench tests."""
 
 import pytest
 
-from robustkit.bench.execution import model_under_test as subject
+from robustkit.bench.execution import model_under_test
 
 
 @pytest.fixture
 def use(monkeypatch):
-    """Let every model spec mean the given module."""
+    """Makes every model spec load the given module."""
 
-    def chosen(net):
-        monkeypatch.setattr(subject, "load_model", lambda spec, device, normalize: net)
+    def use_net(net):
+        monkeypatch.setattr(model_under_test, "load_model", lambda spec, device, normalize: net)
         return net
 
-    return chosen
+    return use_net

@@ -143,9 +143,9 @@ def test_a_finished_run_is_not_called_unfinished(made, capsys):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda out: next((out / "examples").rglob("*.safetensors")).unlink(), "tells of 40 of 60 images"),
+        (lambda out: next((out / "examples").rglob("*.safetensors")).unlink(), "has 40 of the 60 images"),
         (lambda out: edit(out, "threat", "linf:0.2"), "results.json and plan.toml do not belong together"),
-        (lambda out: (out / "results.json").write_text("[]"), "holds no readable results.json"),
+        (lambda out: (out / "results.json").write_text("[]"), "has no readable results.json"),
         (lambda out: (out / "plan.toml").unlink(), "cannot be read"),
     ],
 )

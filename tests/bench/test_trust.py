@@ -483,7 +483,7 @@ def copy_run(finished, tmp_path):
 def test_invalid_results_are_refused(finished, tmp_path, content):
     run = copy_run(finished, tmp_path)
     (run / "results.json").write_text(content)
-    with pytest.raises(ArgumentError, match=r"holds no readable results\.json"):
+    with pytest.raises(ArgumentError, match=r"has no readable results\.json"):
         read(run)
 
 

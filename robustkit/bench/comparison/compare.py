@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
+from robustkit.bench.plan.plan import subject_name
 from robustkit.bench.results.read_run import Run
-from robustkit.bench.results.record import surviving
+from robustkit.bench.results.record import robust_to_all
 from robustkit.bench.results.solved_by import Solvers
 from robustkit.bench.statistics.intervals import tango
 from robustkit.bench.statistics.paired_tests import holm, mcnemar
@@ -186,17 +187,17 @@ def compare(a: Run, b: Run, solved: tuple[Solvers, Solvers] | None = None) -> Co
 
 def label(record: Record) -> str:
     """The case of a record in one line: all that must be equal for two records to be compared."""
-    defence = f" with {record['defence']}" if record.get("defence") else ""
     recipe = f" = {record['recipe']}" if record.get("recipe") else ""
     attack = f"{record['attack']}{recipe} ({record['goal']})"
-    return f"{record['model']}{defence}, {record['threat']}, {attack}, seed {record['seed']}"
+    subject = subject_name(record["model"], record.get("defence"))
+    return f"{subject}, {record['threat']}, {attack}, seed {record['seed']}"
 
 
 def _pair(a: Run, b: Run, rows: Sequence[tuple[int, int]], *, worst_case: bool) -> Pair:
     """The records of A and B in `rows`; of several, an image is robust where it is robust in all."""
     of_a, of_b = ([run.results["records"][row[side]] for row in rows] for side, run in enumerate((a, b)))
-    robust_a = surviving([a.robust[row] for row, _ in rows])
-    robust_b = surviving([b.robust[row] for _, row in rows])
+    robust_a = robust_to_all([a.robust[row] for row, _ in rows])
+    robust_b = robust_to_all([b.robust[row] for _, row in rows])
     n, both = len(robust_a), int((robust_a & robust_b).sum())
     only_a, only_b = int(robust_a.sum()) - both, int(robust_b.sum()) - both
     low, high = tango(only_a, only_b, n)

@@ -8,12 +8,12 @@ from fractions import Fraction
 from typing import Any, final
 
 from robustkit.bench.comparison.compare import Pair, compare
+from robustkit.bench.plan.plan import UNTARGETED, subject_name
 from robustkit.bench.results.read_run import Run
 from robustkit.errors import ArgumentError
 
 __all__ = ["Verdict", "fail_if_worse", "fail_under"]
 
-_UNTARGETED = "misclassify"  # the only goal whose robust accuracy measures the robustness of a model
 _GROUP = ("model", "data", "defence", "threat")
 
 
@@ -89,7 +89,7 @@ def fail_if_worse(now: Run, baseline: Run, margin: float) -> tuple[Verdict, ...]
             "in the same way with goal misclassify; run both with the same plan"
         )
     verdicts = {(pair.model_a, pair.data, pair.defence_a, pair.threat): _verdict_worse(pair, margin) for pair in pairs}
-    untargeted = [record for record in baseline.results["records"] if record["goal"] == _UNTARGETED]
+    untargeted = [record for record in baseline.results["records"] if record["goal"] == UNTARGETED]
     groups = {tuple(record[name] for name in _GROUP): record for record in untargeted}
     return tuple(verdicts.get(group) or _verdict_absent(record, margin) for group, record in groups.items())
 
@@ -133,12 +133,12 @@ def _worse(model: str, defence: str | None, threat: str, margin: float) -> str:
 
 
 def _name(model: str, defence: str | None, threat: str, condition: str) -> str:
-    return _line(f"{model}{f' with {defence}' if defence else ''}, {threat}: {condition}")
+    return _line(f"{subject_name(model, defence)}, {threat}: {condition}")
 
 
 def _is_untargeted(attack: str) -> bool:
     """Whether an attack, given as "attack (goal)", has the goal misclassify."""
-    return attack.endswith(f" ({_UNTARGETED})")
+    return attack.endswith(f" ({UNTARGETED})")
 
 
 def _check_share(name: str, value: float) -> None:

@@ -21,14 +21,13 @@ from robustkit.bench.execution.views import views_used
 from robustkit.bench.execution.warm_starts import WarmStarts, read_warm_starts
 from robustkit.bench.plan import plugins, specs
 from robustkit.bench.plan.defence_specs import defence_recipe
-from robustkit.bench.plan.hashes import hash_matches
+from robustkit.bench.plan.hashes import check_hashes
 from robustkit.bench.plan.plan import Plan
 from robustkit.bench.plan.request import command_of
 from robustkit.bench.results.block import Block, Task
 from robustkit.bench.results.record import Record
 from robustkit.bench.results.store import Store
 from robustkit.data import Data
-from robustkit.errors import ArgumentError
 
 __all__ = ["LoadedRun", "load"]
 
@@ -86,7 +85,7 @@ class LoadedRun:
         warm_starts: WarmStarts = WarmStarts(),
     ) -> None:
         hashes = {spec: model.signature for spec, model in models.items()} | {plan.data: data.hash} | dict(warm_starts.hashes)
-        _check_hashes(hashes, plan.expected_hashes)
+        check_hashes(hashes, plan.expected_hashes)
         _check_cases(cases, models)
         self.weight_hashes = {spec: model.hash for spec, model in models.items()}
         self.fingerprints = {spec: model.fingerprint for spec, model in models.items()}
@@ -157,7 +156,7 @@ class LoadedRun:
                 self._recent[task] = self.measure(task)
             blocks = [self._recent[task] for task in tasks]
             fits = 4 * self._data.shape.numel() <= MAX_STORED_BYTES  # float32
-            return blocks if fits else [replace(block, found=None) for block in blocks]
+            return blocks if fits else [replace(block, kept_images=None) for block in blocks]
         finally:
             self._recent = {}
 
@@ -178,22 +177,13 @@ class LoadedRun:
         starts = self._warm_starts.starting_points(resolved.case.goal, resolved.threat, signature, ids, x)
         if lower is not None:
             block = self._recent.get(lower)
-            if block is None or block.images is None:
+            if block is None or block.adversarial is None:
                 block = self._measure(lower)
-            assert block.images is not None
+            assert block.adversarial is not None
             success = block.result.success.cpu()
             starts[success] = x[success]  # those that need no perturbation
-            starts[block.changed.cpu()] = block.images.to(starts)
+            starts[block.perturbed.cpu()] = block.adversarial.to(starts)
         return None if starts.isnan().all() else starts
-
-
-def _check_hashes(hashes: Mapping[str, str], expected: Mapping[str, str]) -> None:
-    for spec, value in expected.items():
-        if spec in hashes and not hash_matches(hashes[spec], value):
-            raise ArgumentError(
-                f"{spec!r} has the hash {hashes[spec]}, but the plan was made with {value}: it has changed, or is not the same "
-                "twice; restore it, or remove its line from [hashes] and begin a new run"
-            )
 
 
 def _check_cases(cases: Sequence[ResolvedCase], models: Mapping[str, ModelUnderTest]) -> None:

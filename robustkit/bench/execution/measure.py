@@ -85,7 +85,8 @@ class BlockMeasurer:
         if plan.save_adversarial:
             return block
         # An empty tensor of its own: a view would keep the images in memory.
-        return replace(block, result=replace(result, x_adv=x.new_empty(len(x), 0)), found=result.x_adv[block.changed].cpu())
+        kept_images = result.x_adv[block.perturbed].cpu()
+        return replace(block, result=replace(result, x_adv=x.new_empty(len(x), 0)), kept_images=kept_images)
 
     def _universal_stats(
         self,

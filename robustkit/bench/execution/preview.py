@@ -74,7 +74,7 @@ def _preview_case(loaded: LoadedRun, index: int) -> Preview:
     n = len(images)
     count = min(n, loaded.plan.block, max(MIN_IMAGES, math.floor(CLEAN_SECONDS / loaded.seconds_per_image(case.subject))))
     block = loaded.measure(Task(index, images.start, images.start + count, "preview"))
-    training = block.spread.learned if block.spread is not None else None  # a cost that does not grow with the images
+    training = block.universal.learned if block.universal is not None else None  # a cost that does not grow with the images
     low, high = wilson(n // 2, n)  # widest at a proportion of 1/2
     factor = n / count
     return Preview(

@@ -87,7 +87,7 @@ def _outcome(loaded: LoadedRun, store: Store, tasks: Sequence[Task], case: int) 
     images, resolved, seconds = loaded.images(case), loaded.cases[case], 0.0
     n = len(images)
     # Allocated once: thousands of small tensors kept until the end would fragment the memory.
-    whole, clean, robust = Result.allocate(torch.empty(n, 0)), np.empty(n, np.bool_), np.empty(n, np.bool_)
+    whole, correct, robust = Result.allocate(torch.empty(n, 0)), np.empty(n, np.bool_), np.empty(n, np.bool_)
     messages = Result.allocate(torch.empty(0, 0))
     pictures: list[Picture] = []
     universal: list[UniversalStats] = []
@@ -96,16 +96,16 @@ def _outcome(loaded: LoadedRun, store: Store, tasks: Sequence[Task], case: int) 
         without_images = replace(block.result, x_adv=torch.empty(len(block.result), 0))
         rows = slice(task.first - images.start, task.last - images.start)
         messages = Result.cat([messages, whole.write(rows, without_images)])
-        clean[rows], robust[rows] = block.clean, block.robust
+        correct[rows], robust[rows] = block.correct, block.robust
         pictures += block.pictures
-        universal += [block.spread] if block.spread is not None else []
+        universal += [block.universal] if block.universal is not None else []
         seconds += block.seconds
     record = make_record(
         resolved.case,
         loaded.plan,
         attack=resolved.attack,
         result=whole.with_messages(messages),
-        clean=clean,
+        correct=correct,
         robust=robust,
         seconds=seconds,
         model_hash=loaded.weight_hashes[resolved.case.subject],

@@ -18,7 +18,7 @@ from robustkit.bench.plan.hashes import hash_matches
 from robustkit.bench.plan.plan import Plan
 from robustkit.bench.plan.plan_file import read_plan
 from robustkit.bench.results.block import Block, BlockHeader
-from robustkit.bench.results.store import files_of
+from robustkit.bench.results.store import block_files
 from robustkit.data import Data
 from robustkit.errors import ArgumentError
 from robustkit.threats import Threat
@@ -91,7 +91,7 @@ class WarmStarts:
         for number, block in enumerate(self.blocks):
             rows, positions = _chosen_rows(best, number)
             if rows:
-                images = Block.load(block.header.path).images
+                images = Block.load(block.header.path).adversarial
                 assert images is not None  # blocks without images have no header
                 starts[positions] = images[rows].to(starts)
         for number, images in enumerate(from_files, len(self.blocks)):
@@ -203,7 +203,7 @@ def _stored_blocks(run: str, plan: Plan) -> Iterator[_StoredBlock]:
     """The blocks of a run that have adversarial images."""
     for number, case in enumerate(plan.cases):
         threat = specs.threat(case.threat)
-        for file in files_of(Path(run), number):
-            header = BlockHeader.of(file)
+        for file in block_files(Path(run), number):
+            header = BlockHeader.read(file)
             if header is not None:
                 yield _StoredBlock(case.goal, threat, plan.expected_hashes.get(case.subject, "none"), header)

@@ -1,1 +1,1 @@
-"""What is asked: the words of the command line, plan files, and what each spec means."""
+"""Plans: specs of models, threats, attacks, goals and defences, plan files, and the options of the command line."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
-__all__ = ["hash_matches"]
+from robustkit.errors import ArgumentError
+
+__all__ = ["check_hashes", "hash_matches"]
 
 
 def hash_matches(actual: str, expected: str) -> bool:
@@ -22,3 +25,17 @@ def hash_matches(actual: str, expected: str) -> bool:
         return False
     scale = max([abs(b) for _, b in pairs if math.isfinite(b)], default=0.0)
     return all(a == b or abs(a - b) <= 1e-3 * scale or (math.isnan(a) and math.isnan(b)) for a, b in pairs)
+
+
+def check_hashes(actual: Mapping[str, str], expected: Mapping[str, str]) -> None:
+    """Compare the hashes of what was loaded with those of a plan, by spec; expected hashes of other specs are ignored.
+
+    Raises:
+        ArgumentError: A hash differs.
+    """
+    for spec, value in expected.items():
+        if spec in actual and not hash_matches(actual[spec], value):
+            raise ArgumentError(
+                f"{spec!r} has the hash {actual[spec]}, but the plan was made with {value}: it has changed, or is not the same "
+                "twice; restore it, or remove its line from [hashes] and begin a new run"
+            )

@@ -8,9 +8,10 @@ from typing import Any, final
 
 from robustkit.errors import ArgumentError
 
-__all__ = ["Case", "Plan", "default_plan", "pairs", "product"]
+__all__ = ["NONE", "UNTARGETED", "Case", "Plan", "default_plan", "pairs", "product", "subject_name"]
 
 NONE = "none"  # the spec of no defence
+UNTARGETED = "misclassify"  # the only goal whose robust accuracy measures the robustness of a model
 
 
 @final
@@ -29,7 +30,7 @@ class Case:
     model: str
     threat: str
     attack: str
-    goal: str = "misclassify"
+    goal: str = UNTARGETED
     defence: str = NONE
 
     @classmethod
@@ -45,7 +46,12 @@ class Case:
     @property
     def subject(self) -> str:
         """The name of what is attacked: the model, or the model behind its defence."""
-        return self.model if self.defence == NONE else f"{self.model} behind {self.defence}"
+        return subject_name(self.model, self.defended)
+
+
+def subject_name(model: str, defence: str | None) -> str:
+    """The name of a model and its defence; None for no defence."""
+    return model if defence is None else f"{model} behind {defence}"
 
 
 @final

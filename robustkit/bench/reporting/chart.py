@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import final
 
-__all__ = ["Chart", "Label", "Line", "Point", "Subject", "subject_name"]
+from robustkit.bench.plan.plan import subject_name
+
+__all__ = ["Chart", "Label", "Line", "Point", "Subject"]
 
 Subject = tuple[str, str | None]  # model and defence
 
@@ -164,7 +166,7 @@ class Chart:
             ends = (line.points[0], line.points[-1])
             points = ", ".join(f"{100 * point.share:.1f} % at {point.text}" for point in (ends if self.stairs else line.points))
             lines.append(f"{_plain(line.name)}: {points}")
-        subject = "" if self.subject is None else f" of {_plain(subject_name(self.subject))}"
+        subject = "" if self.subject is None else f" of {_plain(subject_name(*self.subject))}"
         return f"Robust accuracy{subject} on {_plain(self.data)} against {self.axis}. {'; '.join(lines)}"
 
     def x(self, eps: float) -> float:
@@ -234,12 +236,6 @@ class Chart:
         """The labels that are shortened, each with the full name."""
         labels = [("".join(rows), line.name) for rows, line in zip(self._texts, self.lines, strict=True)]
         return [(label, name) for label, name in labels if label != name]
-
-
-def subject_name(subject: Subject) -> str:
-    """The name of a model, with its defence."""
-    model, defence = subject
-    return model if defence is None else f"{model} behind {defence}"
 
 
 def _plain(text: str) -> str:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from robustkit.bench.comparison.compare import Comparison, Pair, label
+from robustkit.bench.plan.plan import UNTARGETED, subject_name
 from robustkit.bench.reporting.curve_charts import COMMON_STAGES
 
 __all__ = ["as_json", "comparison_table"]
@@ -90,7 +91,7 @@ def _of_group(rows: Sequence[tuple[Pair, float]], several_seeds: bool) -> list[R
         for run, flags in (("A", pair.flags_a), ("B", pair.flags_b)):
             if flags and not pair.worst_case:
                 lines.append(Text.assemble((f"! {', '.join(flags)}", "bold red"), f" in {run} ({name}, {pair.threat})"))
-    model_a, model_b = _model(first.model_a, first.defence_a), _model(first.model_b, first.defence_b)
+    model_a, model_b = subject_name(first.model_a, first.defence_a), subject_name(first.model_b, first.defence_b)
     title = model_a if model_a == model_b else f"{model_a} → {model_b}"
     return [Text.assemble((title, "bold"), f", {first.threat}: {first.n:,} images of {first.data}"), view, *lines]
 
@@ -103,14 +104,10 @@ def _stages(name: str, pair: Pair) -> list[Text]:
     return [Text(f"solved by stage, A / B ({name}): {', '.join(parts)}")]
 
 
-def _model(model: str, defence: str | None) -> str:
-    return f"{model} with {defence}" if defence else model
-
-
 def _name(pair: Pair, several_seeds: bool) -> str:
     if pair.attack is None:
         return "worst case"
-    goal = "" if pair.goal == "misclassify" else f" → {pair.goal}"
+    goal = "" if pair.goal == UNTARGETED else f" → {pair.goal}"
     # A space after each comma, so that a narrow terminal wraps there and not inside a number.
     return pair.attack.replace(",", ", ") + goal + (f", seed {pair.seed}" if several_seeds else "")
 

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from robustkit.bench.plan.plan import UNTARGETED
 from robustkit.bench.reporting.chart import Chart, Line, Point, Subject
 from robustkit.bench.reporting.eps_charts import AXES, norm_and_eps
 
@@ -13,7 +14,6 @@ __all__ = ["COMMON_STAGES", "cost_charts", "eps_charts", "stage_tables"]
 
 Record = Mapping[str, Any]  # one record of results.json
 
-_UNTARGETED = "misclassify"
 COMMON_STAGES = frozenset({"clean", "attack", "learning"})  # stages of every attack
 
 
@@ -41,7 +41,7 @@ def eps_charts(records: Sequence[Record]) -> list[Chart]:
     groups: dict[tuple[Subject, str, str], list[Record]] = defaultdict(list)
     for record in records:
         norm_eps = norm_and_eps(record["threat"])
-        if norm_eps is not None and record["goal"] == _UNTARGETED:
+        if norm_eps is not None and record["goal"] == UNTARGETED:
             groups[(record["model"], record["defence"]), record["data"], norm_eps[0]].append(record)
     charts = []
     for (subject, data, norm), rows in groups.items():

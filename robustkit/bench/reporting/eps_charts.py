@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
+from robustkit.bench.plan.plan import UNTARGETED, subject_name
 from robustkit.bench.plan.specs import number
-from robustkit.bench.reporting.chart import Chart, Line, Point, Subject, subject_name
+from robustkit.bench.reporting.chart import Chart, Line, Point, Subject
 from robustkit.errors import ArgumentError
 
 __all__ = ["AXES", "Family", "families", "norm_and_eps"]
@@ -17,7 +18,6 @@ Record = Mapping[str, Any]  # one record of results.json
 _Axes = tuple[str, str]  # data and norm
 _ByEps = dict[float, list[Record]]  # by increasing eps
 
-_UNTARGETED = "misclassify"
 # Norms whose balls grow with eps, so that robust accuracy cannot rise; the title of the horizontal axis.
 AXES = {"linf": "eps (linf)", "l2": "eps (l2)", "l1": "eps (l1)", "pixels": "number of pixels"}
 
@@ -61,7 +61,7 @@ def families(results: Mapping[str, Any]) -> list[Family]:
         charts = []
         if len(subjects) > 1:
             every = tuple(
-                Line(subject_name(subject), lines[subject], style, main=True) for style, subject in enumerate(subjects)
+                Line(subject_name(*subject), lines[subject], style, main=True) for style, subject in enumerate(subjects)
             )
             charts.append(Chart(AXES[norm], data, None, every, max_eps))
         for style, (subject, by_eps) in enumerate(subjects.items()):
@@ -107,7 +107,7 @@ def _by_axes(records: Iterable[Record]) -> dict[_Axes, dict[Subject, _ByEps]]:
 
 
 def _untargeted(rows: Iterable[Record]) -> list[Record]:
-    return [row for row in rows if row["goal"] == _UNTARGETED]
+    return [row for row in rows if row["goal"] == UNTARGETED]
 
 
 def _attacks(rows: Iterable[Record]) -> set[tuple[str, str]]:

@@ -8,6 +8,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from robustkit.bench.comparison.gates import Verdict
+from robustkit.bench.plan.plan import subject_name
 
 __all__ = ["junit"]
 
@@ -49,9 +50,8 @@ def junit(results: Mapping[str, Any], verdicts: Sequence[Verdict]) -> str:
 
 
 def _add_record(suite: ElementTree.Element, record: Mapping[str, Any]) -> None:
-    defence = f" with {record['defence']}" if record.get("defence") else ""
     names = {
-        "classname": _safe(f"{record['model']}{defence}"),
+        "classname": _safe(subject_name(record["model"], record.get("defence"))),
         "name": _safe(f"{record['threat']} {record['attack']} {record['goal']} {record['seed']}"),
     }
     case = ElementTree.SubElement(suite, "testcase", names | {"time": _seconds(record["seconds"])})

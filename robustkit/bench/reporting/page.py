@@ -13,7 +13,7 @@ from typing import Any, final
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from robustkit.bench.plan.plan import Case
+from robustkit.bench.plan.plan import UNTARGETED, Case
 from robustkit.bench.reporting.curve_charts import cost_charts, eps_charts, stage_tables
 from robustkit.bench.reporting.eps_charts import families
 from robustkit.bench.reporting.images import png, signed, to_bytes
@@ -26,7 +26,6 @@ Record = Mapping[str, Any]  # one record of results.json: strings, numbers, and 
 
 _NONE = "–"
 _CASE = ("model", "defence", "attack", "goal")  # the cases that a flag concerns
-_UNTARGETED = "misclassify"  # the only goal whose robust accuracy measures robustness
 _MAX_PICTURES = 96  # on a page, unless there are more attacks; each attack has at least one
 _SIDE = 96  # longer side of a picture in CSS pixels; three fit on a phone
 
@@ -75,8 +74,8 @@ def summary(results: Mapping[str, Any]) -> dict[str, Any]:
         results: The content of results.json.
     """
     records: Sequence[Record] = results["records"]
-    untargeted = [record for record in records if record["goal"] == _UNTARGETED]
-    targeted = [record for record in records if record["goal"] != _UNTARGETED]
+    untargeted = [record for record in records if record["goal"] == UNTARGETED]
+    targeted = [record for record in records if record["goal"] != UNTARGETED]
     return {
         "verdicts": _verdicts(records, _worst_case(results)),
         "threats": list(dict.fromkeys(str(record["threat"]) for record in records)),
@@ -167,7 +166,7 @@ def _worst_case(results: Mapping[str, Any]) -> dict[_Group, Record]:
 
 def _robust_accuracy(rows: Iterable[Record], worst_case: Record | None) -> dict[str, Any]:
     """The robust accuracy, or None without an attack of goal misclassify; and whether it is flagged."""
-    untargeted = [row for row in rows if row["goal"] == _UNTARGETED]
+    untargeted = [row for row in rows if row["goal"] == UNTARGETED]
     if not untargeted:
         return {"robust": None, "flagged": False}
     figure = min(untargeted, key=lambda row: float(row["robust_accuracy"])) if worst_case is None else worst_case
@@ -217,8 +216,8 @@ def _gallery(records: Iterable[Record], pictures: Iterable[Picture]) -> list[dic
     Each attack shows equally many, at most `_MAX_PICTURES` in all, and at least one.
     """
     pictures_of: dict[tuple[str, str, str, str], list[Picture]] = {
-        (Case.of(record).subject, record["threat"], record["goal"], record["attack"]): []
-        for record in sorted(records, key=lambda record: bool(record["goal"] != _UNTARGETED))
+        (Case.from_record(record).subject, record["threat"], record["goal"], record["attack"]): []
+        for record in sorted(records, key=lambda record: bool(record["goal"] != UNTARGETED))
     }
     for picture in pictures:
         pictures_of.setdefault((picture.model, picture.threat, picture.goal, picture.attack), []).append(picture)

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from robustkit.bench.execution.preview import Preview
+from robustkit.bench.plan.plan import UNTARGETED, subject_name
 from robustkit.bench.reporting.live import duration
 from robustkit.bench.statistics.power import DISCORDANT, POWER
 
@@ -26,7 +27,7 @@ def preview_table(rows: Sequence[Preview], workers: int) -> Group:
         view.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         case = row.case
-        name = case.attack if case.goal == "misclassify" else f"{case.attack} → {case.goal}"
+        name = case.attack if case.goal == UNTARGETED else f"{case.attack} → {case.goal}"
         counts = (f"{row.forwards:,}", f"{row.backwards:,}", duration(row.seconds))
         view.add_row(*(Text(cell) for cell in (case.subject, case.threat, name, *counts)))
     seconds, n = sum(row.seconds for row in rows), rows[0].images
@@ -84,7 +85,7 @@ def table(records: Sequence[dict[str, Any]], worst_case: Sequence[dict[str, Any]
 
 
 def _subject(record: dict[str, Any]) -> str:
-    return f"{record['model']} behind {record['defence']}" if record["defence"] else str(record["model"])
+    return subject_name(record["model"], record["defence"])
 
 
 def _of_model(records: Sequence[dict[str, Any]], worst_case: Sequence[dict[str, Any]]) -> list[RenderableType]:
@@ -99,7 +100,7 @@ def _of_model(records: Sequence[dict[str, Any]], worst_case: Sequence[dict[str, 
         view.add_column(name, justify="right", no_wrap=True)
     for threat in dict.fromkeys(record["threat"] for record in records):
         of_threat = [record for record in records if record["threat"] == threat]
-        for record in sorted(of_threat, key=lambda r: r["goal"] != "misclassify"):
+        for record in sorted(of_threat, key=lambda r: r["goal"] != UNTARGETED):
             view.add_row(*_row(record))
         for record in worst_case:
             if record["threat"] == threat:
@@ -124,12 +125,12 @@ def _flags_and_notes(records: Sequence[dict[str, Any]]) -> list[RenderableType]:
 
 
 def _label(record: dict[str, Any]) -> str:
-    goal = "" if record["goal"] == "misclassify" else f" → {record['goal']}"
+    goal = "" if record["goal"] == UNTARGETED else f" → {record['goal']}"
     return f"{record['attack']}{goal}, {record['threat']}"
 
 
 def _row(record: dict[str, Any]) -> tuple[Text, ...]:
-    untargeted = record["goal"] == "misclassify"
+    untargeted = record["goal"] == UNTARGETED
     figure, other = ("bold", "dim") if untargeted else ("dim", "bold")
     # A space after each comma, so that a narrow terminal wraps there and not inside a number.
     name = record["attack"].replace(",", ", ")

@@ -45,7 +45,7 @@ def _row(record: Record, models: Mapping[str, None], pictures: Sequence[Picture]
 
 
 def _subject(record: Record) -> str:
-    return Case.of(record).subject
+    return Case.from_record(record).subject
 
 
 def _draw(picture: Picture | None, side: int) -> dict[str, Any] | None:

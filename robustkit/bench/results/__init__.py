@@ -1,1 +1,1 @@
-"""What comes out: blocks and where they are stored, records, curves, and how a finished run is read back."""
+"""Results: blocks and their files, records, curves, pictures, and reading earlier runs."""

@@ -55,9 +55,7 @@ class Picture:
     def __post_init__(self) -> None:
         for name, image in (("clean", self.clean), ("adversarial", self.adversarial)):
             if image.ndim != 3 or image.shape[0] not in (1, 3) or image.size == 0:
-                raise ShapeError(
-                    f"{name} has shape {image.shape}; a picture is (C, H, W) with C = 1 or 3; move channels first"
-                )
+                raise ShapeError(f"{name} has shape {image.shape}; a picture is (C, H, W) with C = 1 or 3; move channels first")
             if not bool(((image >= 0) & (image <= 1)).all()):
                 raise ArgumentError(
                     f"{name} of picture {self.index} has values outside [0, 1]; divide byte images by 255, undo normalisation"

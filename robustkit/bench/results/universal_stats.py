@@ -1,4 +1,4 @@
-"""What a universal perturbation does to the predictions of the images that are scored, and of other models."""
+"""The effect of a universal perturbation on the predictions of the attacked model and of other models."""
 
 from __future__ import annotations
 
@@ -18,59 +18,65 @@ __all__ = ["UniversalStats", "universal_facts"]
 @final
 @dataclass(frozen=True, eq=False)
 class UniversalStats:
-    """What a universal perturbation does to the predictions for the images of a block.
+    """Predictions with and without a universal perturbation, for the images of a block.
 
     Attributes:
-        before: The classes that the model names without it, (n,) int64.
-        after: The classes that it names with it, (n,) int64.
-        random: The share of random-sign changes of the same budget that change the class, (n,) float64.
-        elsewhere: For each other model of the run, whether its class changes, (n,) bool.
-        delta: The change itself, (C, H, W) or whatever an input is; with the first block of a case only.
-        learned: What is to be told of the learning; likewise.
+        before: The predicted classes without the perturbation, (n,) int64.
+        after: The predicted classes with it, (n,) int64.
+        random: The fraction of random-sign perturbations of the same eps that change the prediction, (n,) float64.
+        other_models: For each other model of the run, whether its prediction changes, (n,) bool.
+        delta: The perturbation, (*S); only in the first block of a case.
+        learned: How it was learned (`LearnedPerturbation.facts`); only in the first block of a case.
     """
 
     before: Tensor
     after: Tensor
     random: Tensor
-    elsewhere: Mapping[str, Tensor] = field(default_factory=dict)
+    other_models: Mapping[str, Tensor] = field(default_factory=dict)
     delta: Tensor | None = None
     learned: Mapping[str, Any] | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that is a tensor, by name, for a file."""
-        held = {f"spread/{name}": getattr(self, name) for name in ("before", "after", "random")}
-        held |= {} if self.delta is None else {"spread/delta": self.delta}
-        return held | {f"elsewhere/{model}": fooled for model, fooled in self.elsewhere.items()}
+        """All tensors by name, for a block file."""
+        tensors = {f"spread/{name}": getattr(self, name) for name in ("before", "after", "random")}
+        tensors |= {} if self.delta is None else {"spread/delta": self.delta}
+        return tensors | {f"elsewhere/{model}": fooled for model, fooled in self.other_models.items()}
 
     @classmethod
-    def of(cls, held: Mapping[str, Tensor], learned: Mapping[str, Any] | None) -> UniversalStats | None:
-        """What `tensors` gave, or None where there is nothing of it."""
-        if "spread/before" not in held:
+    def from_tensors(cls, stored: Mapping[str, Tensor], learned: Mapping[str, Any] | None) -> UniversalStats | None:
+        """The inverse of `tensors`; None if the block is not of a universal attack."""
+        if "spread/before" not in stored:
             return None
-        elsewhere = {name.removeprefix("elsewhere/"): held[name] for name in sorted(held) if name.startswith("elsewhere/")}
-        before, after, random = (held[f"spread/{name}"] for name in ("before", "after", "random"))
-        return cls(before, after, random, elsewhere, held.get("spread/delta"), learned)
+        prefix = "elsewhere/"
+        other_models = {name.removeprefix(prefix): stored[name] for name in sorted(stored) if name.startswith(prefix)}
+        before, after, random = (stored[f"spread/{name}"] for name in ("before", "after", "random"))
+        return cls(before, after, random, other_models, stored.get("spread/delta"), learned)
 
 
-def universal_facts(
-    record: Record, spreads: Sequence[UniversalStats], labels: Tensor, classes: Sequence[str]
-) -> dict[str, Any]:
-    """What a record tells of a universal attack besides: rates over all images of its blocks, in [0, 1], and the learning.
+def universal_facts(record: Record, blocks: Sequence[UniversalStats], labels: Tensor, classes: Sequence[str]) -> dict[str, Any]:
+    """The fields of a record that are different for a universal attack, or that only a universal attack has.
 
-    `fooling_train` and `fooling_held_out` are the shares of predictions that change, right or wrong before, on the images
-    that the change was learned on and on the others; `fooling_random` the same for random signs of the same budget;
-    `collapse` the class into which most of the changed predictions fall, and their share of them; `transfer` the share of
-    changed predictions of every other model of the run.
+    All rates are in [0, 1]. `fooling_train` and `fooling_held_out`: the fraction of predictions that change, whether they were
+    correct or not, on the training images and on the scored images. `fooling_random`: the same for random signs with the same
+    eps. `collapse`: the most frequent class among the changed predictions, and its share of them. `transfer`: the fraction of
+    changed predictions for each other model of the run.
+
+    Args:
+        record: The record of the case.
+        blocks: The statistics of its blocks.
+        labels: The true classes of the scored images, (N,).
+        classes: The names of the classes.
     """
-    learned = next(spread.learned for spread in spreads if spread.learned is not None)
-    before, after, random = (torch.cat([getattr(spread, name) for spread in spreads]) for name in ("before", "after", "random"))
+    learned = next(block.learned for block in blocks if block.learned is not None)
+    before, after, random = (torch.cat([getattr(block, name) for block in blocks]) for name in ("before", "after", "random"))
     fooled = before != after
-    into = np.bincount(after[fooled].numpy()) if fooled.any() else np.zeros(0, np.int64)
-    most = int(into.argmax()) if len(into) else None
-    held_out, yardstick = float(fooled.double().mean()), float(random.mean())
+    counts = np.bincount(after[fooled].numpy()) if fooled.any() else np.zeros(0, np.int64)
+    dominant = int(counts.argmax()) if len(counts) else None
+    fooling_held_out, fooling_random = float(fooled.double().mean()), float(random.mean())
     why = (
-        f"one change for all, learned on {learned['images']:,} images of {learned['source']}, none of those scored; it changes "
-        f"{learned['fooling_train']:.1%} of the predictions there, {held_out:.1%} here; random signs {yardstick:.1%}"
+        f"one perturbation for all images, learned on {learned['images']:,} other images ({learned['source']}); it changes "
+        f"{learned['fooling_train']:.1%} of the predictions there, {fooling_held_out:.1%} on the scored images; random signs "
+        f"change {fooling_random:.1%}"
     )
     return {
         "seconds": record["seconds"] + learned["seconds"],
@@ -79,26 +85,26 @@ def universal_facts(
         "flags": [*record["flags"], *learned["flags"], *_other_classes(learned["classes"], labels)],
         "notes": [*record["notes"], {"name": "universal", "why": why}],
         "fooling_train": learned["fooling_train"],
-        "fooling_held_out": held_out,
-        "fooling_random": yardstick,
+        "fooling_held_out": fooling_held_out,
+        "fooling_random": fooling_random,
         "collapse": None
-        if most is None
+        if dominant is None
         else {
-            "class": classes[most] if most < len(classes) else str(most),
-            "share": float(into[most] / into.sum()),
+            "class": classes[dominant] if dominant < len(classes) else str(dominant),
+            "share": float(counts[dominant] / counts.sum()),
         },
         "transfer": {
-            model: float(torch.cat([spread.elsewhere[model] for spread in spreads]).double().mean())
-            for model in spreads[0].elsewhere
+            model: float(torch.cat([block.other_models[model] for block in blocks]).double().mean())
+            for model in blocks[0].other_models
         },
     }
 
 
 def _other_classes(learned: Sequence[int], labels: Tensor) -> list[dict[str, str]]:
-    """An alarm where images of some classes are scored that the change has never seen, as where data are sorted."""
+    """A flag if images of classes are scored that are missing from the training images, as happens with sorted data."""
     scored = set(np.unique(labels.numpy()).tolist())
     unseen = len(scored - set(learned))
     if not unseen:
         return []
-    why = f"{unseen} of the {len(scored)} classes that are scored were not among the images it learned on; shuffle the data"
+    why = f"{unseen} of the {len(scored)} scored classes are missing from the training images; shuffle the data"
     return [{"name": "learned-on-other-classes", "why": why}]

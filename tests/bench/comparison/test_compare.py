@@ -303,7 +303,7 @@ def test_names_are_printed_verbatim(name):
     comparison = compare(a, b)
     text = shown(comparison, 250)
     if "\n" not in name:
-        assert f"{name} with {name}, {name}: 40 images of {name}" in text
+        assert f"{name} behind {name}, {name}: 40 images of {name}" in text
         assert f"{name} → {name} !" in text
         assert f"! {name} in A ({name} → {name}, {name})" in text
         assert f"B: /runs/{name}" in text
@@ -400,7 +400,7 @@ def test_the_solving_stages_are_read_from_the_folder_of_a_run(tmp_path):
     assert len([stage for stage in pairs[1].stages if stage.a]) >= 2
     file = next((tmp_path / "a" / "examples" / "case-01").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ArgumentError, match="is no block of a run"):
+    with pytest.raises(ArgumentError, match="is not a block of a run"):
         solvers(saved)
 
 

@@ -77,7 +77,7 @@ def test_the_worst_case_of_each_threat_and_model_is_gated():
     )
     verdicts = fail_under(it.results, 0.6)
     assert passed(verdicts) == [False, True, True]
-    assert [verdict.name.split(":")[0] for verdict in verdicts] == ["m, linf", "m, l2", "k with jpeg, linf"]
+    assert [verdict.name.split(":")[0] for verdict in verdicts] == ["m, linf", "m, l2", "k behind jpeg, linf"]
     assert "50.0% on 4 images, under 60.0%" in verdicts[0].why
 
 

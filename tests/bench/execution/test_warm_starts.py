@@ -100,7 +100,7 @@ def test_an_example_that_needed_no_perturbation_starts_from_itself():
     low, high = loaded.measure_chain(loaded.tasks())
     unperturbed = low.result.success & (low.result.size == 0)
     assert unperturbed.sum() > 3
-    assert len(low.images) == int((low.result.success & ~unperturbed).sum())
+    assert len(low.adversarial) == int((low.result.success & ~unperturbed).sum())
     number = [stage.name for stage in high.result.stages].index("starts")
     assert (high.result.solver[unperturbed] == number).all()
     assert (high.result.size[unperturbed] == 0).all()
@@ -174,7 +174,7 @@ def test_a_block_without_images_is_computed_again_for_those_that_start_from_it(t
     loaded, store = load(plan_of(*EPS)), Files(tmp_path)
     for task in loaded.tasks():
         if task.case < 2:
-            store.put(replace(Files(whole[0]).get(task), found=None))
+            store.put(replace(Files(whole[0]).get(task), kept_images=None))
     list(outcomes(loaded, store))
     assert {task.name: timeless(store.get(task)) for task in loaded.tasks() if task.case == 2}.items() <= whole[1].items()
 
@@ -185,8 +185,8 @@ def test_images_beyond_the_size_limit_are_not_stored_and_nothing_else_changes(tm
     list(outcomes(load(plan), store))
     for task in load(plan).tasks():
         block, usual = store.get(task), Files(whole[0]).get(task)
-        assert block.found is None
-        assert timeless(replace(block, found=usual.found)) == whole[1][task.name]
+        assert block.kept_images is None
+        assert timeless(replace(block, kept_images=usual.kept_images)) == whole[1][task.name]
     monkeypatch.setattr(loaded_module, "MAX_STORED_BYTES", 60 * 64 * 4)
     list(outcomes(load(plan), fits := Files(tmp_path / "fits")))
     assert stored(load(plan), fits) == whole[1]
@@ -251,7 +251,7 @@ def test_of_several_images_the_one_with_the_smallest_perturbation_is_used(tmp_pa
     for name in "ab":
         for block in blocks(tmp_path / name):
             for index, size, image in zip(
-                block.ids[block.changed].tolist(), block.result.size[block.changed], block.images, strict=True
+                block.ids[block.perturbed].tolist(), block.result.size[block.perturbed], block.adversarial, strict=True
             ):
                 known[index] = min(known.get(index, (9.0, None)), (float(size), image), key=lambda pair: pair[0])
     starts = (str(tmp_path / "a"), str(tmp_path / "b"))
@@ -259,8 +259,8 @@ def test_of_several_images_the_one_with_the_smallest_perturbation_is_used(tmp_pa
     taken = 0
     for task in loaded.tasks():
         block = loaded.measure(task)
-        by_start = block.result.solver[block.changed] == [stage.name for stage in block.result.stages].index("starts")
-        for index, image, started in zip(block.ids[block.changed].tolist(), block.images, by_start, strict=True):
+        by_start = block.result.solver[block.perturbed] == [stage.name for stage in block.result.stages].index("starts")
+        for index, image, started in zip(block.ids[block.perturbed].tolist(), block.adversarial, by_start, strict=True):
             assert bool(started) == (index in known)
             if started:
                 assert torch.equal(image, known[index][1])
@@ -283,8 +283,8 @@ def test_images_of_the_same_model_come_before_those_of_others(tmp_path, monkeypa
     (goal, threat), signature = ("misclassify", load(own).cases[0].threat), load(own).plan.expected_hashes[MODEL]
     ids = torch.arange(60)
     starts = warm_starts.starting_points(goal, threat, signature, ids, data.images(slice(0, 60)))
-    mine = torch.cat([block.ids[block.changed] for block in blocks(tmp_path / "own")])
-    assert torch.equal(starts[mine], torch.cat([block.images for block in blocks(tmp_path / "own")]))
+    mine = torch.cat([block.ids[block.perturbed] for block in blocks(tmp_path / "own")])
+    assert torch.equal(starts[mine], torch.cat([block.adversarial for block in blocks(tmp_path / "own")]))
     both = masks(plan_of("linf:0.3", start_from=(str(tmp_path / "other"), str(tmp_path / "own"))))["linf:0.3"]
     assert not (both & ~before).any()
 
@@ -292,7 +292,7 @@ def test_images_of_the_same_model_come_before_those_of_others(tmp_path, monkeypa
 def test_images_of_other_goals_and_types_of_threats_are_not_used(tmp_path):
     plan = Plan((Case(MODEL, "linf:0.3", "pgd:steps=10", "least-likely"), Case(MODEL, "l2:2", "fgsm")), "digits", limit=30)
     run(tmp_path / "a", plan)
-    assert all(block.changed.any() for block in blocks(tmp_path / "a"))
+    assert all(block.perturbed.any() for block in blocks(tmp_path / "a"))
     (block,) = (lambda loaded: [loaded.measure(task) for task in loaded.tasks()])(
         load(plan_of("linf:0.1", limit=30, block=30, start_from=(str(tmp_path / "a"),)))
     )
@@ -360,7 +360,7 @@ def test_the_plan_records_the_earlier_run_and_refuses_to_resume_if_it_changes(st
 def remove_images(out):
     """Remove the images from a run, as if an older version had written it."""
     for file in (out / "examples").rglob("*.safetensors"):
-        file.write_bytes(replace(Block.load(file), found=None).bytes())
+        file.write_bytes(replace(Block.load(file), kept_images=None).bytes())
 
 
 def test_a_folder_without_a_usable_run_is_refused_in_one_line(strong, tmp_path):
@@ -393,7 +393,7 @@ def test_a_folder_without_a_usable_run_is_refused_in_one_line(strong, tmp_path):
 
 def test_a_run_without_successes_is_accepted(tmp_path):
     run(tmp_path / "a", plan_of("linf:1e-6", limit=20))
-    assert sum(int(block.changed.sum()) for block in blocks(tmp_path / "a")) == 0
+    assert sum(int(block.perturbed.sum()) for block in blocks(tmp_path / "a")) == 0
     plan = plan_of("linf:0.1", limit=20)
     assert masks(replace(plan, start_from=(str(tmp_path / "a"),)))["linf:0.1"].tolist() == masks(plan)["linf:0.1"].tolist()
 
@@ -403,7 +403,7 @@ def test_a_damaged_block_is_refused(strong, tmp_path):
     file = next((tmp_path / "a" / "examples").rglob("*.safetensors"))
     whole = file.read_bytes()
     file.write_bytes(whole[:-1])
-    with pytest.raises(ArgumentError, match="is no block of a run"):
+    with pytest.raises(ArgumentError, match="is not a block of a run"):
         load(plan_of("linf:0.1", start_from=(str(tmp_path / "a"),)))
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # another image: found when it is read
     loaded = load(plan_of("linf:0.1", start_from=(str(tmp_path / "a"),)))

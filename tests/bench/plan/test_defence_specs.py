@@ -1,4 +1,4 @@
-"""Models behind defences in the bench: words, recounts by hand on the guarded target, and runs that must not mix."""
+"""Models behind defences in the bench: specs, numbers recomputed on the guarded target, and runs that must not mix."""
 
 import json
 
@@ -15,7 +15,7 @@ from robustkit.bench.execution.loaded_run import load
 from robustkit.bench.plan.defence_specs import DEFENCES, defence_recipe, guard_target, settable
 from robustkit.bench.plan.model_specs import model_hash
 from robustkit.bench.plan.request import Request, command_of, plan_of
-from robustkit.bench.results import read_run as past
+from robustkit.bench.results.read_run import read
 from robustkit.cli import main
 from robustkit.defence import guards_of
 from robustkit.defences import GaussianNoise, JPEGLike, MedianFilter, Quantise, RandomResize
@@ -80,28 +80,28 @@ def file(tmp_path_factory):
         ("random-resize:low=0.8", "RandomResize(low=0.8, high=1.0)", 10),
     ],
 )
-def test_words_for_a_defence_mean_the_class_with_its_fields(spec, recipe, draws):
+def test_a_spec_gives_the_defence_with_its_fields(spec, recipe, draws):
     target = guard_target(spec, Target(NET))
     assert defence_recipe(target) == recipe
     assert target.draws == draws
     assert tuple(target.views) == tuple(guards_of(target)[0].views())
 
 
-def test_none_is_the_target_itself():
+def test_none_gives_the_target_itself():
     target = Target(NET)
     assert guard_target("none", target) is target
     assert defence_recipe(target) is None
 
 
-def test_stacked_defences_are_told_in_the_order_of_the_input():
+def test_stacked_defences_are_listed_in_the_order_in_which_they_are_applied():
     assert defence_recipe(MedianFilter().guard(Quantise(4).guard(NET))) == "MedianFilter(size=3) before Quantise(levels=4)"
 
 
-def test_every_defence_of_the_package_has_a_word():
+def test_every_defence_of_the_package_has_a_spec():
     from robustkit import defences
 
     assert set(DEFENCES.values()) == {getattr(defences, name) for name in defences.__all__}
-    for name in DEFENCES:  # what is shown is what is meant
+    for name in DEFENCES:  # the shown defaults are the actual ones
         shown = ",".join(f"{field}={value}" for field, value in settable(name).items())
         assert defence_recipe(guard_target(f"{name}:{shown}", Target(NET))) == defence_recipe(guard_target(name, Target(NET)))
 
@@ -109,8 +109,8 @@ def test_every_defence_of_the_package_has_a_word():
 WRONG = {
     "jpg": ("'jpg' does not exist", "there are none, quantise, jpeg"),
     "": ("'' does not exist", "none, quantise"),
-    "quantise:level=3": ("'level=3' is no field=value of quantise", "levels, draws"),
-    "quantise:levels": ("'levels' is no field=value",),
+    "quantise:level=3": ("'level=3' is not a field=value of quantise", "levels, draws"),
+    "quantise:levels": ("'levels' is not a field=value",),
     "quantise:levels=1": ("'quantise:levels=1'", "levels=1 must be a whole number, at least 2"),
     "quantise:levels=2.5": ("levels='2.5'", "a whole number"),
     "quantise:levels=3,levels=4": ("levels is given twice", "leave one out"),
@@ -119,13 +119,13 @@ WRONG = {
     "none.py:made": ("there is no file none.py",),
     "{}:function": ("returned function", "must return a robustkit.defence.Defence"),
     "{}:nope": ("has no function nope", "dim"),
-    "{}:fails": ("raised KeyError", "deep inside", "must take what the data holds"),
-    "{}:shrinks": ("shape (1, 1, 28, 28)", "an image of each"),
+    "{}:fails": ("raised KeyError", "deep inside", "must accept the images of the data"),
+    "{}:shrinks": ("returned shape (1, 1, 28, 28)", "one image for each"),
 }
 
 
 @pytest.mark.parametrize("spec", WRONG)
-def test_what_is_wrong_with_a_defence_comes_in_one_line(spec, file, tmp_path, capsys):
+def test_errors_of_defences_have_one_line(spec, file, tmp_path, capsys):
     words = [
         "bench",
         "--model",
@@ -147,20 +147,20 @@ def test_what_is_wrong_with_a_defence_comes_in_one_line(spec, file, tmp_path, ca
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.count("\n") == 1
-    for told in ("defence", *WRONG[spec]):
-        assert told in said.err
+    for text in ("defence", *WRONG[spec]):
+        assert text in said.err
     assert not (tmp_path / "out").exists()
 
 
 def along_every_view(attack, target, seed=0):
-    """By hand: a call for each view on what the ones before have left."""
+    """Without the bench: each view attacks the images that are unsolved so far."""
     success = torch.zeros(60, dtype=torch.bool)
     for view in target.views:
-        left = (~success).nonzero().squeeze(1)
-        if len(left):
-            part = attack(target.with_view(view), X[left], Y[left], threat=Linf(0.2), seed=seed, ids=left)
-            assert torch.equal(target.fn(part.x_adv).argmax(1) != Y[left], part.success)
-            success[left] = part.success
+        rows = (~success).nonzero().squeeze(1)
+        if len(rows):
+            result = attack(target.with_view(view), X[rows], Y[rows], threat=Linf(0.2), seed=seed, ids=rows)
+            assert torch.equal(target.fn(result.x_adv).argmax(1) != Y[rows], result.success)
+            success[rows] = result.success
     return success
 
 
@@ -180,7 +180,7 @@ def test_the_record_is_the_attack_called_on_the_guarded_target(spec, defence, at
     assert 0 < success.sum() < 60
 
 
-def test_attacks_that_ask_for_no_gradient_run_once_and_follow_no_view():
+def test_attacks_without_gradients_run_once_along_no_view():
     (record,) = run(
         Plan((Case("zoo:mnist-cnn", "linf:0.3", "square:queries=30", defence="quantise"),), "mnist-5k", limit=60)
     ).records
@@ -220,7 +220,7 @@ def test_a_defence_of_a_file_has_its_views_and_its_weights(file):
         assert behind["clean_accuracy"] == float((NET(0.5 * X).argmax(1) == Y).double().mean())
 
 
-def test_a_defence_without_weights_leaves_the_hash_of_the_model():
+def test_a_defence_without_weights_does_not_change_the_hash_of_the_model():
     (record,) = run(Plan((Case("zoo:mnist-cnn", "linf:0.2", "fgsm", defence="median"),), "mnist-5k", limit=4)).records
     assert record["model_hash"] == model_hash(NET)
 
@@ -238,12 +238,12 @@ def made(tmp_path_factory):
     return out
 
 
-def test_every_combination_is_a_case_and_the_plan_reads_back(made):
+def test_every_combination_is_a_case_and_the_plan_can_be_read_again(made):
     plan = read_plan(made / "plan.toml")
     assert [case.defence for case in plan.cases] == ["none", "quantise:levels=3", "median"]
     assert [case.subject for case in plan.cases][1] == "zoo:mnist-cnn behind quantise:levels=3"
     assert set(plan.expected_hashes) == {"mnist-5k", *(case.subject for case in plan.cases)}
-    assert len(set(plan.expected_hashes.values())) == 4  # the defences do not say the same
+    assert len(set(plan.expected_hashes.values())) == 4  # the outputs of the defences differ
     assert read_plan_of(plan_text(plan), made) == plan
     results = json.loads((made / "results.json").read_text())
     assert [record["defence"] for record in results["records"]] == [None, "quantise:levels=3", "median"]
@@ -256,17 +256,17 @@ def read_plan_of(text, folder):
     return read_plan(path)
 
 
-def test_lists_and_words_mean_the_same_plan(tmp_path):
+def test_lists_and_options_give_the_same_plan(tmp_path):
     (tmp_path / "plan.toml").write_text(
         'data = "digits"\nmodels = ["m"]\ndefences = ["none", "jpeg"]\nthreats = ["linf:0.1", "l2:1"]\nattacks = ["fgsm"]\n'
     )
     plan = read_plan(tmp_path / "plan.toml")
-    asked = Request(model=["m"], data="digits", threat=["linf:0.1", "l2:1"], attack=["fgsm"], defence=["none", "jpeg"])
-    assert plan == plan_of(asked)
+    request = Request(model=["m"], data="digits", threat=["linf:0.1", "l2:1"], attack=["fgsm"], defence=["none", "jpeg"])
+    assert plan == plan_of(request)
     assert [(case.defence, case.threat) for case in plan.cases] == [
         (defence, threat) for defence in ("none", "jpeg") for threat in ("linf:0.1", "l2:1")
     ]
-    assert command_of(plan) == asked.command()
+    assert command_of(plan) == request.command()
     assert "--defence none --defence jpeg" in command_of(plan)
     (tmp_path / "one.toml").write_text('data = "d"\n[[cases]]\nmodel = "m"\nthreat = "t"\nattack = "a"\n')
     assert read_plan(tmp_path / "one.toml").cases == (Case("m", "t", "a", "misclassify", "none"),)
@@ -282,39 +282,40 @@ def test_blocks_of_different_defences_have_different_names_and_a_resumed_run_doe
     assert main(["bench", "--out", str(made), "--resume"]) == 0
     assert {path: path.stat().st_mtime_ns for path in made.rglob("*.safetensors")} == before
     assert main(["bench", *WORDS, "--defence", "jpeg", "--out", str(made), "--resume"]) == 2
-    assert "other cases" in capsys.readouterr().err
+    assert "different: cases" in capsys.readouterr().err
 
 
-def test_the_folder_tells_of_each_defence_by_itself(made, capsys):
-    found = past.read(made)
+def test_the_records_of_each_defence_are_read_separately(made, capsys):
+    found = read(made)
     assert len(found.robust) == 3
     for record, robust in zip(found.results["records"], found.robust, strict=True):
         assert record["robust_accuracy"] == robust.mean()
     assert {picture.model for picture in found.pictures} == {case.subject for case in read_plan(made / "plan.toml").cases}
     assert main(["report", str(made)]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "zoo:mnist-cnn behind quantise:levels=3: right on" in printed
+    clean = found.results["records"][1]["clean_accuracy"]
+    assert f"zoo:mnist-cnn behind quantise:levels=3: {clean:.1%} correct of 20 images" in printed
     page = (made / "report.html").read_text()
     assert 'behind <b class="name">quantise:levels=3</b>' in page
 
 
 def test_runs_are_compared_defence_by_defence(made):
-    found = compare(past.read(made), past.read(made))
+    found = compare(read(made), read(made))
     assert [pair.defence_a for pair in found.pairs if not pair.worst_case] == [None, "quantise:levels=3", "median"]
     assert all(pair.only_a == pair.only_b == 0 for pair in found.pairs)
 
 
 def test_starts_for_the_same_model_behind_the_same_defence_go_first(made):
-    """What was found behind a defence is a start for another, but no find of the very thing."""
+    """The run also has adversarial images for other defences; those for the same defence are preferred."""
     plan = Plan((Case("zoo:mnist-cnn", "linf:0.2", "fgsm", defence="median"),), "mnist-5k", limit=20, start_from=(str(made),))
     (record,) = run(plan).records
-    old = past.read(made).results["records"][2]
+    old = read(made).results["records"][2]
     starts = next(stage for stage in record["stages"] if stage["name"] == "starts")
     clean = next(stage for stage in record["stages"] if stage["name"] == "clean")
     assert starts["solved"] + clean["solved"] >= round(20 * old["success_rate"]) > 0
 
 
-def test_a_preview_tells_of_defences(capsys):
+def test_a_preview_names_defences(capsys):
     assert main(["bench", *WORDS, "--defence", "none", "--defence", "median", "--dry-run"]) == 0
     printed = capsys.readouterr().out
     plain, behind = (line.split()[0] for line in printed.splitlines() if "linf:0.2" in line)
@@ -323,14 +324,14 @@ def test_a_preview_tells_of_defences(capsys):
     assert "2 cases of 20 images" in printed
 
 
-def test_the_names_are_listed(capsys):
+def test_defences_are_listed(capsys):
     assert main(["bench", "--list"]) == 0
     printed = capsys.readouterr().out
     assert "defences\n  none\n  quantise:levels=8,draws=1\n" in printed
     assert "gaussian-noise:sigma=0.25,draws=10" in printed
 
 
-def test_in_python_the_defence_is_that_of_the_target():
+def test_in_python_the_target_has_the_defence():
     targets = {"plain": NET, "guarded": Quantise(6).guard(Target(NET, batch_size=100)), "noisy": RandomResize().guard(NET)}
     report = evaluate(targets, (X, Y), threat=Linf(0.2), attacks=PGD(steps=5))
     behind = report.records[1]
@@ -341,7 +342,7 @@ def test_in_python_the_defence_is_that_of_the_target():
     assert [row["defence"] for row in report.worst_case] == [row["defence"] for row in report.records]
 
 
-def test_one_attack_behind_a_defence_writes_images_that_break_it(tmp_path):
+def test_the_attack_command_writes_images_that_break_the_defence(tmp_path):
     import numpy as np
 
     out = tmp_path / "found.npz"

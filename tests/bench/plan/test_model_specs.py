@@ -1,4 +1,4 @@
-"""Models by name: each form of a spec, weights that are only read, hashes that name the weights, and clear refusals."""
+"""Model specs: every form, weights files that execute no code, hashes of the weights, and clear errors."""
 
 import pickle
 import sys
@@ -29,7 +29,7 @@ X = torch.linspace(0, 1, 8).reshape(2, 1, 2, 2)
 
 
 class Trap:
-    """What a pickle would do to whoever loads it."""
+    """A pickle that writes a file when it is loaded."""
 
     def __init__(self, path):
         self.path = path
@@ -49,12 +49,12 @@ def made():
     return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(4, 3)).eval()
 
 
-def test_a_reference_model_is_that_of_the_zoo():
+def test_a_zoo_spec_gives_the_model_of_the_zoo():
     model = load_model("zoo:digits-mlp")
     assert model_hash(model) == model_hash(zoo.load("digits-mlp"))
 
 
-def test_a_factory_of_a_file_or_a_module_comes_in_evaluation_mode(nets, tmp_path, monkeypatch):
+def test_the_model_of_a_factory_is_in_evaluation_mode(nets, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "nets_as_module.py").write_text(NETS)
     for spec in (nets, "nets_as_module:net"):
@@ -64,7 +64,7 @@ def test_a_factory_of_a_file_or_a_module_comes_in_evaluation_mode(nets, tmp_path
 
 
 @pytest.mark.parametrize("suffix", ["pt", "pth", "safetensors"])
-def test_weights_fill_the_model(nets, tmp_path, suffix):
+def test_weights_are_loaded_into_the_model(nets, tmp_path, suffix):
     weights = made().state_dict()
     path = tmp_path / f"w: 1.{suffix}"
     save_file(weights, path) if suffix == "safetensors" else torch.save(weights, path)
@@ -73,7 +73,7 @@ def test_weights_fill_the_model(nets, tmp_path, suffix):
     assert model_hash(model) == model_hash(made())
 
 
-def test_the_hash_names_every_weight_and_buffer_and_nothing_else():
+def test_the_hash_covers_every_weight_and_buffer_and_nothing_else():
     hashes = [model_hash(made())]
     for change in ("2.weight", "2.bias"):
         model = made()
@@ -89,7 +89,7 @@ def test_the_hash_names_every_weight_and_buffer_and_nothing_else():
     assert model_hash(made().train()) == hashes[0]
 
 
-def test_the_hash_passes_over_what_is_no_tensor():
+def test_the_hash_skips_objects_that_are_not_tensors():
     class Extra(nn.Linear):
         def get_extra_state(self):
             return {"any": object()}
@@ -104,12 +104,12 @@ def test_the_hash_passes_over_what_is_no_tensor():
 
 
 @pytest.mark.parametrize("suffix", ["pt", "pth", "safetensors", "pkl", "bin"])
-def test_a_pickle_in_a_weights_file_is_refused_unread(nets, tmp_path, suffix):
+def test_a_pickle_in_a_weights_file_is_refused_without_executing_it(nets, tmp_path, suffix):
     done, path = tmp_path / "done", tmp_path / f"w.{suffix}"
     trap = {"2.weight": Trap(done)}
     torch.save(trap, path) if suffix in ("pt", "pth") else path.write_bytes(pickle.dumps(trap))
-    rule = {"safetensors": "no readable safetensors", "pkl": r"must end in \.safet", "bin": r"must end in \.safet"}
-    with pytest.raises(ArgumentError, match=rule.get(suffix, "holds more than tensors, which could execute code")):
+    rule = {"safetensors": "not a readable safetensors", "pkl": r"must end in \.safet", "bin": r"must end in \.safet"}
+    with pytest.raises(ArgumentError, match=rule.get(suffix, "contains other objects than tensors, which could execute code")):
         load_model(f"{nets}@weights={path}")
     assert not done.exists()
     pickle.loads(pickle.dumps(Trap(done))).close()
@@ -126,7 +126,7 @@ def test_weights_that_do_not_fit_are_refused(nets, tmp_path, weights):
 
 
 @pytest.mark.parametrize(
-    ("spec", "told"),
+    ("spec", "message"),
     [
         ("nope", "model 'nope' does not exist; write zoo:NAME"),
         ("", "model '' does not exist"),
@@ -139,13 +139,13 @@ def test_weights_that_do_not_fit_are_refused(nets, tmp_path, weights):
         ("{file}:net@weights={folder}", "there is no weights file"),
     ],
 )
-def test_specs_that_name_no_model(nets, tmp_path, spec, told):
-    with pytest.raises(ArgumentError, match=told):
+def test_invalid_specs_are_refused(nets, tmp_path, spec, message):
+    with pytest.raises(ArgumentError, match=message):
         load_model(spec.format(folder=tmp_path, nets=nets, file=f"{tmp_path}/some nets.py"))
 
 
 @pytest.mark.parametrize("device", ["nonsense", "meta", "mps:x", "cpu:x", "cuda:", "cuda:-1", "cuda:9999", "", "CPU"])
-def test_devices_that_are_none_are_told_before_any_code_runs(tmp_path, device):
+def test_invalid_devices_are_refused_before_any_code_runs(tmp_path, device):
     (tmp_path / "trap.py").write_text(f"open({str(tmp_path / 'done')!r}, 'w')")
     with pytest.raises(ArgumentError, match="cannot be used; write cpu") as caught:
         load_model(f"{tmp_path}/trap.py:net", device)
@@ -153,15 +153,15 @@ def test_devices_that_are_none_are_told_before_any_code_runs(tmp_path, device):
     assert not (tmp_path / "done").exists()
 
 
-def test_a_broken_library_is_told_with_the_line_that_installs_it(monkeypatch):
+def test_a_missing_library_is_reported_with_the_command_that_installs_it(monkeypatch):
     for library in ("torchvision", "timm"):
         monkeypatch.setitem(sys.modules, library, None)  # as if it were not installed
         with pytest.raises(MissingExtraError, match=f"{library} is needed here .* pip install"):
             load_model(f"{library}:resnet50")
 
 
-def test_models_of_other_libraries_bring_their_own_normalisation(monkeypatch):
-    """Stand-ins with the interface of the libraries' documentation: neither has a place in the tests of this package."""
+def test_models_of_other_libraries_have_their_own_normalisation(monkeypatch):
+    """With stand-ins that follow the documentation of the libraries, which the tests do not install."""
     shift = types.SimpleNamespace(DEFAULT=types.SimpleNamespace(transforms=lambda: nn.Upsample(scale_factor=2)))
     models = types.ModuleType("torchvision.models")
     models.get_model_weights = lambda name: {"known": shift}[name]
@@ -174,5 +174,5 @@ def test_models_of_other_libraries_bring_their_own_normalisation(monkeypatch):
     assert torch.allclose(load_model("torchvision:known")(X), X.mean((2, 3), keepdim=True))
     assert torch.allclose(load_model("timm:known")(X), made()((X - 0.5) / 0.25))
     for library in ("torchvision", "timm"):
-        with pytest.raises(ArgumentError, match=f"'{library}:nope' cannot be had: .*nope"):
+        with pytest.raises(ArgumentError, match=f"'{library}:nope' cannot be loaded: .*nope"):
             load_model(f"{library}:nope")

@@ -1,4 +1,4 @@
-"""Plans: what words and files mean, and that both say the same there and back."""
+"""Plans from options and from files, and the commands and files that give them again."""
 
 import shlex
 
@@ -17,7 +17,7 @@ MODELS = ("zoo:mnist-cnn", "zoo:mnist-cnn-robust")
 THREATS = ("linf:0.05", "linf:0.1", "linf:0.2", "linf:0.3")
 
 
-def test_the_default_plan_holds_the_five_seed_attacks_and_a_curve():
+def test_the_default_plan_has_attacks_of_each_kind_and_a_curve():
     cases = []
     for model in MODELS:
         cases += [Case(model, threat, "standard") for threat in THREATS[:3]]
@@ -92,7 +92,7 @@ def test_the_default_plan_holds_the_five_seed_attacks_and_a_curve():
         (Request(data="d", start_from=["r", "q", "r"]), Plan(default_plan().cases, "d", start_from=("r", "q"))),
     ],
 )
-def test_a_request_means_every_combination_of_what_it_names(request_, expected):
+def test_a_request_gives_all_combinations_of_its_options(request_, expected):
     assert plan_of(request_) == expected
 
 
@@ -109,10 +109,10 @@ def test_numbers_out_of_range_are_refused(wrong):
         plan_of(Request(**wrong))
 
 
-def test_a_plan_without_cases_or_with_one_twice_is_refused():
-    with pytest.raises(ArgumentError, match="the plan holds no case"):
+def test_a_plan_without_cases_or_with_a_repeated_case_is_refused():
+    with pytest.raises(ArgumentError, match="the plan has no case"):
         Plan((), "digits")
-    with pytest.raises(ArgumentError, match=r"holds Case\(model='m'.* twice"):
+    with pytest.raises(ArgumentError, match=r"contains Case\(model='m'.* twice"):
         Plan((Case("m", "t", "a"), Case("m", "t", "a")), "digits")
 
 
@@ -134,32 +134,32 @@ PLANS = st.builds(Plan, CASES.map(tuple), WORDS, expected_hashes=st.dictionaries
 
 
 @given(PLANS)
-def test_a_plan_in_a_file_reads_back_equal(tmp_path_factory, plan):
+def test_a_plan_that_is_written_and_read_is_equal(tmp_path_factory, plan):
     path = tmp_path_factory.getbasetemp() / "plan.toml"
     path.write_text(plan_text(plan), encoding="utf-8")
-    held = read_plan(path)
-    assert held == plan
-    assert held.expected_hashes == plan.expected_hashes
+    read = read_plan(path)
+    assert read == plan
+    assert read.expected_hashes == plan.expected_hashes
 
 
 @given(PLANS)
-def test_a_command_that_means_a_plan_means_that_one(plan):
+def test_the_command_of_a_plan_gives_this_plan(plan):
     words = shlex.split(command_of(plan, "/some/plan.toml"))
     if words == ["robustkit", "bench", "--plan", "/some/plan.toml"]:
         return
-    assert said(words) == plan
+    assert parsed(words) == plan
 
 
-def said(words):
-    """The plan that the command line understands."""
-    asked = []
-    real, command.bench_command = command.bench_command, lambda request, manner: asked.append(plan_of(request)) or 0
+def parsed(words):
+    """The plan that the command line makes of these words."""
+    plans = []
+    real, command.bench_command = command.bench_command, lambda request, options: plans.append(plan_of(request)) or 0
     try:
         assert words[:2] == ["robustkit", "bench"]
         assert cli.main(words[1:]) == 0
     finally:
         command.bench_command = real
-    return asked[0]
+    return plans[0]
 
 
 @pytest.mark.parametrize(
@@ -175,11 +175,11 @@ def said(words):
         (Plan((Case("m", "t", "a"), Case("m", "u", "b")), "digits"), "robustkit bench --plan plan.toml"),
     ],
 )
-def test_the_command_that_is_told_asks_for_the_same_again(plan, command_):
-    told = command_of(plan)
-    assert command_ is None or told == command_
-    if "--plan" not in told:
-        assert said(shlex.split(told)) == plan
+def test_the_reported_command_gives_the_same_plan(plan, command_):
+    reported = command_of(plan)
+    assert command_ is None or reported == command_
+    if "--plan" not in reported:
+        assert parsed(shlex.split(reported)) == plan
 
 
 LISTS = 'data = "d"\nmodels = ["m"]\nthreats = ["t"]\n'
@@ -203,44 +203,44 @@ def test_a_plan_may_be_written_by_hand(tmp_path, text, expected):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
-        ("x = ", "is no TOML: .* repair that line"),
+        ("x = ", "is not TOML: .* correct that line"),
         ("\udcff", "cannot be read"),
-        ('limti = 3\ndata = "d"\n', "'limti' means nothing in the plan; there are .*limit"),
+        ('limti = 3\ndata = "d"\n', "'limti' is not a key of the plan; its keys are .*limit"),
         ('limit = "3"\n' + LISTS, "limit='3' must be a whole number"),
         ("limit = true\n" + LISTS, "limit=True must be a whole number"),
         ("limit = 2.5\n" + LISTS, "limit=2.5 must be a whole number"),
         ("limit = 0\n" + LISTS, "limit=0 must be at least 1"),
         ("save_adversarial = 1\n" + LISTS, "save_adversarial=1 must be true or false"),
         ("data = 3\n", "data=3 must be a string"),
-        (ONE, "data is missing; say on what"),
-        ('data = "d"\n', "the plan holds no case"),
+        (ONE, "data is missing; name the data"),
+        ('data = "d"\n', "the plan has no case"),
         ('start_from = "r"\n' + LISTS, "start_from='r' must be a list of strings"),
         ('data = "d"\nmodels = "m"\n', "models='m' must be a list of strings"),
         ('data = "d"\nmodels = [1]\n', r"models=\[1\] must be a list of strings"),
-        ('data = "d"\nmodels = ["m"]\n', "threats is missing beside models"),
-        ('data = "d"\nattacks = ["m"]\n', "models is missing beside attacks"),
+        ('data = "d"\nmodels = ["m"]\n', "threats is missing, and models needs it"),
+        ('data = "d"\nattacks = ["m"]\n', "models is missing, and attacks needs it"),
         ('data = "d"\ncases = 3\n', "cases must be tables"),
         ('data = "d"\n[[cases]]\nmodel = "m"\nthreat = "t"\n', "case 1 has no attack"),
-        ('data = "d"\n' + ONE + "seed = 3\n", "'seed' means nothing in case 1; there are model, threat, attack, goal"),
+        ('data = "d"\n' + ONE + "seed = 3\n", "'seed' is not a key of case 1; its keys are model, threat, attack, goal"),
         ('data = "d"\n[[cases]]\nmodel = 3\nthreat = "t"\nattack = "a"\n', "model=3 must be a string"),
         (LISTS + "hashes = 3\n", "hashes must be a table"),
         (LISTS + "[hashes]\nm = 3\n", "m=3 must be a string"),
     ],
 )
-def test_a_plan_that_means_nothing_is_refused_in_one_line(tmp_path, text, told):
+def test_an_invalid_plan_is_refused_in_one_line(tmp_path, text, message):
     path = tmp_path / "plan.toml"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(ArgumentError, match=told) as caught:
+    with pytest.raises(ArgumentError, match=message) as caught:
         read_plan(path)
     assert str(caught.value).startswith(f"plan={str(path)!r}")
     assert "\n" not in str(caught.value)
 
 
-def test_a_plan_says_all_of_it(tmp_path):
+def test_no_option_can_be_combined_with_a_plan_file(tmp_path):
     (tmp_path / "plan.toml").write_text(LISTS)
-    with pytest.raises(ArgumentError, match="--batch-size has no place beside --plan"):
+    with pytest.raises(ArgumentError, match="--batch-size cannot be combined with --plan"):
         plan_of(Request(plan=tmp_path / "plan.toml", batch_size=3))
     with pytest.raises(ArgumentError, match=r"none\.toml' cannot be read"):
         plan_of(Request(plan=tmp_path / "none.toml"))

@@ -1,4 +1,4 @@
-"""Attacks of other packages: listed, usable by name, recorded; a broken one is told in one line and stops nobody else."""
+"""Plugins are listed, run by name and recorded; a broken one is reported in one line and does not affect the others."""
 
 import json
 import os
@@ -43,7 +43,7 @@ class Still(Attack):
 
 
 def install(site, package, entries, code="", version="1.0"):
-    """A package as an installer leaves it: its module beside its metadata."""
+    """Write an installed package: its module and its metadata."""
     info = site / f"{package.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
@@ -53,7 +53,7 @@ def install(site, package, entries, code="", version="1.0"):
 
 
 def pip_install(source, site):
-    """What `pip install` makes of a folder, without network."""
+    """Run `pip install` on a folder, without the network."""
     pip = [
         sys.executable,
         "-m",
@@ -74,7 +74,7 @@ def pip_install(source, site):
 
 @pytest.fixture
 def publish(tmp_path, monkeypatch):
-    """Install a package here, for the length of a test; the name of its module goes with it."""
+    """Installs packages for the length of a test; their modules are forgotten afterwards."""
     site = tmp_path / "site"
     site.mkdir()
     monkeypatch.syspath_prepend(str(site))
@@ -87,7 +87,7 @@ def publish(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The example package, built and installed by pip, beside one that cannot be imported."""
+    """The example package, built and installed by pip, and one that cannot be imported."""
     made = tmp_path_factory.mktemp("plugins")
     shutil.copytree(EXAMPLE, made / "source")
     pip_install(made / "source", made / "site")
@@ -108,7 +108,7 @@ def line_of(text, name):
     return line.strip()
 
 
-def test_the_package_that_the_page_shows_works_as_it_says(tmp_path, monkeypatch, capsys):
+def test_the_example_of_the_documentation_works(tmp_path, monkeypatch, capsys):
     page = PAGE.read_text()
     (tmp_path / "pyproject.toml").write_text(re.search(r"^```toml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1])
     (tmp_path / "random_search.py").write_text(re.search(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1])
@@ -128,53 +128,55 @@ def test_the_package_that_the_page_shows_works_as_it_says(tmp_path, monkeypatch,
     assert 0 < record["success_rate"] < 1
 
 
-def test_an_installed_attack_is_listed_and_a_broken_one_beside_it_is_told_in_one_line(site):
+def test_an_installed_attack_is_listed_and_a_broken_one_is_reported_in_one_line(site):
     done = process(site, "bench", "--list")
     assert done.returncode == 0
     assert done.stderr == (
-        "robustkit: plugin 'broken' of package 'broken-package' 0.3 was left out: ModuleNotFoundError: No module named "
+        "robustkit: plugin 'broken' of package 'broken-package' 0.3 cannot be used: ModuleNotFoundError: No module named "
         "'not_there_at_all'; install what it needs, repair it, or uninstall it\n"
     )
     line = line_of(done.stdout, "random-corner")
     assert line == "random-corner:tries=5,signs=each  (score; linf:EPS; of robustkit-example-attack 1.2)"
     names = [line.strip().partition(":")[0].partition(" ")[0] for line in done.stdout.splitlines()]
-    assert names.index("random-corner") == names.index("goals") - 1  # after all of ours
+    assert names.index("random-corner") == names.index("goals") - 1  # after the attacks of this package
     assert "pgd" in names
     assert "broken" not in done.stdout
 
 
-def test_an_installed_attack_runs_by_name_in_worker_processes_too(site):
+def test_an_installed_attack_runs_by_name_in_worker_processes(site):
     words = [*WORDS, "--attack", "random-corner:tries=3", "--attack", "fgsm", "--block", "20", "--workers", "2"]
     done = process(site, *words, "--out", "run")
     assert (done.returncode, "broken" in done.stderr) == (0, False), done.stderr
     results = json.loads((site / "run" / "results.json").read_text())
     assert results["environment"]["plugins"] == "robustkit-example-attack 1.2"
-    theirs, _ = results["records"]
-    assert theirs["recipe"] == "RandomCorner(tries=3, signs='each')"
-    # The same by hand, through the class.
-    again = (
+    record, _ = results["records"]
+    assert record["recipe"] == "RandomCorner(tries=3, signs='each')"
+    # The same without the bench, from the class itself.
+    script = (
         "import json, sys, torch; from example_attack import RandomCorner; from robustkit import Linf, data, zoo\n"
         "torch.set_num_threads(1); digits = data.load('digits').part(limit=40)\n"
-        "found = RandomCorner(tries=3)(zoo.load('digits-mlp'), digits.x, digits.y, threat=Linf(0.2))\n"
-        "json.dump([int(found.success.sum()), int(found.forwards.sum())], sys.stdout)"
+        "result = RandomCorner(tries=3)(zoo.load('digits-mlp'), digits.x, digits.y, threat=Linf(0.2))\n"
+        "json.dump([int(result.success.sum()), int(result.forwards.sum())], sys.stdout)"
     )
     environment = {**os.environ, "PYTHONPATH": str(site / "site"), "OMP_NUM_THREADS": "1"}
-    told = subprocess.run([sys.executable, "-c", again], env=environment, capture_output=True, text=True, check=True)
-    successes, forwards = json.loads(told.stdout)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    successes, forwards = json.loads(done.stdout)
     assert 0 < successes < 40
-    assert (theirs["robust_accuracy"], theirs["forwards"]) == (pytest.approx(1 - successes / 40), forwards)
+    assert (record["robust_accuracy"], record["forwards"]) == (pytest.approx(1 - successes / 40), forwards)
 
 
-def test_the_broken_one_by_name_is_refused_with_the_reason(site):
+def test_a_broken_attack_is_refused_by_name_with_the_reason(site):
     done = process(site, *WORDS, "--attack", "broken", "--out", "refused")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("robustkit: attack 'broken': plugin 'broken' of package 'broken-package' 0.3 was left out: ")
+    assert done.stderr.startswith(
+        "robustkit: attack 'broken': plugin 'broken' of package 'broken-package' 0.3 cannot be used: "
+    )
     assert "No module named 'not_there_at_all'" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (site / "refused").exists()
 
 
-def test_no_code_runs_but_that_of_the_attack_that_is_asked_for(publish, tmp_path):
+def test_only_the_code_of_the_requested_attack_runs(publish, tmp_path):
     code = f"with open({str(tmp_path / 'executed')!r}, 'a') as file:\n    file.write('once')\n" + STILL
     publish("lazy", "lazy = lazy:Still", code)
     assert specs.attack("pgd") == PGD()
@@ -189,13 +191,17 @@ def test_no_code_runs_but_that_of_the_attack_that_is_asked_for(publish, tmp_path
 BROKEN = {
     "raises": ("raises:Still", "raise ValueError('no \\n luck')", "ValueError: no luck; install what it needs, repair it"),
     "exits": ("exits:Still", "raise SystemExit(3)", "SystemExit: 3"),
-    "function": ("function:make", "def make(): return 3", "is no class derived from Attack; publish the class of an attack"),
-    "instance": ("instance:one", STILL + "one = Still()", r"Still\(length=1.0\) is no class derived from Attack"),
-    "other": ("other:dict", "dict = dict", "<class 'dict'> is no class derived from Attack"),
+    "function": ("function:make", "def make(): return 3", "is not a class derived from Attack; the entry point must name"),
+    "instance": ("instance:one", STILL + "one = Still()", r"Still\(length=1.0\) is not a class derived from Attack"),
+    "other": ("other:dict", "dict = dict", "<class 'dict'> is not a class derived from Attack"),
     "lacks": ("lacks:Nope", STILL, "AttributeError: .*Nope"),
-    "abstract": ("abstract:Half", "class Half(Attack):\n    pass", "Half does not define run; publish the class"),
-    "bare": ("bare:Bare", "class Bare(Attack):\n    def run(self, problem): return problem.x", "Bare is no frozen dataclass"),
-    "thaws": ("thaws:Still", STILL.replace("frozen=True", "frozen=False"), "Still is no frozen dataclass; publish"),
+    "abstract": (
+        "abstract:Half",
+        "class Half(Attack):\n    pass",
+        "Half does not define run; the entry point must name",
+    ),
+    "bare": ("bare:Bare", "class Bare(Attack):\n    def run(self, problem): return problem.x", "Bare is not a frozen"),
+    "thaws": ("thaws:Still", STILL.replace("frozen=True", "frozen=False"), "Still is not a frozen dataclass; the"),
     "sees": ("sees:Still", STILL + "Still.access = 'grey'", "Still.access='grey' must be one of white, score, label"),
     "serve": ("serve:Still", STILL + "Still.serves = Linf", "Still.serves=.* must be a tuple of threats"),
     "types": ("types_:Still", STILL.replace("float", "Float"), "ModuleNotFoundError"),
@@ -206,62 +212,62 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_whatever_is_wrong_with_one_is_told_in_one_line(publish, capsys, name):
-    value, code, told = BROKEN[name]
+def test_any_defect_of_a_plugin_is_reported_in_one_line(publish, capsys, name):
+    value, code, reason = BROKEN[name]
     publish(name, f"{name} = {value}", code)
     publish("sound", "sound = sound:Still", STILL)
     assert cli.main(["bench", "--list"]) == 0
     said = capsys.readouterr()
     assert line_of(said.out, "sound") == "sound:length=1.0  (white; any threat; of sound 1.0)"
-    assert said.err.startswith(f"robustkit: plugin '{name}' of package '{name}' 1.0 was left out: ")
+    assert said.err.startswith(f"robustkit: plugin '{name}' of package '{name}' 1.0 cannot be used: ")
     assert said.err.count("\n") == 1
     with pytest.raises(
-        ArgumentError, match=f"^attack '{name}': plugin '{name}' of package '{name}' 1.0 was left out: .*{told}"
+        ArgumentError, match=f"^attack '{name}': plugin '{name}' of package '{name}' 1.0 cannot be used: .*{reason}"
     ):
         specs.attack(f"{name}:length=3")
 
 
 @pytest.mark.parametrize("name", ["a b", "a,b", "a+b", "", "-x", "[x]"])
-def test_a_name_that_cannot_be_written_is_left_out(publish, capsys, name):
+def test_a_name_that_the_command_line_cannot_have_is_refused(publish, capsys, name):
     publish("odd", f"{name} = odd:Still\nfine = odd:Still", STILL)
     assert cli.main(["bench", "--list"]) == 0
     said = capsys.readouterr()
     line_of(said.out, "fine")
     assert said.err.count("\n") == 1
-    assert f"plugin {name!r} of package 'odd' 1.0 was left out: its name must be letters, digits" in said.err
+    assert f"plugin {name!r} of package 'odd' 1.0 cannot be used: its name may only have letters, digits" in said.err
 
 
 @pytest.mark.parametrize("name", specs.attack_names())
-def test_nobody_takes_a_name_of_ours(publish, capsys, name):
-    ours = specs.attack(name)
+def test_a_plugin_cannot_take_the_name_of_an_attack_of_robustkit(publish, capsys, name):
+    own = specs.attack(name)
     publish("thief", f"{name} = thief:Still", "raise RuntimeError('never run')")
-    assert specs.attack(name) == ours
+    assert specs.attack(name) == own
     assert (specs.plugin(name), specs.packages([name])) == (None, {})
     assert cli.main(["bench", "--list"]) == 0
     said = capsys.readouterr()
     assert said.err == (
-        f"robustkit: plugin '{name}' of package 'thief' 1.0 was left out: the name is that of an attack of robustkit, which "
-        "keeps it; it needs another\n"
+        f"robustkit: plugin '{name}' of package 'thief' 1.0 cannot be used: robustkit has an attack of this name; "
+        "rename the plugin\n"
     )
     assert [line.strip().split(":")[0].split()[0] for line in said.out.splitlines()].count(name) == 1
 
 
-def test_of_two_packages_with_one_name_nobody_is_chosen(publish, capsys):
+def test_a_name_that_two_packages_provide_cannot_be_used(publish, capsys):
     publish("second", "same = second:Still", STILL)
     publish("first", "same = first:Still\nalone = first:Still", STILL, "2.0")
-    told = "plugin 'same' of packages 'first' 2.0 and 'second' 1.0 was left out: the name is published more than once"
-    with pytest.raises(ArgumentError, match=f"^attack 'same': {told}.*uninstall all but one"):
+    reason = "plugin 'same' of packages 'first' 2.0 and 'second' 1.0 cannot be used: several packages provide this name"
+    with pytest.raises(ArgumentError, match=f"^attack 'same': {reason}.*uninstall all but one"):
         specs.attack("same")
     assert cli.main(["bench", "--list"]) == 0
     said = capsys.readouterr()
-    assert told in said.err
+    assert reason in said.err
     assert said.err.count("\n") == 1
     line_of(said.out, "alone")
-    with pytest.raises(ArgumentError, match=r"there are .*alone$"):  # what cannot be used is not proposed
+    with pytest.raises(ArgumentError, match=r"there are .*alone$"):  # without attacks that cannot be used
         specs.attack("nope")
 
 
-def test_a_package_that_is_there_twice_counts_once_and_the_first_is_meant(publish, tmp_path, monkeypatch):
+def test_of_a_package_that_is_installed_twice_the_first_is_used(publish, tmp_path, monkeypatch):
     publish("Same.Package", "one = other_place:Still", STILL)
     monkeypatch.syspath_prepend(str(tmp_path / "newer"))
     install(tmp_path / "newer", "same-package", "one = same_package:Still", STILL, "2.0")
@@ -270,22 +276,22 @@ def test_a_package_that_is_there_twice_counts_once_and_the_first_is_meant(publis
     assert issubclass(plugin.load(), plugins.Attack)
 
 
-def test_metadata_that_cannot_be_read_hide_nobody_else(publish, tmp_path, capsys):
+def test_unreadable_metadata_do_not_hide_other_packages(publish, tmp_path, capsys):
     publish("torn", "no value at all")
     publish("sound", "sound = sound:Still", STILL)
-    (tmp_path / "site" / "left-0.0.dist-info").mkdir()  # what an interrupted installation leaves
+    (tmp_path / "site" / "left-0.0.dist-info").mkdir()  # as an interrupted installation leaves it
     (tmp_path / "site" / "left-0.0.dist-info" / "entry_points.txt").write_text("[robustkit.attacks]\nx = y:Z\n")
     assert cli.main(["bench", "--list"]) == 0
     said = capsys.readouterr()
     line_of(said.out, "sound")
-    assert "plugin '*' of package 'torn' 1.0 was left out: its entry_points.txt cannot be read" in said.err
+    assert "plugin '*' of package 'torn' 1.0 cannot be used: its entry_points.txt cannot be read" in said.err
     assert repr(specs.attack("sound")) == "Still(length=1.0)"
 
 
 RAISES = STILL.replace("        return problem.x", "        return {}[self.length]")
 
 
-def test_an_error_in_the_attack_of_another_package_is_told_in_one_line(publish, tmp_path, capsys, monkeypatch):
+def test_an_error_in_a_plugin_is_reported_in_one_line(publish, tmp_path, capsys, monkeypatch):
     publish("faulty", "faulty = faulty:Still", RAISES)
     words = [*WORDS, "--attack", "faulty", "--out", str(tmp_path / "run")]
     assert cli.main(words) == 2
@@ -300,7 +306,7 @@ def test_an_error_in_the_attack_of_another_package_is_told_in_one_line(publish, 
     assert isinstance(caught.value.__cause__, KeyError)
 
 
-def test_an_error_in_its_constructor_and_in_its_check_too(publish, tmp_path, capsys):
+def test_an_error_in_the_constructor_or_the_check_of_a_plugin_is_reported(publish, tmp_path, capsys):
     code = STILL + "\n    def __post_init__(self):\n        1 / self.length\n\n    def check(self, threat):\n        [][3]\n"
     publish("faulty", "faulty = faulty:Still", code)
     with pytest.raises(ArgumentError, match=r"attack 'faulty:length=0': plugin 'faulty' of .* raised ZeroDivisionError: float"):
@@ -309,12 +315,12 @@ def test_an_error_in_its_constructor_and_in_its_check_too(publish, tmp_path, cap
     assert "plugin 'faulty' of package 'faulty' 1.0 raised IndexError" in capsys.readouterr().err
 
 
-def test_an_error_of_the_model_is_not_put_down_to_the_attack(publish, use):
+def test_an_error_of_the_model_is_not_attributed_to_the_attack(publish, use):
     class Late(torch.nn.Module):
         def forward(self, x):
             if x.requires_grad:
                 raise ValueError("the model is late")
-            return torch.eye(10)[[0] * len(x)]  # right on every zero
+            return torch.eye(10)[[0] * len(x)]  # correct for digit 0 alone
 
     use(Late())
     code = STILL.replace("problem.loss(problem.x)", "problem.loss_and_grad(problem.x)") + "\n    access: ClassVar = 'score'"
@@ -324,15 +330,15 @@ def test_an_error_of_the_model_is_not_put_down_to_the_attack(publish, use):
         loaded.measure(loaded.tasks()[0])
 
 
-def test_memory_that_runs_out_is_not_put_down_to_the_attack():
+def test_running_out_of_memory_is_not_attributed_to_the_attack():
     plugin = plugins.Plugin("x", (("y", "1"),), None)
     with pytest.raises(torch.OutOfMemoryError), plugins.attribute_errors(plugin, "x"):
         raise torch.OutOfMemoryError("out of memory")
     with pytest.raises(KeyError), plugins.attribute_errors(None, "pgd"):
-        raise KeyError("a defect of ours")
+        raise KeyError("a defect of robustkit")
 
 
-def test_in_python_errors_pass_unchanged(publish):
+def test_errors_pass_unchanged_in_python(publish):
     publish("faulty", "faulty = faulty:Still", RAISES)
     digits = data.load("digits").part(limit=3)
     for attack in ("faulty", specs.attack("faulty")):
@@ -340,7 +346,7 @@ def test_in_python_errors_pass_unchanged(publish):
             evaluate_(zoo.load("digits-mlp"), (digits.x, digits.y), threat=Linf(0.1), attacks=attack)
 
 
-def test_two_equal_runs_are_equal_and_name_the_package_where_it_is_used(publish):
+def test_the_environment_names_the_packages_that_are_used(publish):
     publish("sound", "sound = sound:Still\nsecond = sound:Still", STILL)
     plans = [
         Plan(tuple(Case("zoo:digits-mlp", "linf:0.1", word) for word in words), "digits", limit=2)
@@ -352,7 +358,7 @@ def test_two_equal_runs_are_equal_and_name_the_package_where_it_is_used(publish)
     assert [task.name for task in first.tasks()] == [task.name for task in second.tasks()]
 
 
-def test_a_run_is_not_taken_up_again_with_another_version(publish, tmp_path, capsys):
+def test_a_run_is_not_resumed_with_another_version(publish, tmp_path, capsys):
     publish("sound", "sound = sound:Still", STILL)
     words = [*WORDS, "--limit", "3", "--attack", "sound", "--out", str(tmp_path / "run")]
     assert cli.main(words) == 0
@@ -361,17 +367,17 @@ def test_a_run_is_not_taken_up_again_with_another_version(publish, tmp_path, cap
     assert "plugins was sound 1.0, is sound 1.1" in capsys.readouterr().err
 
 
-def test_what_a_package_prints_is_not_the_answer(publish, capsys):
+def test_what_a_package_prints_goes_to_standard_error(publish, capsys):
     publish("loud", "loud = loud:Still", "print('hello')" + STILL)
     assert cli.main(["bench", "--list"]) == 0
     said = capsys.readouterr()
     assert ("hello" in said.out, "hello" in said.err) == (False, True)
 
 
-def test_the_list_tells_forms_that_can_be_copied(capsys):
-    """Every attack as it is listed, with its fields, is what its name alone means."""
+def test_listed_specs_can_be_copied(capsys):
+    """The spec of an attack as it is listed, with its fields, is equal to its name alone."""
     assert cli.main(["bench", "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    told = [line.split()[0] for line in lines[lines.index("attacks") + 1 : lines.index("goals")]]
-    assert [specs.attack(line) for line in told] == [specs.attack(name) for name in specs.attack_names()]
+    listed = [line.split()[0] for line in lines[lines.index("attacks") + 1 : lines.index("goals")]]
+    assert [specs.attack(line) for line in listed] == [specs.attack(name) for name in specs.attack_names()]
     assert models.FORMS[1] in " ".join(lines)

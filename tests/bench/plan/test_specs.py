@@ -1,4 +1,4 @@
-"""The words of the command line: numbers exact, every name with every field, and clear refusals."""
+"""Specs of the command line: exact numbers, every attack with every field, and clear errors."""
 
 import dataclasses
 import math
@@ -35,13 +35,13 @@ def test_decimals_are_rounded_once(value):
 
 
 @pytest.mark.parametrize("text", ["", " ", "x", "1/0", "1/", "/2", "nan", "inf", "-inf", "1e400", "1/2/3", "0x10", "8,255"])
-def test_what_is_no_number_is_refused_with_its_name_and_value(text):
+def test_invalid_numbers_are_refused_with_name_and_value(text):
     with pytest.raises(ArgumentError, match="a number or a fraction such as 8/255") as caught:
         specs.number(text, "the name")
     assert f"the name={text!r}" in str(caught.value)
 
 
-def test_a_number_of_many_digits_costs_nothing():
+def test_numbers_with_huge_exponents_are_cheap():
     for text in ("1e999999999", "9" * 100_000 + "/3"):
         with pytest.raises(ArgumentError):
             specs.number(text, "eps")
@@ -62,14 +62,14 @@ def test_a_number_of_many_digits_costs_nothing():
     ],
 )
 def test_threats(spec, threat):
-    found = specs.threat(spec)
-    assert found == threat
-    assert type(found.eps) is type(threat.eps)
-    assert found.bounds == (0.0, 1.0)
+    parsed = specs.threat(spec)
+    assert parsed == threat
+    assert type(parsed.eps) is type(threat.eps)
+    assert parsed.bounds == (0.0, 1.0)
 
 
 @pytest.mark.parametrize(
-    ("spec", "told"),
+    ("spec", "message"),
     [
         ("l3:1", "'l3:1' does not exist; write one of linf:8/255, l2:0.5, l1:12, pixels:1"),
         ("linf", "'linf' does not exist"),
@@ -84,8 +84,8 @@ def test_threats(spec, threat):
         ("pixels:0", "'pixels:0'.*above 0"),
     ],
 )
-def test_threats_that_are_none(spec, told):
-    with pytest.raises(ArgumentError, match=f"threat .*{told}"):
+def test_invalid_threats_are_refused(spec, message):
+    with pytest.raises(ArgumentError, match=f"threat .*{message}"):
         specs.threat(spec)
 
 
@@ -109,7 +109,7 @@ def test_attacks(spec, attack):
 
 
 @pytest.mark.parametrize("name", specs.attack_names())
-def test_every_attack_can_be_written_out_in_full_and_read_back(name):
+def test_every_attack_can_be_written_with_all_fields_and_parsed_again(name):
     attack = specs.attack(name)
     values = {field.name: getattr(attack, field.name) for field in dataclasses.fields(attack)}
     assert set(specs.settable(type(attack))) == set(values)
@@ -134,7 +134,7 @@ def others(cls, key, value):
 
 @dataclasses.dataclass(frozen=True)
 class Picky(Attack):
-    """A field of every kind that can be written, and of some that cannot."""
+    """A field of every type that a spec can set, and of some that it cannot."""
 
     recipe: Literal["paper", "scipy"] = "paper"
     layer: str = "conv1"
@@ -173,7 +173,7 @@ class Needy(Attack):
 
 @pytest.fixture
 def local(monkeypatch):
-    """Two more attacks of ours."""
+    """Attacks of this package that the tests add."""
     known = {"picky": (Picky, {}), "tuned": (Picky, {"layer": "conv2", "pixels": 4}), "needy": (Needy, {"steps": 3})}
     monkeypatch.setattr(specs, "attack_names", lambda: known)
 
@@ -203,14 +203,14 @@ def local(monkeypatch):
         ("either=x", "either", "x"),
     ],
 )
-def test_fields_of_every_kind(local, words, field, value):
-    found = specs.attack(f"picky:{words}")
-    assert found == Picky(**{field: value})
-    assert type(getattr(found, field)) is type(value)
+def test_fields_of_every_type(local, words, field, value):
+    attack = specs.attack(f"picky:{words}")
+    assert attack == Picky(**{field: value})
+    assert type(getattr(attack, field)) is type(value)
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ("recipe=nope", "recipe='nope' must be paper or scipy$"),
         ("recipe=", "recipe='' must be paper or scipy$"),
@@ -224,11 +224,14 @@ def test_fields_of_every_kind(local, words, field, value):
             (f"{name}=3", f"{name}='3' cannot be written on the command line; give it in Python")
             for name in ("inner", "other", "weigh", "sizes", "counted")
         ),
-        ("hidden=3", "no field=value of picky; its fields: recipe, layer, pixels, length, order, rank, quick, name, either$"),
+        (
+            "hidden=3",
+            "not a field=value of picky; its fields: recipe, layer, pixels, length, order, rank, quick, name, either$",
+        ),
     ],
 )
-def test_values_that_no_field_takes(local, words, told):
-    with pytest.raises(ArgumentError, match=f"^attack 'picky:{words}': .*{told}"):
+def test_invalid_values_are_refused(local, words, message):
+    with pytest.raises(ArgumentError, match=f"^attack 'picky:{words}': .*{message}"):
         specs.attack(f"picky:{words}")
 
 
@@ -239,9 +242,9 @@ def test_a_field_without_default_must_be_given(local):
     assert specs.settable(Needy, {"steps": 3}) == {"layer": "...", "steps": "3"}
 
 
-def test_fields_are_told_in_words_that_are_read_back(local):
-    told = specs.settable(Picky, {"layer": "conv2", "pixels": 4})
-    assert told == {
+def test_fields_are_shown_as_text_that_can_be_parsed(local):
+    fields = specs.settable(Picky, {"layer": "conv2", "pixels": 4})
+    assert fields == {
         "recipe": "paper",
         "layer": "conv2",
         "pixels": "4",
@@ -252,18 +255,18 @@ def test_fields_are_told_in_words_that_are_read_back(local):
         "name": "none",
         "either": "3",
     }
-    assert specs.attack("picky:" + ",".join(f"{name}={word}" for name, word in told.items() if name != "either")) == Picky(
+    assert specs.attack("picky:" + ",".join(f"{name}={word}" for name, word in fields.items() if name != "either")) == Picky(
         layer="conv2", pixels=4
     )
     assert specs.attack("tuned") == Picky(layer="conv2", pixels=4)
 
 
-def test_the_threats_that_an_attack_serves_are_told_in_words():
+def test_the_threats_that_an_attack_serves_are_shown_as_specs():
     @dataclasses.dataclass(frozen=True)
     class Own(Linf):
         pass
 
-    words = {
+    expected = {
         (): "any threat",
         (Pixels,): "pixels:K",
         (L2, Linf): "linf:EPS, l2:EPS",
@@ -271,15 +274,15 @@ def test_the_threats_that_an_attack_serves_are_told_in_words():
         (L1, Own): "l1:EPS, Own",
         (Threat,): "linf:EPS, l2:EPS, l1:EPS, pixels:K",
     }
-    for serves, told in words.items():
-        assert specs.served_threats(type("Some", (Needy,), {"serves": serves})) == told
+    for serves, text in expected.items():
+        assert specs.served_threats(type("Some", (Needy,), {"serves": serves})) == text
 
 
-def test_a_threat_that_an_attack_does_not_serve_is_refused_in_words():
+def test_a_threat_that_an_attack_does_not_serve_is_refused():
     specs.check_served("picky", Picky(), "pixels:3", Pixels(3))
     specs.check_served("needy:layer=x", Needy("x", 3), "l2:1", L2(1.0))
-    told = "attack 'picky:layer=x' does not serve threat 'l2:0.5'; it serves linf:EPS, pixels:K"
-    with pytest.raises(ArgumentError, match=f"^{re.escape(told)}$"):
+    message = "attack 'picky:layer=x' does not serve threat 'l2:0.5'; it serves linf:EPS, pixels:K"
+    with pytest.raises(ArgumentError, match=f"^{re.escape(message)}$"):
         specs.check_served("picky:layer=x", Picky(), "l2:0.5", L2(0.5))
     with pytest.raises(ArgumentError, match=r"^attack 'needy' in threat 'l2:3': eps=3.0 is too much for Needy"):
         specs.check_served("needy", Needy("x", 3), "l2:3", L2(3.0))
@@ -287,27 +290,27 @@ def test_a_threat_that_an_attack_does_not_serve_is_refused_in_words():
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_run_is_refused_before_any_attack(local, order):
-    told = "^attack {} does not serve threat {}; it serves linf:EPS, pixels:K$"
+    message = "^attack {} does not serve threat {}; it serves linf:EPS, pixels:K$"
     cases = tuple(Case("zoo:digits-mlp", threat, "picky") for threat in ("pixels:2", "l2:0.5"))
-    with pytest.raises(ArgumentError, match=told.format("'picky'", "'l2:0.5'")):
+    with pytest.raises(ArgumentError, match=message.format("'picky'", "'l2:0.5'")):
         load(Plan(cases[::order], "digits", limit=2))
     digits, seen = data.load("digits").part(limit=2), []
-    with pytest.raises(ArgumentError, match=told.format('"Picky.*"', "'l1:3'")):
+    with pytest.raises(ArgumentError, match=message.format('"Picky.*"', "'l1:3'")):
         evaluate_(lambda x: seen.append(x) or x.flatten(1)[:, :10], (digits.x, digits.y), threat=L1(3.0), attacks=Picky())
     assert not any(x.requires_grad for x in seen)
 
 
 @pytest.mark.parametrize(
-    ("spec", "told"),
+    ("spec", "message"),
     [
         ("nope", "'nope' does not exist; there are fgsm, ifgsm, mifgsm, pgd"),
         ("", "'' does not exist"),
         ("PGD", "'PGD' does not exist"),
-        ("fgsm:steps=3", "'steps=3' is no field=value of fgsm; its fields: none"),
-        ("pgd:nope=3", "'nope=3' is no field=value of pgd; its fields: steps, reach, step_size, random_start"),
-        ("pgd:steps", "'steps' is no field=value"),
-        ("pgd:steps=3,", "'' is no field=value"),
-        ("pgd:=3", "'=3' is no"),
+        ("fgsm:steps=3", "'steps=3' is not a field=value of fgsm; its fields: none"),
+        ("pgd:nope=3", "'nope=3' is not a field=value of pgd; its fields: steps, reach, step_size, random_start"),
+        ("pgd:steps", "'steps' is not a field=value"),
+        ("pgd:steps=3,", "'' is not a field=value"),
+        ("pgd:=3", "'=3' is not a field=value"),
         ("pgd:steps=", "steps='' must be a number"),
         ("pgd:steps=2.5", "steps='2.5' must be a whole number"),
         ("pgd:steps=0", "'pgd:steps=0': steps=0 must be a whole number, at least 1"),
@@ -318,27 +321,27 @@ def test_a_run_is_refused_before_any_attack(local, order):
         ("pgd:steps=1,steps=2", "steps is given twice"),
     ],
 )
-def test_attacks_that_are_none(spec, told):
-    with pytest.raises(ArgumentError, match=f"attack .*{told}"):
+def test_invalid_attacks_are_refused(spec, message):
+    with pytest.raises(ArgumentError, match=f"attack .*{message}"):
         specs.attack(spec)
 
 
-def test_goals_make_their_reference():
+def test_goals_compute_their_reference():
     y = torch.tensor([0, 2])
-    aims = {name: specs.goal(name) for name in ("misclassify", "least-likely", "classify-as:2")}
-    found = {name: (aim.goal, aim.ref(lambda x: THREE[: len(x)], THREE, y, 2).tolist()) for name, aim in aims.items()}
-    assert found == {
+    goals = {name: specs.goal(name) for name in ("misclassify", "least-likely", "classify-as:2")}
+    computed = {name: (spec.goal, spec.ref(lambda x: THREE[: len(x)], THREE, y, 2).tolist()) for name, spec in goals.items()}
+    assert computed == {
         "misclassify": (Misclassify(), [0, 2]),
         "least-likely": (ClassifyAs(), [1, 2]),
         "classify-as:2": (ClassifyAs(), [2, 2]),
     }
-    assert [aim.target_class for aim in aims.values()] == [None, None, 2]
+    assert [spec.target_class for spec in goals.values()] == [None, None, 2]
 
 
-def test_the_least_likely_class_is_sought_in_small_batches():
-    seen = []
-    specs.goal("least-likely").ref(lambda x: seen.append(len(x)) or x, THREE.repeat(5, 1), THREE[:0], 3)
-    assert seen == [3, 3, 3, 1]
+def test_the_least_likely_class_is_computed_in_batches():
+    sizes = []
+    specs.goal("least-likely").ref(lambda x: sizes.append(len(x)) or x, THREE.repeat(5, 1), THREE[:0], 3)
+    assert sizes == [3, 3, 3, 1]
 
 
 @pytest.mark.parametrize(
@@ -354,11 +357,11 @@ def test_the_least_likely_class_is_sought_in_small_batches():
         f"classify-as:{'9' * 30}",
     ],
 )
-def test_goals_that_are_none(spec):
+def test_invalid_goals_are_refused(spec):
     with pytest.raises(ArgumentError, match="does not exist; write one of misclassify, least-likely, classify-as:K") as caught:
         specs.goal(spec)
     assert repr(spec) in str(caught.value)
 
 
-def test_no_threat_that_can_be_written_is_not_finite():
+def test_eps_is_always_finite():
     assert all(math.isfinite(specs.threat(spec).eps) for spec in ("linf:1", "l2:1e300", "l1:1e-300"))

@@ -44,7 +44,7 @@ def test_records_and_verdicts_are_cases_and_the_counts_are_theirs():
     }
     assert [dict(case.attrib) for case in suite] == [
         {"classname": "zoo:m", "name": "linf:0.1 pgd misclassify 3", "time": "1.250"},
-        {"classname": "zoo:m with jpeg", "name": "linf:0.1 fgsm misclassify 3", "time": "0.500"},
+        {"classname": "zoo:m behind jpeg", "name": "linf:0.1 fgsm misclassify 3", "time": "0.500"},
         *[{"classname": "robustkit gate", "name": verdict.name, "time": "0.000"} for verdict in (GOOD, BAD, GOOD)],
     ]
     assert {case.tag for case in suite} == {"testcase"}

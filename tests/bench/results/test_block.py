@@ -1,4 +1,4 @@
-"""Blocks: written and read back the same bit for bit, found again by what they compute, and never taken from a damaged file."""
+"""Blocks: files that keep every bit, names that depend on everything that is computed, and damaged files."""
 
 from dataclasses import replace
 
@@ -26,49 +26,49 @@ def same(a, b):
         assert getattr(a.result, name).dtype == getattr(b.result, name).dtype
     for name in ("flags", "notes", "stages"):
         assert getattr(a.result, name) == getattr(b.result, name)
-    assert torch.equal(a.images, b.images)
+    assert torch.equal(a.adversarial, b.adversarial)
     assert torch.equal(a.labels, b.labels)
     assert torch.equal(a.ids, b.ids)
-    assert (a.clean == b.clean).all()
+    assert (a.correct == b.correct).all()
     assert (a.robust == b.robust).all()
     assert (a.task, a.seconds, len(a.pictures)) == (b.task, b.seconds, len(b.pictures))
-    for ours, theirs in zip(a.pictures, b.pictures, strict=True):
-        for name, value in vars(ours).items():
-            assert np.array_equal(value, getattr(theirs, name)), name
+    for one, other in zip(a.pictures, b.pictures, strict=True):
+        for name, value in vars(one).items():
+            assert np.array_equal(value, getattr(other, name)), name
 
 
 @pytest.mark.parametrize("save", [False, True])
-def test_what_is_written_is_read_back(tmp_path, save):
+def test_a_block_that_is_written_and_read_is_equal(tmp_path, save):
     loaded = load(replace(PLAN, save_adversarial=save))
     for task in loaded.tasks():
         block = loaded.measure(task)
         Files(tmp_path).put(block)
         same(Files(tmp_path).get(task), block)
         assert block.result.x_adv.shape[1:].numel() == (64 if save else 0)
-        # Those that a change has solved are kept in any case, and once.
-        assert (block.found is None) == save
-        assert len(block.images) == len(BlockHeader.of(Files(tmp_path).path(task)).ids) == int(block.changed.sum())
-        assert block.changed.any() or task.case == 1
+        # The images of successes with a perturbation are always kept, in one place.
+        assert (block.kept_images is None) == save
+        assert len(block.adversarial) == len(BlockHeader.read(Files(tmp_path).path(task)).ids) == int(block.perturbed.sum())
+        assert block.perturbed.any() or task.case == 1
         assert len(block.pictures) == (4 if task.first == 0 else 0)
 
 
-def test_a_block_done_again_is_the_same_but_for_its_seconds():
+def test_a_block_that_is_computed_again_is_equal_except_for_its_seconds():
     for task in LOADED.tasks():
         first, again = (replace(LOADED.measure(task), seconds=0.0) for _ in range(2))
         same(first, again)
 
 
-def test_a_file_tells_each_example_under_plain_names(tmp_path):
+def test_a_file_has_one_row_per_example(tmp_path):
     data = load_data("digits")
     for task in LOADED.tasks():
         Files(tmp_path).put(LOADED.measure(task))
     files = sorted((tmp_path / "case-01").iterdir())
     assert [file.name.partition("-")[0] for file in files] == ["0000000", "0000010", "0000020"]
-    held = [load_file(file) for file in files]
-    index = torch.cat([file["index"] for file in held])
+    tensors = [load_file(file) for file in files]
+    index = torch.cat([file["index"] for file in tensors])
     assert index.tolist() == list(range(7, 32))
-    assert torch.equal(torch.cat([file["label"] for file in held]), data.y[index])
-    robust = torch.cat([file["robust"] for file in held])
+    assert torch.equal(torch.cat([file["label"] for file in tensors]), data.y[index])
+    robust = torch.cat([file["robust"] for file in tensors])
     assert robust.tolist() == next(iter(outcomes(LOADED))).robust.tolist()
 
 
@@ -90,7 +90,7 @@ def test_a_file_tells_each_example_under_plain_names(tmp_path):
     ],
     ids=str,
 )
-def test_a_block_is_named_by_all_that_it_computes(change, tmp_path, monkeypatch):
+def test_the_name_of_a_block_depends_on_everything_that_it_computes(change, tmp_path, monkeypatch):
     from safetensors.torch import save_file
 
     from robustkit import zoo
@@ -99,16 +99,16 @@ def test_a_block_is_named_by_all_that_it_computes(change, tmp_path, monkeypatch)
     weights = {name: tensor + 0.001 for name, tensor in zoo.load("digits-mlp").state_dict().items()}
     save_file(weights, "w.safetensors")
     if "offset" in change:
-        last = {task.first: task.name for task in LOADED.tasks() if task.case == 0}
-        theirs = {task.first: task.name for task in load(replace(PLAN, **change)).tasks() if task.case == 0}
-        assert last.keys() == theirs.keys()
-    ours = {task.name for task in LOADED.tasks()}
+        names = {task.first: task.name for task in LOADED.tasks() if task.case == 0}
+        changed = {task.first: task.name for task in load(replace(PLAN, **change)).tasks() if task.case == 0}
+        assert names.keys() == changed.keys()
+    names = {task.name for task in LOADED.tasks()}
     other = load(replace(PLAN, **change)).tasks()
-    # With another limit the data are others, and so is the hash of them.
-    assert not ours & {task.name for task in other}
+    # With another limit the data and their hash are different.
+    assert not names & {task.name for task in other}
 
 
-def test_equal_plans_have_equal_blocks_in_another_process_too():
+def test_equal_plans_have_equal_blocks():
     assert LOADED.tasks() == load(PLAN).tasks() == load(LOADED.plan).tasks()
     again = Plan(CASES[::-1], "digits", offset=7, limit=25, block=10)
     assert {task.name for task in load(again).tasks()} == {task.name for task in LOADED.tasks()}
@@ -120,7 +120,7 @@ def test_the_first_block_of_every_case_comes_first():
     assert order[2:] == [(case, first, last) for case in (0, 1) for first, last in ((10, 20), (20, 25))]
 
 
-def test_a_damaged_block_is_none(tmp_path):
+def test_a_damaged_block_is_not_used(tmp_path):
     store, task = Files(tmp_path), LOADED.tasks()[0]
     assert store.get(task) is None
     store.put(LOADED.measure(task))
@@ -128,11 +128,11 @@ def test_a_damaged_block_is_none(tmp_path):
     for damaged in (whole[:-1], whole[: len(whole) // 2], b"", b"x" * 100, whole.replace(b"robust", b"xobust")):
         store.path(task).write_bytes(damaged)
         assert store.get(task) is None
-        with pytest.raises(ArgumentError, match=r"is no block of a run .* remove it and resume the run"):
+        with pytest.raises(ArgumentError, match=r"is not a block of a run .* remove it and resume the run"):
             Block.load(store.path(task))
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+def test_a_file_is_replaced_atomically(tmp_path):
     path = tmp_path / "file"
     replace_file(path, b"one")
     replace_file(path, b"two")
@@ -141,31 +141,31 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 
 
 class Forgetful(Memory):
-    """Loses what it is given."""
+    """A store that loses its blocks."""
 
     def put(self, block):
         pass
 
 
-def test_a_block_that_vanishes_is_told():
+def test_a_missing_block_is_reported():
     with pytest.raises(Exception, match=r"block [0-9a-f]{16} of case 1 is missing or damaged; resume the run"):
         list(outcomes(LOADED, Forgetful()))
 
 
-def test_outcomes_do_not_depend_on_what_was_there_and_in_what_order_it_is_done():
+def test_outcomes_depend_neither_on_stored_blocks_nor_on_the_order():
     class Backwards:
         def run(self, make, tasks):
-            do = make()
-            return (do(task) for task in reversed(tasks))
+            function = make()
+            return (function(task) for task in reversed(tasks))
 
     store = Memory()
     for task in LOADED.tasks()[1::2]:
         store.put(LOADED.measure(task))
-    found = []
-    mixed = sorted(outcomes(LOADED, store, Backwards(), lambda block, old: found.append(old)), key=lambda o: o.index)
+    stored = []
+    mixed = sorted(outcomes(LOADED, store, Backwards(), lambda block, old: stored.append(old)), key=lambda o: o.index)
     plain = sorted(outcomes(LOADED), key=lambda o: o.index)
-    assert found == [True] * 3 + [False] * 3
-    for ours, theirs in zip(mixed, plain, strict=True):
-        assert {**ours.record, "seconds": 0} == {**theirs.record, "seconds": 0}
-        assert (ours.robust == theirs.robust).all()
-        assert [p.index for p in ours.pictures] == [p.index for p in theirs.pictures]
+    assert stored == [True] * 3 + [False] * 3
+    for one, other in zip(mixed, plain, strict=True):
+        assert {**one.record, "seconds": 0} == {**other.record, "seconds": 0}
+        assert (one.robust == other.robust).all()
+        assert [p.index for p in one.pictures] == [p.index for p in other.pictures]

@@ -1,4 +1,4 @@
-"""Universal attacks in a run: what is told of them, recounted with nothing of the bench."""
+"""Universal attacks in a run: their records, recomputed without the bench."""
 
 import json
 
@@ -25,8 +25,8 @@ def classes(net, x):
         return net(x).argmax(1)
 
 
-def test_a_record_tells_what_anybody_can_recount():
-    """The change is learned again by hand on the training part, and every rate counted on the held-out part."""
+def test_the_rates_of_a_record_can_be_recomputed():
+    """The perturbation is learned again on the training part, and every rate is computed on the held-out part."""
     plan = Plan((Case("zoo:digits-mlp", "linf:0.2", SHORT),), "digits", limit=150, block=40, seed=3)
     (record,) = run(plan).records
     net, pool, held = zoo.load("digits-mlp"), data.load("digits:train").part(0, 1000), data.load("digits").part(0, 150)
@@ -48,7 +48,7 @@ def test_a_record_tells_what_anybody_can_recount():
     assert record["backwards"] == made.backwards
 
 
-def test_random_signs_take_the_whole_budget():
+def test_random_signs_use_the_whole_eps():
     like = torch.zeros(1, 3, 5, 5)
     for threat in (Linf(0.2), L2(0.7)):
         delta = random_signs(threat, like, 0, 0)
@@ -62,7 +62,7 @@ def nets():
     return {name: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 4)).eval() for name in ("one", "two")}
 
 
-def test_data_without_a_training_part_are_split_and_the_first_half_is_not_scored():
+def test_without_a_training_part_the_first_half_is_for_learning_and_not_scored():
     x, y = torch.rand(41, 1, 6, 6, generator=torch.Generator().manual_seed(1)), torch.arange(41) % 4
     models = nets()
     report = evaluate(models, (x, y), threat=Linf(0.1), attacks=[UniversalPGD(epochs=1, starts=1), "fgsm"])
@@ -75,16 +75,16 @@ def test_data_without_a_training_part_are_split_and_the_first_half_is_not_scored
         changed = {key: float((classes(net, x[20:]) != classes(net, x_adv)).double().mean()) for key, net in models.items()}
         assert record["fooling_held_out"] == pytest.approx(changed[name])
         assert record["transfer"] == {other: pytest.approx(changed[other])}
-        # Together: every image counts, by the attacks that were tried on it.
+        # The worst case covers every image, with the attacks that were run on it.
         (joint,) = [r for r in report.worst_case if r["model"] == name]
-        left = classes(models[name], FGSM().perturb(models[name], x, y, threat=Linf(0.1))) == y
-        left &= classes(models[name], x) == y
-        left[20:] &= classes(models[name], x_adv) == y[20:]
+        robust = classes(models[name], FGSM().perturb(models[name], x, y, threat=Linf(0.1))) == y
+        robust &= classes(models[name], x) == y
+        robust[20:] &= classes(models[name], x_adv) == y[20:]
         assert joint["n"] == 41
-        assert joint["robust_accuracy"] == pytest.approx(float(left.double().mean()))
+        assert joint["robust_accuracy"] == pytest.approx(float(robust.double().mean()))
 
 
-def test_one_image_is_too_few_to_learn_and_to_score():
+def test_a_single_image_is_refused():
     with pytest.raises(
         ArgumentError, match="learns from the first half and is scored on the rest, and there is only one image"
     ):
@@ -93,7 +93,7 @@ def test_one_image_is_too_few_to_learn_and_to_score():
         )
 
 
-def test_a_finished_change_is_an_attack_like_any_other():
+def test_a_learned_perturbation_is_run_like_any_other_attack():
     x, y = torch.rand(10, 1, 6, 6), torch.arange(10) % 4
     made = Perturbation(torch.full((1, 1, 6, 6), 0.1), "hand")
     (record,) = evaluate(nets()["one"], (x, y), threat=Linf(0.1), attacks=[made]).records
@@ -101,7 +101,7 @@ def test_a_finished_change_is_an_attack_like_any_other():
     assert "fooling_train" not in record
 
 
-def test_workers_and_a_resumed_run_tell_the_same(tmp_path):
+def test_workers_and_a_resumed_run_give_the_same_records(tmp_path):
     plan = Plan(
         (Case("zoo:digits-mlp", "linf:0.2", SHORT), Case("zoo:digits-mlp", "l2:1", SHORT)), "digits", limit=90, block=30
     )
@@ -114,7 +114,7 @@ def test_workers_and_a_resumed_run_tell_the_same(tmp_path):
     assert without == [{k: v for k, v in record.items() if k != "seconds"} for record in again.records]
 
 
-def test_a_run_that_was_read_from_its_folder_shows_the_change(tmp_path):
+def test_a_run_that_is_read_has_the_perturbation(tmp_path):
     x, y = np.random.default_rng(0).integers(0, 255, (30, 6, 6), np.uint8), np.arange(30) % 4
     np.savez(tmp_path / "d.npz", x=x, y=y)
     (tmp_path / "m.py").write_text(
@@ -123,43 +123,43 @@ def test_a_run_that_was_read_from_its_folder_shows_the_change(tmp_path):
     )
     plan = Plan((Case(f"{tmp_path}/m.py:net", "linf:0.1", SHORT),), f"npz:{tmp_path}/d.npz", block=4)
     run(plan, out=tmp_path / "run")
-    found = read(tmp_path / "run")
-    assert len(found.robust[0]) == json.loads((tmp_path / "run" / "results.json").read_text())["records"][0]["n"] == 15
-    changes = [picture.perturbation for picture in found.pictures]
+    read_back = read(tmp_path / "run")
+    assert len(read_back.robust[0]) == json.loads((tmp_path / "run" / "results.json").read_text())["records"][0]["n"] == 15
+    perturbations = [picture.perturbation for picture in read_back.pictures]
     first = sorted((tmp_path / "run" / "examples" / "case-01").glob("*"))[0]
-    delta = Block.load(first).spread.delta.numpy()
+    delta = Block.load(first).universal.delta.numpy()
     assert first.name.startswith("0000015-")
-    assert changes
-    assert all(np.array_equal(change, delta) for change in changes)
+    assert perturbations
+    assert all(np.array_equal(perturbation, delta) for perturbation in perturbations)
     assert np.abs(delta).max() == pytest.approx(0.1)
     page = (tmp_path / "run" / "report.html").read_text()
     assert 'class="delta"' in page
 
 
-def test_a_targeted_change_is_learned_for_its_class():
+def test_a_targeted_perturbation_leads_to_its_class():
     plan = Plan((Case("zoo:digits-mlp", "linf:0.3", "uap-pgd", "classify-as:3"),), "digits", limit=100)
     (record,) = run(plan).records
     assert record["collapse"]["class"] == "3"
     assert record["success_rate"] > 0.5
 
 
-def test_a_change_that_was_learned_without_gradients_is_flagged_in_its_record():
+def test_a_perturbation_learned_without_gradient_signal_is_flagged():
     net = zoo.load("digits-mlp")
     held = data.load("digits").part(0, 60)
     report = evaluate(lambda x: net((x * 7).round() / 7), held, threat=Linf(0.1), attacks=["uap-pgd:epochs=2,starts=1"])
     assert [flag["name"] for flag in report.records[0]["flags"]] == ["flat-gradients"]
 
 
-def test_a_change_that_has_not_seen_all_classes_is_flagged():
+def test_a_perturbation_learned_without_some_classes_is_flagged():
     x, y = torch.rand(40, 1, 6, 6), (torch.arange(40) % 4).sort().values
     (record,) = evaluate(nets()["one"], (x, y), threat=Linf(0.1), attacks=["uap-pgd:epochs=2,starts=1"]).records
     (flag,) = record["flags"]
     assert flag["name"] == "learned-on-other-classes"
-    assert flag["why"].startswith("2 of the 2 classes")
+    assert flag["why"].startswith("2 of the 2 scored classes")
 
 
-def test_one_attack_more_never_leaves_more():
-    """A model that is wrong on the first half and right on the second: the universal attack saw the second half alone."""
+def test_an_additional_attack_never_increases_robust_accuracy():
+    """The model is wrong on the first half and right on the second, the only half on which the universal attack is scored."""
 
     def halves(x):
         return torch.stack([x[:, 0, 0, 0], 1 - x[:, 0, 0, 0]], 1)
@@ -172,18 +172,18 @@ def test_one_attack_more_never_leaves_more():
         assert (joint["n"], joint["robust_accuracy"]) == (20, 0.5)
 
 
-def test_layers_are_named_as_in_the_model_itself():
+def test_layers_have_the_names_of_the_model():
     plan = Plan((Case("zoo:digits-mlp", "linf:0.2", "uap-singular:layer=1"),), "digits", limit=20)
     assert len(run(plan).records) == 1
 
 
-def test_blocks_are_named_by_what_was_learned_on_and_by_the_other_models(tmp_path):
+def test_block_names_depend_on_the_training_images_and_the_other_models(tmp_path):
     case = Case("zoo:digits-mlp", "linf:0.2", SHORT)
     names = set()
     for cases, limit in (((case,), 60), ((case, Case("zoo:mnist-cnn", "linf:0.2", SHORT)), 60)):
         try:
             loaded = load(Plan(cases, "digits", limit=limit))
-        except ArgumentError:  # the other model does not take these images
+        except ArgumentError:  # the other model does not accept these images
             continue
         names.add(loaded.tasks()[0].name)
     x, y = torch.rand(40, 1, 8, 8), torch.arange(40) % 4
