@@ -36,16 +36,16 @@ def cases(request):
 
 
 def pytest_sessionfinish(session):
-    """A worker tells its count to the process that sums up."""
+    """A worker passes its count to the main process."""
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["cases"] = session.config.stash.get(COUNT, 0)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node):
-    """What a worker has counted."""
-    told = getattr(node, "workeroutput", {}).get("cases", 0)
-    node.config.stash[COUNT] = node.config.stash.get(COUNT, 0) + told
+    """Add the count of a worker."""
+    count = getattr(node, "workeroutput", {}).get("cases", 0)
+    node.config.stash[COUNT] = node.config.stash.get(COUNT, 0) + count
 
 
 def pytest_terminal_summary(terminalreporter, config):

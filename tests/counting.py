@@ -4,7 +4,7 @@ from torch import nn
 
 
 class Counting(nn.Module):
-    """A model that counts the images which it sees, and those for which somebody goes back through it."""
+    """A model that counts its input images, and those with a backward pass."""
 
     def __init__(self, net):
         super().__init__()

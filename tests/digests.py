@@ -192,12 +192,12 @@ def facts(result):
     sums = [int(getattr(result, name).sum()) for name in ("success", "forwards", "backwards", "flat")]
     stages = [(stage.forwards, stage.backwards, stage.solved) for stage in result.stages]
     checks = [[part for part in vars(check).values() if not isinstance(part, str)] for check in result.checks]
-    told = [len(result.flags), len(result.notes)]
+    messages = [len(result.flags), len(result.notes)]
     return {name: digest(getattr(result, name)) for name in names} | {
         "sums": sums,
         "stages": stages,
         "checks": checks,
-        "told": told,
+        "messages": messages,
     }
 
 

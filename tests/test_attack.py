@@ -366,7 +366,7 @@ def test_without_any_start_nothing_is_spent_on_them():
 @pytest.mark.parametrize("keep", ["first", "best", "smallest"])
 @pytest.mark.parametrize("threat", [Linf(0.15), L2(0.5)], ids=repr)
 def test_with_starts_it_is_never_worse_and_what_they_break_is_broken(keep, threat):
-    """Starts of a longer attack, for some examples; batches of four, so that rows are told apart."""
+    """Starts of a longer attack, for some examples; batches of four, so that rows are distinguishable."""
     net, by = Target(NET, batch_size=4), PGD(steps=2, reach=0.5)
     given = torch.tensor([False, True, True, False, True, True])
     strong = PGD(steps=40, reach=8.0)(NET, X, Y, threat=threat)

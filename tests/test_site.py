@@ -105,19 +105,19 @@ def citation():
 
 
 def test_the_citation_names_this_version():
-    told = citation()
-    assert told["version"] == robustkit.__version__
-    assert told["cff-version"] == "1.2.0"
-    assert told["license"] == "Apache-2.0"
-    assert told["title"] == "robustkit"
-    assert told["message"]
+    metadata = citation()
+    assert metadata["version"] == robustkit.__version__
+    assert metadata["cff-version"] == "1.2.0"
+    assert metadata["license"] == "Apache-2.0"
+    assert metadata["title"] == "robustkit"
+    assert metadata["message"]
 
 
 def test_the_citation_is_yaml():
     yaml = pytest.importorskip("yaml", reason="pyyaml is not installed: pip install 'robustkit[docs]'")
-    told = yaml.safe_load((REPO / "CITATION.cff").read_text(encoding="utf-8"))
-    assert told["version"] == robustkit.__version__
-    assert told["authors"] == [{"name": "The robustkit authors"}]
+    metadata = yaml.safe_load((REPO / "CITATION.cff").read_text(encoding="utf-8"))
+    assert metadata["version"] == robustkit.__version__
+    assert metadata["authors"] == [{"name": "The robustkit authors"}]
 
 
 @pytest.mark.parametrize("name", ["CONTRIBUTING.md", "SECURITY.md"])

@@ -190,7 +190,7 @@ def _load(
         threads=torch.get_num_threads(),
     )
     try:
-        attacked = {case.subject: targets[case.model] for case in cases}
+        attacked = {case.model_under_test: targets[case.model] for case in cases}
         models = {
             name: ModelUnderTest(name, target, examples, plan, weights=target.module) for name, target in attacked.items()
         }

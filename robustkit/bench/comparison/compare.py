@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
-from robustkit.bench.plan.plan import subject_name
+from robustkit.bench.plan.plan import model_under_test_name
 from robustkit.bench.results.read_run import Run
 from robustkit.bench.results.record import robust_to_all
 from robustkit.bench.results.solved_by import Solvers
@@ -189,8 +189,8 @@ def label(record: Record) -> str:
     """The case of a record in one line: all that must be equal for two records to be compared."""
     recipe = f" = {record['recipe']}" if record.get("recipe") else ""
     attack = f"{record['attack']}{recipe} ({record['goal']})"
-    subject = subject_name(record["model"], record.get("defence"))
-    return f"{subject}, {record['threat']}, {attack}, seed {record['seed']}"
+    model = model_under_test_name(record["model"], record.get("defence"))
+    return f"{model}, {record['threat']}, {attack}, seed {record['seed']}"
 
 
 def _pair(a: Run, b: Run, rows: Sequence[tuple[int, int]], *, worst_case: bool) -> Pair:

@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any, final
 
 from robustkit.bench.comparison.compare import Pair, compare
-from robustkit.bench.plan.plan import UNTARGETED, subject_name
+from robustkit.bench.plan.plan import UNTARGETED, model_under_test_name
 from robustkit.bench.results.read_run import Run
 from robustkit.errors import ArgumentError
 
@@ -133,7 +133,7 @@ def _worse(model: str, defence: str | None, threat: str, margin: float) -> str:
 
 
 def _name(model: str, defence: str | None, threat: str, condition: str) -> str:
-    return _line(f"{subject_name(model, defence)}, {threat}: {condition}")
+    return _line(f"{model_under_test_name(model, defence)}, {threat}: {condition}")
 
 
 def _is_untargeted(attack: str) -> bool:

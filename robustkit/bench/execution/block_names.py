@@ -17,8 +17,7 @@ __all__ = ["block_name"]
 def block_name(
     resolved: ResolvedCase,
     plan: Plan,
-    first: int,
-    last: int,
+    rows: range,
     *,
     fingerprints: Mapping[str, str],
     environment: Mapping[str, Any],
@@ -31,8 +30,7 @@ def block_name(
     Args:
         resolved: The case.
         plan: The plan, with the hash of the data.
-        first: The first image.
-        last: The last image, excluded.
+        rows: The images, counted from the offset of the plan.
         fingerprints: The hash of each model's outputs.
         environment: Versions and hardware.
         training_hash: Hash of the images that a universal attack learns from; None for other attacks.
@@ -43,8 +41,8 @@ def block_name(
         "case": asdict(resolved.case),
         "recipe": [repr(resolved.attack), repr(resolved.threat)],
         "data": plan.expected_hashes[plan.data],
-        "model": fingerprints[resolved.case.subject],
-        "rows": [plan.offset + first, plan.offset + last],
+        "model": fingerprints[resolved.case.model_under_test],
+        "rows": [plan.offset + rows.start, plan.offset + rows.stop],
         "seed": plan.seed,
         "block": plan.block,
         "batch_size": plan.batch_size,

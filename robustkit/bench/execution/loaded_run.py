@@ -57,7 +57,7 @@ class LoadedRun:
     Args:
         plan: The plan; if it has hashes, data, models and warm starts must match them.
         data: The images.
-        models: The models, by `Case.subject`.
+        models: The models, by `Case.model_under_test`.
         cases: The cases of the plan, resolved.
         command: The command that repeats the run; by default the command line for the plan.
         warm_starts: Adversarial images from earlier runs and from files.
@@ -123,16 +123,16 @@ class LoadedRun:
     def target_facts(self, case: int) -> Record:
         """The entries of a record about the target of a case: its defence with every field, and the views attacked."""
         resolved = self.cases[case]
-        target = self._models[resolved.case.subject].target
+        target = self._models[resolved.case.model_under_test].target
         return {"defence_recipe": defence_recipe(target), "views": list(views_used(resolved.attack, target))}
 
     def tasks(self) -> list[Task]:
         """All blocks, in the order of the schedule."""
         return self.schedule.tasks()
 
-    def seconds_per_image(self, subject: str) -> float:
-        """The time that a model (by `Case.subject`) takes per clean image, measured on the first block."""
-        model, rows = self._models[subject], slice(0, min(self.plan.block, len(self)))
+    def seconds_per_image(self, model_under_test: str) -> float:
+        """The time that a model (by `Case.model_under_test`) takes per clean image, measured on the first block."""
+        model, rows = self._models[model_under_test], slice(0, min(self.plan.block, len(self)))
         x, y = self._data.images(rows), self._data.y[rows]
         with torch_threads(self.plan.threads):
             started = time.perf_counter()
@@ -173,7 +173,7 @@ class LoadedRun:
         if lower is None and not self._warm_starts.hashes:
             return None
         x, ids = self._data.images(task.rows), torch.arange(task.first, task.last) + self.plan.offset
-        signature = self.plan.expected_hashes[resolved.case.subject]
+        signature = self.plan.expected_hashes[resolved.case.model_under_test]
         starts = self._warm_starts.starting_points(resolved.case.goal, resolved.threat, signature, ids, x)
         if lower is not None:
             block = self._recent.get(lower)
@@ -191,4 +191,4 @@ def _check_cases(cases: Sequence[ResolvedCase], models: Mapping[str, ModelUnderT
         case, attack = resolved.case, resolved.attack
         with plugins.attribute_errors(resolved.plugin, case.attack):
             specs.check_served(case.attack, attack, case.threat, resolved.threat)
-        models[case.subject].check(case, resolved.threat, resolved.goal_spec.target_class, attack.access == "white")
+        models[case.model_under_test].check(case, resolved.threat, resolved.goal_spec.target_class, attack.access == "white")

@@ -34,7 +34,7 @@ class BlockMeasurer:
     Args:
         plan: The plan.
         data: The images of the run.
-        models: The models, by `Case.subject`.
+        models: The models, by `Case.model_under_test`.
         learner: Learns universal perturbations.
     """
 
@@ -49,7 +49,7 @@ class BlockMeasurer:
             resolved: Its case.
             starts: Starting points for the attack, (n, *S), NaN where there is none; None if there are none at all.
         """
-        plan, rows, model, attack = self._plan, task.rows, self._models[resolved.case.subject], resolved.attack
+        plan, rows, model, attack = self._plan, task.rows, self._models[resolved.case.model_under_test], resolved.attack
         learned = self._learner.perturbation(resolved) if resolved.is_universal else None
         ids = torch.arange(task.first, task.last) + plan.offset
         started = time.perf_counter()
@@ -98,8 +98,8 @@ class BlockMeasurer:
         is_first: bool,
     ) -> UniversalStats:
         """The statistics of a universal perturbation; the first block of a case also has the perturbation itself."""
-        model = self._models[resolved.case.subject]
-        others = [other for spec, other in self._models.items() if spec != resolved.case.subject]
+        model = self._models[resolved.case.model_under_test]
+        others = [other for spec, other in self._models.items() if spec != resolved.case.model_under_test]
         labels = self._data.y[task.rows]
         stats = universal_stats(model, others, x, x_adv, labels, first=task.first, threat=resolved.threat, seed=self._plan.seed)
         if not is_first:

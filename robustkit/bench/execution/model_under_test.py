@@ -64,16 +64,16 @@ def _declares_randomness(model: nn.Module) -> bool | None:
 
 
 def load_models_under_test(data: Data, plan: Plan) -> dict[str, ModelUnderTest]:
-    """Everything that the cases of a plan attack, by `Case.subject`: models alone, and behind each of their defences.
+    """Everything that the cases of a plan attack, by `Case.model_under_test`: models alone, and behind each of their defences.
 
     Each model is loaded once.
     """
     undefended = {spec: load_model_under_test(spec, data, plan) for spec in plan.models}
     models: dict[str, ModelUnderTest] = {}
     for case in plan.cases:
-        if case.subject not in models:
+        if case.model_under_test not in models:
             model = undefended[case.model]
-            models[case.subject] = model if case.defended is None else model.behind_defence(case)
+            models[case.model_under_test] = model if case.defended is None else model.behind_defence(case)
     return models
 
 
@@ -113,7 +113,7 @@ class ModelUnderTest:
         target = guard_target(case.defence, self.target, self._plan.device)
         guards = [guard for guard in guards_of(target) if guard.state_dict()]
         weights = nn.ModuleList([self._weights, *guards]) if guards else self._weights
-        return ModelUnderTest(case.subject, target, self.data, self._plan, weights=weights)
+        return ModelUnderTest(case.model_under_test, target, self.data, self._plan, weights=weights)
 
     def correct(self, rows: slice) -> NDArray[np.bool_]:
         """Which images of a block are classified correctly without an attack, (n,); computed once for all cases."""

@@ -58,7 +58,7 @@ def make_pictures(
     perturbation = None if universal is None or universal.delta is None else universal.delta.numpy()
     return tuple(
         Picture(
-            case.subject,
+            case.model_under_test,
             case.attack,
             case.goal,
             case.threat,

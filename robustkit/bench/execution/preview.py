@@ -72,7 +72,9 @@ def preview(loaded: LoadedRun) -> list[Preview]:
 def _preview_case(loaded: LoadedRun, index: int) -> Preview:
     images, case = loaded.images(index), loaded.cases[index].case
     n = len(images)
-    count = min(n, loaded.plan.block, max(MIN_IMAGES, math.floor(CLEAN_SECONDS / loaded.seconds_per_image(case.subject))))
+    count = min(
+        n, loaded.plan.block, max(MIN_IMAGES, math.floor(CLEAN_SECONDS / loaded.seconds_per_image(case.model_under_test)))
+    )
     block = loaded.measure(Task(index, images.start, images.start + count, "preview"))
     training = block.universal.learned if block.universal is not None else None  # a cost that does not grow with the images
     low, high = wilson(n // 2, n)  # widest at a proportion of 1/2

@@ -48,7 +48,7 @@ def outcomes(
     loaded: LoadedRun,
     store: Store | None = None,
     executor: Executor | None = None,
-    progress: Progress = lambda block, found: None,
+    progress: Progress = lambda block, was_stored: None,
 ) -> Iterator[Outcome]:
     """Run the cases of a plan; each is yielded when its last block is done, in any order.
 
@@ -108,7 +108,7 @@ def _outcome(loaded: LoadedRun, store: Store, tasks: Sequence[Task], case: int) 
         correct=correct,
         robust=robust,
         seconds=seconds,
-        model_hash=loaded.weight_hashes[resolved.case.subject],
+        model_hash=loaded.weight_hashes[resolved.case.model_under_test],
     )
     record |= loaded.target_facts(case)
     if universal:

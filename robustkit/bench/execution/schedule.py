@@ -68,8 +68,7 @@ class Schedule:
         name = block_name(
             resolved,
             self.plan,
-            first,
-            last,
+            range(first, last),
             fingerprints=self.fingerprints,
             environment=self.environment,
             training_hash=self.learner.training_images.hash if universal else None,

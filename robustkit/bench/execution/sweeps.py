@@ -28,7 +28,7 @@ class Sweeps:
         if resolved.is_universal:
             return (case,)
         names = resolved.case
-        return names.subject, names.attack, names.goal, type(resolved.threat), resolved.threat.bounds
+        return names.model_under_test, names.attack, names.goal, type(resolved.threat), resolved.threat.bounds
 
     def rank(self, case: int) -> tuple[float, str]:
         """Sorts the cases of a sweep: by eps, and by spec if two specs mean the same eps."""

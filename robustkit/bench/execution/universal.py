@@ -76,7 +76,7 @@ class PerturbationLearner:
     Args:
         plan: The plan.
         data: The images of the run.
-        models: The models, by `Case.subject`.
+        models: The models, by `Case.model_under_test`.
     """
 
     def __init__(self, plan: Plan, data: Data, models: Mapping[str, ModelUnderTest]) -> None:
@@ -121,7 +121,7 @@ class PerturbationLearner:
         """Learn a perturbation, and measure on how many training images it changes the prediction."""
         assert isinstance(resolved.attack, UniversalAttack)
         with torch_threads(self._plan.threads), plugins.attribute_errors(resolved.plugin, resolved.case.attack):
-            model, plan, threat = self._models[resolved.case.subject], self._plan, resolved.threat
+            model, plan, threat = self._models[resolved.case.model_under_test], self._plan, resolved.threat
             started = time.perf_counter()
             x, y = training.x.to(plan.device), training.y.to(plan.device)
             # A copy, because a model may write to its input.

@@ -206,4 +206,4 @@ def _stored_blocks(run: str, plan: Plan) -> Iterator[_StoredBlock]:
         for file in block_files(Path(run), number):
             header = BlockHeader.read(file)
             if header is not None:
-                yield _StoredBlock(case.goal, threat, plan.expected_hashes.get(case.subject, "none"), header)
+                yield _StoredBlock(case.goal, threat, plan.expected_hashes.get(case.model_under_test, "none"), header)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, Final, final, get_type_hints
+from typing import Final, final, get_type_hints
 
 import torch
 from torch import Tensor
@@ -73,15 +73,8 @@ def _parse(spec: str, name: str, settings: str) -> tuple[Defence, int | None]:
     """A defence of this package, and the number of draws per gradient, if it is set."""
     cls = DEFENCES[name]
     hints = get_type_hints(cls.__init__) | {"draws": int}
-    chosen: dict[str, Any] = {}
-    for item in settings.split(",") if settings else []:
-        field, equals, value = item.partition("=")
-        if field not in settable(name) or not equals:
-            valid = ", ".join(settable(name))
-            raise ArgumentError(f"defence {spec!r}: {item!r} is not a field=value of {name}; its fields: {valid}")
-        if field in chosen:
-            raise ArgumentError(f"defence {spec!r}: {field} is given twice; leave one out")
-        chosen[field] = specs.parse_value(hints[field], value, f"defence {spec!r}: {field}")
+    fields = list(settable(name))
+    chosen = specs.parse_fields(settings, {field: hints[field] for field in fields}, fields, f"defence {spec!r}", name)
     draws = chosen.pop("draws", None)
     if draws is not None and draws < 1:
         raise ArgumentError(f"defence {spec!r}: draws={draws} must be at least 1; leave it out for {_draws(cls)}")

@@ -8,7 +8,7 @@ from typing import Any, final
 
 from robustkit.errors import ArgumentError
 
-__all__ = ["NONE", "UNTARGETED", "Case", "Plan", "default_plan", "pairs", "product", "subject_name"]
+__all__ = ["NONE", "UNTARGETED", "Case", "Plan", "default_plan", "model_under_test_name", "pairs", "product"]
 
 NONE = "none"  # the spec of no defence
 UNTARGETED = "misclassify"  # the only goal whose robust accuracy measures the robustness of a model
@@ -44,12 +44,12 @@ class Case:
         return None if self.defence == NONE else self.defence
 
     @property
-    def subject(self) -> str:
+    def model_under_test(self) -> str:
         """The name of what is attacked: the model, or the model behind its defence."""
-        return subject_name(self.model, self.defended)
+        return model_under_test_name(self.model, self.defended)
 
 
-def subject_name(model: str, defence: str | None) -> str:
+def model_under_test_name(model: str, defence: str | None) -> str:
     """The name of a model and its defence; None for no defence."""
     return model if defence is None else f"{model} behind {defence}"
 

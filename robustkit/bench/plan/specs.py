@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, dataclass, fields
 from fractions import Fraction
@@ -50,6 +50,7 @@ __all__ = [
     "goal",
     "number",
     "packages",
+    "parse_fields",
     "parse_value",
     "plugin",
     "plugins",
@@ -164,15 +165,7 @@ def attack(spec: str) -> Attack:
     provider = plugin(name)
     cls, preset = _attack_class(name, provider)
     hints, known = get_type_hints(cls), {field.name: field for field in _fields(cls)}
-    chosen: dict[str, Any] = {}
-    for item in settings.split(",") if settings else []:
-        field, equals, value = item.partition("=")
-        if field not in known or not equals:
-            valid = ", ".join(settable(cls)) or "none"
-            raise ArgumentError(f"attack {spec!r}: {item!r} is not a field=value of {name}; its fields: {valid}")
-        if field in chosen:
-            raise ArgumentError(f"attack {spec!r}: {field} is given twice; leave one out")
-        chosen[field] = parse_value(hints[field], value, f"attack {spec!r}: {field}")
+    chosen = parse_fields(settings, {field: hints[field] for field in known}, list(settable(cls)), f"attack {spec!r}", name)
     missing = [name for name, field in known.items() if _default(field) is MISSING and name not in preset | chosen]
     if missing:
         raise ArgumentError(f"attack {spec!r}: {missing[0]} is missing; write {name}:{missing[0]}=VALUE")
@@ -190,6 +183,33 @@ def _attack_class(name: str, provider: Plugin | None) -> tuple[type[Attack], dic
         available = [*own, *(other for other, one in plugins().items() if not one.problem)]
         raise ArgumentError(f"attack {name!r} does not exist; there are {', '.join(available)}")
     return own[name]
+
+
+def parse_fields(
+    settings: str, hints: Mapping[str, Any], settable_names: Sequence[str], prefix: str, name: str
+) -> dict[str, Any]:
+    """Parse `field=value,field=value`.
+
+    Args:
+        settings: The text; it may be empty.
+        hints: The type of each field.
+        settable_names: The fields to list in a message.
+        prefix: The beginning of messages.
+        name: What has these fields, for messages.
+
+    Raises:
+        ArgumentError: A field is unknown or given twice, or a value is invalid.
+    """
+    chosen: dict[str, Any] = {}
+    for item in settings.split(",") if settings else []:
+        field, equals, value = item.partition("=")
+        if field not in hints or not equals:
+            valid = ", ".join(settable_names) or "none"
+            raise ArgumentError(f"{prefix}: {item!r} is not a field=value of {name}; its fields: {valid}")
+        if field in chosen:
+            raise ArgumentError(f"{prefix}: {field} is given twice; leave one out")
+        chosen[field] = parse_value(hints[field], value, f"{prefix}: {field}")
+    return chosen
 
 
 def settable(cls: type[Attack], preset: Mapping[str, Any] | None = None) -> dict[str, str]:

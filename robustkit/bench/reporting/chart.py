@@ -10,18 +10,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import final
 
-from robustkit.bench.plan.plan import subject_name
+from robustkit.bench.plan.plan import model_under_test_name
 
-__all__ = ["Chart", "Label", "Line", "Point", "Subject"]
+__all__ = ["Chart", "Label", "Line", "ModelAndDefence", "Point"]
 
-Subject = tuple[str, str | None]  # model and defence
+ModelAndDefence = tuple[str, str | None]  # specs; no defence is None
 
 _WIDTH, _LEFT, _RIGHT, _TOP = 388.0, 44.0, 268.0, 14.0  # the drawing and the plot in it, in units of its viewBox
-_TALL, _BELOW = 190.0, 44.0  # minimum height of the plot; height of the axis below it
-_STEP = 13.5  # between the rows of a label
-_CELL = 6.8  # width of a character
-_CELLS = 13  # maximum characters in one of the two rows of a label
-_MAX_CELLS = 2 * _CELLS - 1  # in both rows: a wide character may not fit at the end of the first
+_MIN_PLOT_HEIGHT, _AXIS_HEIGHT = 190.0, 44.0  # minimum height of the plot; height of the axis below it
+_ROW_HEIGHT = 13.5  # of a label
+_CELL_WIDTH = 6.8  # of a character of normal width
+_MAX_ROW_CELLS = 13  # maximum characters in one of the two rows of a label
+_MAX_CELLS = 2 * _MAX_ROW_CELLS - 1  # in both rows: a wide character may not fit at the end of the first
 _DASHES = ("", "7 3", "2 2.5", "9 3 2 3", "4 2", "1.5 4")
 _MARKS = (
     "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
@@ -36,10 +36,10 @@ _MARKS = (
 @final
 @dataclass(frozen=True)
 class Point:
-    """One measured share at one eps.
+    """One measured share.
 
     Attributes:
-        eps: The eps.
+        eps: The eps; in a chart against cost, the cost per image.
         text: The eps as the user wrote it.
         share: The robust accuracy; at eps 0 the clean accuracy.
         n: Number of images.
@@ -127,20 +127,20 @@ class Chart:
     Attributes:
         axis: Title of the horizontal axis.
         data: Data spec.
-        subject: Model and defence whose attacks are shown; None where models are compared.
+        model_and_defence: Model and defence whose attacks are shown; None where models are compared.
         lines: The lines, in the order of the records.
         max_eps: The largest eps on the axis.
-        once: Names of attacks that were run at one eps only, which have no line.
+        single_eps_attacks: Names of attacks that were run at one eps only, which have no line.
         stairs: Whether a share holds until the next point, so that the line is drawn as steps.
         logarithmic: Whether the horizontal axis is logarithmic; values up to 1 are at its left end.
     """
 
     axis: str
     data: str
-    subject: Subject | None
+    model_and_defence: ModelAndDefence | None
     lines: tuple[Line, ...]
     max_eps: float
-    once: tuple[str, ...] = ()
+    single_eps_attacks: tuple[str, ...] = ()
     stairs: bool = False
     logarithmic: bool = False
 
@@ -151,12 +151,12 @@ class Chart:
     @cached_property
     def bottom(self) -> float:
         """The y of a share of 0."""
-        return _TOP + max(_TALL, _STEP * sum(map(len, self._texts)))
+        return _TOP + max(_MIN_PLOT_HEIGHT, _ROW_HEIGHT * sum(map(len, self._texts)))
 
     @property
     def height(self) -> float:
         """The height of the drawing."""
-        return self.bottom + _BELOW
+        return self.bottom + _AXIS_HEIGHT
 
     @property
     def description(self) -> str:
@@ -166,8 +166,8 @@ class Chart:
             ends = (line.points[0], line.points[-1])
             points = ", ".join(f"{100 * point.share:.1f} % at {point.text}" for point in (ends if self.stairs else line.points))
             lines.append(f"{_plain(line.name)}: {points}")
-        subject = "" if self.subject is None else f" of {_plain(subject_name(*self.subject))}"
-        return f"Robust accuracy{subject} on {_plain(self.data)} against {self.axis}. {'; '.join(lines)}"
+        model = "" if self.model_and_defence is None else f" of {_plain(model_under_test_name(*self.model_and_defence))}"
+        return f"Robust accuracy{model} on {_plain(self.data)} against {self.axis}. {'; '.join(lines)}"
 
     def x(self, eps: float) -> float:
         """The x of an eps."""
@@ -199,9 +199,9 @@ class Chart:
         taken: list[tuple[float, float]] = []
         shown = {}
         for eps in [0.0, *sorted(texts, reverse=True)[:-1]]:  # the ends first
-            half = len(texts[eps]) * _CELL / 2
+            half = len(texts[eps]) * _CELL_WIDTH / 2
             low, high = self.x(eps) - half, self.x(eps) + half
-            if all(high + _CELL / 2 <= other[0] or low >= other[1] + _CELL / 2 for other in taken):
+            if all(high + _CELL_WIDTH / 2 <= other[0] or low >= other[1] + _CELL_WIDTH / 2 for other in taken):
                 taken.append((low, high))
                 shown[eps] = texts[eps]
         return [(self.x(eps), shown.get(eps, "")) for eps in sorted(texts)]
@@ -210,14 +210,14 @@ class Chart:
         """The labels at the right end of the lines, from top to bottom, without overlaps."""
         texts = self._texts
         order = sorted(range(len(self.lines)), key=lambda index: -self.lines[index].points[-1].share)
-        rows_left, top, labels = sum(map(len, texts)), _TOP - _STEP / 2, []
+        rows_left, top, labels = sum(map(len, texts)), _TOP - _ROW_HEIGHT / 2, []
         for index in order:
             line, rows = self.lines[index], texts[index]
-            ideal = self.y(line.points[-1].share) - _STEP * len(rows) / 2
-            top = max(top, min(ideal, self.bottom + _STEP / 2 - _STEP * rows_left))
-            heights = tuple(round(top + _STEP * (row + 0.5), 2) for row in range(len(rows)))
-            labels.append(Label(line, tuple(zip(rows, heights, strict=True)), round(top + _STEP * len(rows) / 2, 2)))
-            top, rows_left = top + _STEP * len(rows), rows_left - len(rows)
+            ideal = self.y(line.points[-1].share) - _ROW_HEIGHT * len(rows) / 2
+            top = max(top, min(ideal, self.bottom + _ROW_HEIGHT / 2 - _ROW_HEIGHT * rows_left))
+            heights = tuple(round(top + _ROW_HEIGHT * (row + 0.5), 2) for row in range(len(rows)))
+            labels.append(Label(line, tuple(zip(rows, heights, strict=True)), round(top + _ROW_HEIGHT * len(rows) / 2, 2)))
+            top, rows_left = top + _ROW_HEIGHT * len(rows), rows_left - len(rows)
         return labels
 
     @cached_property
@@ -286,9 +286,9 @@ def _fit(text: str, cells: int) -> str:
 
 def _split(text: str) -> tuple[str, ...]:
     """The text in one or two rows; it is broken after a sign or a space where the rest then fits."""
-    if _cells(text) <= _CELLS:
+    if _cells(text) <= _MAX_ROW_CELLS:
         return (text,)
-    cuts = [cut for cut in range(1, len(text)) if _cells(text[:cut]) <= _CELLS]
-    good = [cut for cut in cuts if not text[cut - 1].isalnum() and _cells(text[cut:]) <= _CELLS]
+    cuts = [cut for cut in range(1, len(text)) if _cells(text[:cut]) <= _MAX_ROW_CELLS]
+    good = [cut for cut in cuts if not text[cut - 1].isalnum() and _cells(text[cut:]) <= _MAX_ROW_CELLS]
     cut = (good or cuts)[-1]
     return text[:cut], text[cut:]

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from robustkit.bench.comparison.compare import Comparison, Pair, label
-from robustkit.bench.plan.plan import UNTARGETED, subject_name
+from robustkit.bench.plan.plan import UNTARGETED, model_under_test_name
 from robustkit.bench.reporting.curve_charts import COMMON_STAGES
 
 __all__ = ["as_json", "comparison_table"]
@@ -91,7 +91,8 @@ def _of_group(rows: Sequence[tuple[Pair, float]], several_seeds: bool) -> list[R
         for run, flags in (("A", pair.flags_a), ("B", pair.flags_b)):
             if flags and not pair.worst_case:
                 lines.append(Text.assemble((f"! {', '.join(flags)}", "bold red"), f" in {run} ({name}, {pair.threat})"))
-    model_a, model_b = subject_name(first.model_a, first.defence_a), subject_name(first.model_b, first.defence_b)
+    model_a = model_under_test_name(first.model_a, first.defence_a)
+    model_b = model_under_test_name(first.model_b, first.defence_b)
     title = model_a if model_a == model_b else f"{model_a} → {model_b}"
     return [Text.assemble((title, "bold"), f", {first.threat}: {first.n:,} images of {first.data}"), view, *lines]
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from robustkit.bench.plan.plan import UNTARGETED
-from robustkit.bench.reporting.chart import Chart, Line, Point, Subject
-from robustkit.bench.reporting.eps_charts import AXES, norm_and_eps
+from robustkit.bench.reporting.chart import Chart, Line, ModelAndDefence, Point
+from robustkit.bench.reporting.eps_charts import AXES, measured_point, norm_and_eps
 
-__all__ = ["COMMON_STAGES", "cost_charts", "eps_charts", "stage_tables"]
+__all__ = ["COMMON_STAGES", "cost_charts", "minimum_norm_charts", "stage_tables"]
 
 Record = Mapping[str, Any]  # one record of results.json
 
@@ -36,22 +36,25 @@ def cost_charts(records: Iterable[Record]) -> list[tuple[str, Chart]]:
     return charts
 
 
-def eps_charts(records: Sequence[Record]) -> list[Chart]:
+def minimum_norm_charts(records: Sequence[Record]) -> list[Chart]:
     """For each model with a curve against eps from one run: its curves, and the other attacks at their eps."""
-    groups: dict[tuple[Subject, str, str], list[Record]] = defaultdict(list)
+    groups: dict[tuple[ModelAndDefence, str, str], list[Record]] = defaultdict(list)
     for record in records:
         norm_eps = norm_and_eps(record["threat"])
         if norm_eps is not None and record["goal"] == UNTARGETED:
             groups[(record["model"], record["defence"]), record["data"], norm_eps[0]].append(record)
     charts = []
-    for (subject, data, norm), rows in groups.items():
+    for (model, data, norm), rows in groups.items():
         with_curve = [row for row in rows if row.get("against_eps")]
+        others = [row for row in rows if not row.get("against_eps")]
         if with_curve:
-            charts.append(_eps_chart(subject, data, norm, with_curve, [row for row in rows if not row.get("against_eps")]))
+            charts.append(_minimum_norm_chart(model, data, norm, with_curve, others))
     return charts
 
 
-def _eps_chart(subject: Subject, data: str, norm: str, with_curve: Sequence[Record], others: Sequence[Record]) -> Chart:
+def _minimum_norm_chart(
+    model: ModelAndDefence, data: str, norm: str, with_curve: Sequence[Record], others: Sequence[Record]
+) -> Chart:
     names = _names([*with_curve, *others])
     lines = [
         Line(name, _points(row["against_eps"], row["n"]), style, main=True, only=len(with_curve) == 1, marked=False)
@@ -62,13 +65,12 @@ def _eps_chart(subject: Subject, data: str, norm: str, with_curve: Sequence[Reco
     for name, row in zip(names[len(with_curve) :], others, strict=True):
         norm_eps = norm_and_eps(row["threat"])
         if norm_eps is not None and norm_eps[1] <= max_eps:
-            text = str(row["threat"]).partition(":")[2].strip()
-            points_of[name].append(Point(norm_eps[1], text, row["robust_accuracy"], row["n"], (row["low"], row["high"])))
+            points_of[name].append(measured_point(norm_eps[1], row))
     dots = [
         Line(name, tuple(sorted(points, key=lambda point: point.eps)), len(lines) + style, main=False)
         for style, (name, points) in enumerate(points_of.items())
     ]
-    return Chart(AXES[norm], data, subject, (*lines, *dots), max_eps, stairs=True)
+    return Chart(AXES[norm], data, model, (*lines, *dots), max_eps, stairs=True)
 
 
 def stage_tables(records: Iterable[Record]) -> list[dict[str, Any]]:

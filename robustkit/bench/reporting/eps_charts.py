@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
-from robustkit.bench.plan.plan import UNTARGETED, subject_name
+from robustkit.bench.plan.plan import UNTARGETED, model_under_test_name
 from robustkit.bench.plan.specs import number
-from robustkit.bench.reporting.chart import Chart, Line, Point, Subject
+from robustkit.bench.reporting.chart import Chart, Line, ModelAndDefence, Point
 from robustkit.errors import ArgumentError
 
-__all__ = ["AXES", "Family", "families", "norm_and_eps"]
+__all__ = ["AXES", "Family", "families", "measured_point", "norm_and_eps"]
 
 Record = Mapping[str, Any]  # one record of results.json
 _Axes = tuple[str, str]  # data and norm
@@ -55,19 +55,19 @@ def families(results: Mapping[str, Any]) -> list[Family]:
     worst_case: dict[tuple[Any, ...], Record] = {_key(row): row for row in results.get("worst_case", ())}
     names = _names(results["records"])
     families = []
-    for (data, norm), subjects in _by_axes(results["records"]).items():
-        lines = {subject: _worst_case_points(by_eps, worst_case, subjects) for subject, by_eps in subjects.items()}
-        max_eps = max(eps for by_eps in subjects.values() for eps in by_eps)
+    for (data, norm), models in _by_axes(results["records"]).items():
+        lines = {model: _worst_case_points(by_eps, worst_case, models) for model, by_eps in models.items()}
+        max_eps = max(eps for by_eps in models.values() for eps in by_eps)
         charts = []
-        if len(subjects) > 1:
+        if len(models) > 1:
             every = tuple(
-                Line(subject_name(*subject), lines[subject], style, main=True) for style, subject in enumerate(subjects)
+                Line(model_under_test_name(*model), lines[model], style, main=True) for style, model in enumerate(models)
             )
             charts.append(Chart(AXES[norm], data, None, every, max_eps))
-        for style, (subject, by_eps) in enumerate(subjects.items()):
-            of_model, once = _lines_of_model(by_eps, lines[subject], style, names)
-            if len(subjects) == 1 or len(of_model) > 1:
-                charts.append(Chart(AXES[norm], data, subject, of_model, max_eps, once))
+        for style, (model, by_eps) in enumerate(models.items()):
+            of_model, single_eps_attacks = _lines_of_model(by_eps, lines[model], style, names)
+            if len(models) == 1 or len(of_model) > 1:
+                charts.append(Chart(AXES[norm], data, model, of_model, max_eps, single_eps_attacks))
         families.append(Family(norm, data, tuple(charts)))
     return families
 
@@ -86,21 +86,20 @@ def norm_and_eps(threat: str) -> tuple[str, float] | None:
     return (norm, eps) if norm in AXES and eps > 0 else None
 
 
-def _by_axes(records: Iterable[Record]) -> dict[_Axes, dict[Subject, _ByEps]]:
+def _by_axes(records: Iterable[Record]) -> dict[_Axes, dict[ModelAndDefence, _ByEps]]:
     """The records by data and norm, by model and defence, and by eps; without those of a single eps."""
-    groups: dict[_Axes, dict[Subject, _ByEps]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    groups: dict[_Axes, dict[ModelAndDefence, _ByEps]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for record in records:
         norm_eps = norm_and_eps(record["threat"])
         if norm_eps is not None:
             norm, eps = norm_eps
             groups[record["data"], norm][record["model"], record["defence"]][eps].append(record)
     curves = {}
-    for axes, subjects in groups.items():
+    for axes, models in groups.items():
         untargeted = {
-            subject: {eps: rows for eps, rows in sorted(by_eps.items()) if _untargeted(rows)}
-            for subject, by_eps in subjects.items()
+            model: {eps: rows for eps, rows in sorted(by_eps.items()) if _untargeted(rows)} for model, by_eps in models.items()
         }
-        with_curve = {subject: by_eps for subject, by_eps in untargeted.items() if len(by_eps) > 1}
+        with_curve = {model: by_eps for model, by_eps in untargeted.items() if len(by_eps) > 1}
         if with_curve:
             curves[axes] = with_curve
     return curves
@@ -115,16 +114,16 @@ def _attacks(rows: Iterable[Record]) -> set[tuple[str, str]]:
 
 
 def _worst_case_points(
-    by_eps: _ByEps, worst_case: Mapping[tuple[Any, ...], Record], subjects: Mapping[Subject, _ByEps]
+    by_eps: _ByEps, worst_case: Mapping[tuple[Any, ...], Record], models: Mapping[ModelAndDefence, _ByEps]
 ) -> tuple[Point, ...]:
     """The clean accuracy, then the worst case over attacks at each eps."""
-    every = {attack for others in subjects.values() for rows in others.values() for attack in _attacks(rows)}
+    every = {attack for others in models.values() for rows in others.values() for attack in _attacks(rows)}
     clean = min((row for rows in by_eps.values() for row in _untargeted(rows)), key=lambda row: float(row["clean_accuracy"]))
     points = [Point(0.0, "0", float(clean["clean_accuracy"]), int(clean["n"]))]
     for eps, rows in by_eps.items():
         union = [worst_case[key] for key in dict.fromkeys(map(_key, rows)) if key in worst_case]
         points.append(
-            _point(
+            measured_point(
                 eps,
                 min(union or _untargeted(rows), key=_robust),
                 all_attacks=_attacks(rows) == every,
@@ -139,7 +138,8 @@ def _robust(row: Record) -> float:
     return float(row["robust_accuracy"])
 
 
-def _point(eps: float, row: Record, *, all_attacks: bool = True, is_union: bool = True, flagged: bool = False) -> Point:
+def measured_point(eps: float, row: Record, *, all_attacks: bool = True, is_union: bool = True, flagged: bool = False) -> Point:
+    """The robust accuracy of a record, or of a worst case, at its eps; the options are attributes of `Point`."""
     text = str(row["threat"]).partition(":")[2].strip()
     interval = float(row["low"]), float(row["high"])
     return Point(eps, text, _robust(row), int(row["n"]), interval, all_attacks, is_union, flagged)
@@ -163,9 +163,9 @@ def _lines_of_model(
     if len(lines) == 1 and len({attack for rows in by_eps.values() for attack in _attacks(rows)}) == 1:
         return (Line(names[next(iter(lines))], main, style, main=True, only=True),), ()
     thin = [
-        Line(name, tuple(_point(eps, row) for eps, row in lines[key].items()), style_of_attack, main=False)
+        Line(name, tuple(measured_point(eps, row) for eps, row in lines[key].items()), style_of_attack, main=False)
         for style_of_attack, (key, name) in enumerate(names.items())
         if len(lines.get(key, ())) > 1
     ]
-    once = tuple(name for key, name in names.items() if len(lines.get(key, ())) == 1)
-    return (Line("worst case", main, style, main=True, only=True), *thin), once
+    single_eps_attacks = tuple(name for key, name in names.items() if len(lines.get(key, ())) == 1)
+    return (Line("worst case", main, style, main=True, only=True), *thin), single_eps_attacks

@@ -8,7 +8,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from robustkit.bench.comparison.gates import Verdict
-from robustkit.bench.plan.plan import subject_name
+from robustkit.bench.plan.plan import model_under_test_name
 
 __all__ = ["junit"]
 
@@ -51,7 +51,7 @@ def junit(results: Mapping[str, Any], verdicts: Sequence[Verdict]) -> str:
 
 def _add_record(suite: ElementTree.Element, record: Mapping[str, Any]) -> None:
     names = {
-        "classname": _safe(subject_name(record["model"], record.get("defence"))),
+        "classname": _safe(model_under_test_name(record["model"], record.get("defence"))),
         "name": _safe(f"{record['threat']} {record['attack']} {record['goal']} {record['seed']}"),
     }
     case = ElementTree.SubElement(suite, "testcase", names | {"time": _seconds(record["seconds"])})
@@ -75,4 +75,4 @@ def _seconds(value: float) -> str:
 
 
 def _safe(text: str) -> str:
-    return _FORBIDDEN.sub(lambda found: ascii(found.group())[1:-1], text)
+    return _FORBIDDEN.sub(lambda match: ascii(match.group())[1:-1], text)

@@ -70,16 +70,16 @@ class Live:
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
-    def progress(self, block: Block, found: bool) -> None:
+    def progress(self, block: Block, was_stored: bool) -> None:
         """Advance by a block; a block of an earlier run does not count for the speed."""
         case, images = self._cases[block.task.case], len(block.labels)
         now = time.monotonic()
-        self._forecast.add(block.task.case, images, block.seconds, None if found else now)
+        self._forecast.add(block.task.case, images, block.seconds, None if was_stored else now)
         left = self._forecast.seconds_left()
         end = None if left is None else now + left
-        if found:
+        if was_stored:
             done = int(self._bar.tasks[self._task].completed)
             self._bar.reset(self._task, completed=done + images, description="resuming", end=end)
         else:
-            name = f"{case.attack} {case.threat} {case.subject}"
+            name = f"{case.attack} {case.threat} {case.model_under_test}"
             self._bar.update(self._task, description=name, advance=images, end=end)

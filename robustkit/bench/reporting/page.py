@@ -14,7 +14,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from robustkit.bench.plan.plan import UNTARGETED, Case
-from robustkit.bench.reporting.curve_charts import cost_charts, eps_charts, stage_tables
+from robustkit.bench.reporting.curve_charts import cost_charts, minimum_norm_charts, stage_tables
 from robustkit.bench.reporting.eps_charts import families
 from robustkit.bench.reporting.images import png, signed, to_bytes
 from robustkit.bench.reporting.universal import perturbations
@@ -51,7 +51,7 @@ def report(results: Mapping[str, Any], pictures: Sequence[Picture], *, command: 
         "records": results["records"],
         "worst_case": _worst_case(results),
         "curves": families(results),
-        "eps_charts": eps_charts(results["records"]),
+        "minimum_norm_charts": minimum_norm_charts(results["records"]),
         "cost_charts": cost_charts(results["records"]),
         "stages": stage_tables(results["records"]),
         "warm_started": any(stage["name"] == "starts" for record in results["records"] for stage in record.get("stages", ())),
@@ -216,7 +216,7 @@ def _gallery(records: Iterable[Record], pictures: Iterable[Picture]) -> list[dic
     Each attack shows equally many, at most `_MAX_PICTURES` in all, and at least one.
     """
     pictures_of: dict[tuple[str, str, str, str], list[Picture]] = {
-        (Case.from_record(record).subject, record["threat"], record["goal"], record["attack"]): []
+        (Case.from_record(record).model_under_test, record["threat"], record["goal"], record["attack"]): []
         for record in sorted(records, key=lambda record: bool(record["goal"] != UNTARGETED))
     }
     for picture in pictures:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from robustkit.bench.execution.preview import Preview
-from robustkit.bench.plan.plan import UNTARGETED, subject_name
+from robustkit.bench.plan.plan import UNTARGETED, model_under_test_name
 from robustkit.bench.reporting.live import duration
 from robustkit.bench.statistics.power import DISCORDANT, POWER
 
@@ -29,7 +29,7 @@ def preview_table(rows: Sequence[Preview], workers: int) -> Group:
         case = row.case
         name = case.attack if case.goal == UNTARGETED else f"{case.attack} → {case.goal}"
         counts = (f"{row.forwards:,}", f"{row.backwards:,}", duration(row.seconds))
-        view.add_row(*(Text(cell) for cell in (case.subject, case.threat, name, *counts)))
+        view.add_row(*(Text(cell) for cell in (case.model_under_test, case.threat, name, *counts)))
     seconds, n = sum(row.seconds for row in rows), rows[0].images
     tried = sorted({row.tried for row in rows})
     first = f"{tried[0]:,}" if len(tried) == 1 else f"{tried[0]:,} to {tried[-1]:,}"
@@ -71,9 +71,9 @@ def table(records: Sequence[dict[str, Any]], worst_case: Sequence[dict[str, Any]
     the worst case over them.
     """
     parts: list[RenderableType] = []
-    for subject in dict.fromkeys(map(_subject, records)):
-        unions = [record for record in worst_case if _subject(record) == subject and len(record["attacks"]) > 1]
-        parts += _of_model([record for record in records if _subject(record) == subject], unions)
+    for model in dict.fromkeys(map(_model_under_test, records)):
+        unions = [record for record in worst_case if _model_under_test(record) == model and len(record["attacks"]) > 1]
+        parts += _of_model([record for record in records if _model_under_test(record) == model], unions)
     parts.append(
         Text(
             "robust: correct before and after the attack, with its 95 % interval (Wilson) over the choice of images; the rate "
@@ -84,8 +84,8 @@ def table(records: Sequence[dict[str, Any]], worst_case: Sequence[dict[str, Any]
     return Group(*parts)
 
 
-def _subject(record: dict[str, Any]) -> str:
-    return subject_name(record["model"], record["defence"])
+def _model_under_test(record: dict[str, Any]) -> str:
+    return model_under_test_name(record["model"], record["defence"])
 
 
 def _of_model(records: Sequence[dict[str, Any]], worst_case: Sequence[dict[str, Any]]) -> list[RenderableType]:
@@ -107,7 +107,7 @@ def _of_model(records: Sequence[dict[str, Any]], worst_case: Sequence[dict[str, 
                 interval = Text(f"{record['low']:.1%} – {record['high']:.1%}", "dim")
                 robust = Text(f"{record['robust_accuracy']:.1%}", "bold")
                 view.add_row(Text(threat), Text("worst case", "bold"), robust, interval)
-    return [Text.assemble((_subject(first), "bold"), clean), view, *_flags_and_notes(records)]
+    return [Text.assemble((_model_under_test(first), "bold"), clean), view, *_flags_and_notes(records)]
 
 
 def _flags_and_notes(records: Sequence[dict[str, Any]]) -> list[RenderableType]:

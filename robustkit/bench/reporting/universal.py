@@ -27,25 +27,25 @@ def perturbations(records: Sequence[Record], pictures: Sequence[Picture], side: 
     universal = [record for record in records if record.get("fooling_held_out") is not None]
     if not universal:
         return None
-    models = dict.fromkeys(map(_subject, universal))
+    models = dict.fromkeys(map(_model_under_test, universal))
     for record in universal:
         models |= dict.fromkeys(record.get("transfer") or {})
     return {"models": list(models), "rows": [_row(record, models, pictures, side) for record in universal]}
 
 
 def _row(record: Record, models: Mapping[str, None], pictures: Sequence[Picture], side: int) -> dict[str, Any]:
-    fooling = dict(record.get("transfer") or {}) | {_subject(record): record["fooling_held_out"]}
-    key = _subject(record), *(record[name] for name in ("threat", "goal", "attack"))
+    fooling = dict(record.get("transfer") or {}) | {_model_under_test(record): record["fooling_held_out"]}
+    key = _model_under_test(record), *(record[name] for name in ("threat", "goal", "attack"))
     matching = (
         one for one in pictures if (one.model, one.threat, one.goal, one.attack) == key and one.perturbation is not None
     )
     picture = next(matching, None)
     shares = [fooling.get(model) for model in models]
-    return {"record": record, "subject": _subject(record), "fooling": shares, "drawn": _draw(picture, side)}
+    return {"record": record, "model": _model_under_test(record), "fooling": shares, "drawn": _draw(picture, side)}
 
 
-def _subject(record: Record) -> str:
-    return Case.from_record(record).subject
+def _model_under_test(record: Record) -> str:
+    return Case.from_record(record).model_under_test
 
 
 def _draw(picture: Picture | None, side: int) -> dict[str, Any] | None:

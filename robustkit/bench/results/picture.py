@@ -19,7 +19,7 @@ class Picture:
     """An image before and after an attack; C is 1 or 3.
 
     Attributes:
-        model: The model spec, and the defence in front of it, as in `Case.subject`.
+        model: The model spec, and the defence in front of it, as in `Case.model_under_test`.
         attack: The attack spec.
         goal: The goal spec.
         threat: The threat spec.

@@ -241,8 +241,8 @@ def made(tmp_path_factory):
 def test_every_combination_is_a_case_and_the_plan_can_be_read_again(made):
     plan = read_plan(made / "plan.toml")
     assert [case.defence for case in plan.cases] == ["none", "quantise:levels=3", "median"]
-    assert [case.subject for case in plan.cases][1] == "zoo:mnist-cnn behind quantise:levels=3"
-    assert set(plan.expected_hashes) == {"mnist-5k", *(case.subject for case in plan.cases)}
+    assert [case.model_under_test for case in plan.cases][1] == "zoo:mnist-cnn behind quantise:levels=3"
+    assert set(plan.expected_hashes) == {"mnist-5k", *(case.model_under_test for case in plan.cases)}
     assert len(set(plan.expected_hashes.values())) == 4  # the outputs of the defences differ
     assert read_plan_of(plan_text(plan), made) == plan
     results = json.loads((made / "results.json").read_text())
@@ -290,7 +290,9 @@ def test_the_records_of_each_defence_are_read_separately(made, capsys):
     assert len(found.robust) == 3
     for record, robust in zip(found.results["records"], found.robust, strict=True):
         assert record["robust_accuracy"] == robust.mean()
-    assert {picture.model for picture in found.pictures} == {case.subject for case in read_plan(made / "plan.toml").cases}
+    assert {picture.model for picture in found.pictures} == {
+        case.model_under_test for case in read_plan(made / "plan.toml").cases
+    }
     assert main(["report", str(made)]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     clean = found.results["records"][1]["clean_accuracy"]

@@ -1,4 +1,4 @@
-"""The curves: what is drawn is what was measured, at the place where the axes say it is."""
+"""The curves, read back from the page: every point is at its measured eps and share."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def page_of(records, combined=()):
 
 
 class Drawn:
-    """A chart read back from the page alone: its lines as (eps, share) pairs, by their full names."""
+    """A chart read back from the page: its lines as (eps, share) pairs, by their full names."""
 
     def __init__(self, figure):
         self.caption = text_of(figure.split("<figcaption>")[1].split("</figcaption>")[0])
@@ -138,7 +138,7 @@ EPS = {
 
 @st.composite
 def runs(draw):
-    """Records of some models under some eps and attacks, and what survives all of them, as `record.together` counts it."""
+    """Records of up to three models at several eps and attacks, and the worst case over attacks."""
     records, combined = [], []
     names = draw(st.lists(st.sampled_from(["zoo:a", "zoo:b", "net.py:make"]), min_size=1, max_size=3, unique=True))
     for model in names:
@@ -160,7 +160,7 @@ def value(row):
 
 @settings(deadline=None, max_examples=80)
 @given(runs())
-def test_every_measured_pair_is_where_the_axes_say_and_nothing_else_is_drawn(run):
+def test_exactly_the_measured_points_are_drawn_at_their_positions(run):
     records, combined = run
     expected = []
     for norm in dict.fromkeys(row["threat"].split(":")[0] for row in records):
@@ -173,10 +173,10 @@ def test_every_measured_pair_is_where_the_axes_say_and_nothing_else_is_drawn(run
         if len(figures) > 1:
             expected.append(("All models, worst case over attacks", figures))
         for model, points in figures.items():
-            mine = [row for row in rows if row["model"] == model]
+            of_model = [row for row in rows if row["model"] == model]
             attacks = {
-                name: sorted((value(row), row["robust_accuracy"]) for row in mine if row["attack"] == name)
-                for name in (row["attack"] for row in mine)
+                name: sorted((value(row), row["robust_accuracy"]) for row in of_model if row["attack"] == name)
+                for name in (row["attack"] for row in of_model)
             }
             several = {name: pairs for name, pairs in attacks.items() if len(pairs) > 1}
             if len(attacks) == 1:
@@ -185,13 +185,13 @@ def test_every_measured_pair_is_where_the_axes_say_and_nothing_else_is_drawn(run
                 lines = {"worst case": points} | several
             if len(figures) == 1 or len(lines) > 1:
                 expected.append((model + (", attack by attack" if len(lines) > 1 else ""), lines))
-    found = [(chart.caption, chart.lines) for chart in drawn(page_of(records, combined))]
-    assert [caption for caption, _ in found] == [caption for caption, _ in expected]
-    for (_, lines), (_, wanted) in zip(found, expected, strict=True):
-        assert lines == {name: near(pairs) for name, pairs in wanted.items()}
+    actual = [(chart.caption, chart.lines) for chart in drawn(page_of(records, combined))]
+    assert [caption for caption, _ in actual] == [caption for caption, _ in expected]
+    for (_, lines), (_, expected_lines) in zip(actual, expected, strict=True):
+        assert lines == {name: near(pairs) for name, pairs in expected_lines.items()}
 
 
-def test_a_model_that_fewer_attacks_tried_is_hollow_throughout():
+def test_all_points_of_a_model_with_fewer_attacks_are_hollow():
     rows = [
         record(f"l2:{eps}", model=model, attack=attack)
         for model, attack in (("a", "fgsm"), ("b", "fgsm"), ("b", "pgd"))
@@ -199,10 +199,10 @@ def test_a_model_that_fewer_attacks_tried_is_hollow_throughout():
     ]
     charts = drawn(page_of(rows))
     assert charts[0].hollow == {"a": [False, True, True], "b": [False, False, False]}
-    assert [chart.caption for chart in charts[1:]] == ["b, attack by attack"]  # nothing to add for a
+    assert [chart.caption for chart in charts[1:]] == ["b, attack by attack"]  # model a has no other line
 
 
-def test_whiskers_reach_over_the_interval_and_only_of_the_figure():
+def test_only_the_worst_case_has_whiskers_and_they_span_its_interval():
     rows = [record(f"l2:{eps}", robust, attack=attack) for eps, robust in ((1, 0.5), (2, 0.25)) for attack in ("fgsm", "pgd")]
     combined = [worst_case("l2:1", 0.4, low=0.125, high=0.75), worst_case("l2:2", 0.2, low=0.0, high=0.5)]
     (chart,) = drawn(page_of(rows, combined))
@@ -241,24 +241,24 @@ def test_lines_go_through_their_points(run):
         [record("shift:1"), record("shift:2")],
     ],
 )
-def test_nothing_is_drawn_for_a_single_eps(records):
+def test_a_single_eps_has_no_chart(records):
     assert families(results_of(records)) == []
     assert 'id="curves"' not in page_of(records)
 
 
-def test_the_lowest_attack_stands_in_where_no_joint_figure_is_known_and_the_page_says_so():
+def test_without_a_worst_case_the_lowest_attack_is_drawn_and_the_legend_says_so():
     rows = [
         record(f"linf:{eps}", robust, attack=attack)
         for eps, attack, robust in [(0.1, "fgsm", 0.9), (0.1, "pgd", 0.8), (0.2, "fgsm", 0.6), (0.2, "pgd", 0.5)]
     ]
-    told = "the lowest single attack is shown"
+    legend = "the lowest single attack is shown"
     both = [worst_case("linf:0.1", 0.7), worst_case("linf:0.2", 0.4)]
     for combined, expected in ((both, [0.7, 0.4]), (both[:1], [0.7, 0.5]), ([], [0.8, 0.5])):
         page = page_of(rows, combined)
         (chart,) = drawn(page)
         assert chart.lines["worst case"] == near([(0, 0.97), (0.1, expected[0]), (0.2, expected[1])])
-        assert (told in text_of(section(page))) is (len(combined) < 2)
-    assert told not in section(page_of([record("linf:0.1"), record("linf:0.2")]))  # one attack is all of them
+        assert (legend in text_of(section(page))) is (len(combined) < 2)
+    assert legend not in section(page_of([record("linf:0.1"), record("linf:0.2")]))  # a single attack is the worst case
 
 
 def test_points_with_fewer_attacks_are_hollow_and_the_legend_says_so():
@@ -282,25 +282,25 @@ def test_points_with_fewer_attacks_are_hollow_and_the_legend_says_so():
     assert "Hollow" not in section(page_of([row for row in rows if row["attack"] == "pgd" or row["model"] == "a"][1:3]))
     aimed = record("linf:0.2", 0.5, goal="least-likely")
     (chart,) = drawn(page_of([record("linf:0.1"), record("linf:0.2"), aimed]))
-    assert chart.hollow["worst case"] == [False, True, False]  # an attack with another goal counts as well
+    assert chart.hollow["worst case"] == [False, True, False]  # an attack with another goal counts too
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(0, 20), min_size=2, max_size=6))
-def test_a_rise_is_noted_and_no_fall_is(counts):
+def test_only_rises_are_noted(counts):
     (chart,) = drawn(page_of([record(f"pixels:{eps}", count / 20) for eps, count in enumerate(counts, start=1)]))
     rises = [
-        (later - min(counts[:place]), place) for place, later in enumerate(counts) if place and later > min(counts[:place])
+        (later - min(counts[:index]), index) for index, later in enumerate(counts) if index and later > min(counts[:index])
     ]
     assert ("Rises with eps" in chart.notes) is bool(rises)
     if rises:
-        place = max(rises, key=lambda rise: (rise[0], -rise[1]))[1]
-        low = min(range(place), key=lambda before: counts[before])
-        assert f"pgd, {5.0 * counts[low]:.1f} % at {low + 1} but {5.0 * counts[place]:.1f} % at {place + 1}" in chart.notes
+        index = max(rises, key=lambda rise: (rise[0], -rise[1]))[1]
+        low = min(range(index), key=lambda before: counts[before])
+        assert f"pgd, {5.0 * counts[low]:.1f} % at {low + 1} but {5.0 * counts[index]:.1f} % at {index + 1}" in chart.notes
     assert chart.lines["pgd"][1:] == near([(eps, count / 20) for eps, count in enumerate(counts, start=1)])
 
 
-def test_points_of_other_images_are_no_rise_and_the_page_says_that_they_are_others():
+def test_points_of_different_numbers_of_images_are_noted_and_are_not_a_rise():
     page = page_of([record("l2:1", 0.5), record("l2:2", 0.6, n=200)])
     assert "Rises" not in page
     assert "The points have different numbers of images." in text_of(section(page))
@@ -310,7 +310,7 @@ def test_points_of_other_images_are_no_rise_and_the_page_says_that_they_are_othe
     assert Line("pgd", (low, high), 0, main=False).rises() == [(low, high)]
 
 
-def test_flagged_points_carry_a_flag_and_others_none():
+def test_only_flagged_points_have_a_flag():
     flag = [{"name": "flat-gradients", "why": "nothing to climb"}]
     page = page_of([record("l2:1", 0.9), record("l2:2", 0.8, flags=flag), record("l2:3", 0.7)])
     (chart,) = drawn(page)
@@ -319,7 +319,7 @@ def test_flagged_points_carry_a_flag_and_others_none():
     assert "⚑" not in section(page_of([record("l2:1"), record("l2:2")]))
 
 
-def test_seeds_are_lines_of_their_own_and_are_told():
+def test_each_seed_has_its_own_named_line():
     rows = [record(f"l2:{eps}", 0.9 - eps / 10 - seed / 10, seed=seed) for eps in (1, 2) for seed in (0, 1)]
     (chart,) = drawn(page_of(rows))
     assert {name: [share for _, share in pairs] for name, pairs in chart.lines.items()} == {
@@ -329,12 +329,12 @@ def test_seeds_are_lines_of_their_own_and_are_told():
     }
 
 
-def test_two_ways_to_write_an_eps_are_one_place_with_the_lower_figure():
+def test_two_spellings_of_an_eps_are_one_point_with_the_lower_figure():
     (chart,) = drawn(page_of([record("linf:0.1", 0.6), record("linf:1/10", 0.5), record("linf:0.2", 0.4)]))
     assert chart.lines["pgd"] == near([(0, 0.97), (0.1, 0.5), (0.2, 0.4)])
 
 
-def test_ticks_are_as_written_where_they_fit_and_never_over_each_other():
+def test_ticks_are_written_as_in_the_threat_and_never_overlap():
     texts = ["1/255", "2/255", "4/255", "8/255", "16/255"]
     (chart,) = drawn(page_of([record(f"linf:{eps}") for eps in texts]))
     assert {"0", "16/255", "8/255"} < chart.ticks.keys() <= {"0", *texts}
@@ -352,7 +352,7 @@ def test_every_norm_has_its_axis(norm):
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 97), st.sampled_from(["a", "zoo:mnist-cnn-robust", LONG, "模型" * 9])), max_size=25))
-def test_labels_stand_inside_the_chart_and_never_over_each_other(models):
+def test_labels_are_inside_the_chart_and_never_overlap(models):
     rows = [
         record(f"l2:{eps}", share / 100, model=f"{number}{name}{number}")
         for number, (share, name) in enumerate([(3, "x"), (3, "y"), *models])
@@ -368,7 +368,7 @@ def test_labels_stand_inside_the_chart_and_never_over_each_other(models):
     assert len({line.get("d") for line in charts[0].classed("path", "leader")}) == len(models) + 2
 
 
-def test_long_names_are_cut_to_labels_that_differ_and_told_in_full_below():
+def test_long_names_have_distinct_short_labels_and_are_listed_in_full_below():
     names = [LONG + "x" + LONG, LONG + "y" + LONG, LONG]
     (chart,) = drawn(page_of([record(f"l2:{eps}", model=name) for name in names for eps in (1, 2)]))
     assert all(len(text) <= 13 for text, _, _ in chart.labels)
@@ -377,7 +377,7 @@ def test_long_names_are_cut_to_labels_that_differ_and_told_in_full_below():
     assert all(f" is {name}" in chart.notes for name in names)
 
 
-def test_labels_leave_out_the_file_that_all_models_come_from():
+def test_labels_omit_the_common_file_of_all_models():
     names = ["some/models.py:small_net_without_defence", "some/models.py:net_behind_jpeg"]
     (chart,) = drawn(page_of([record(f"l2:{eps}", model=name) for name in names for eps in (1, 2)]))
     assert {text for text, _, _ in chart.labels} == {"small_net_wit", "hout_defence", "net_behind_", "jpeg"}
@@ -386,14 +386,14 @@ def test_labels_leave_out_the_file_that_all_models_come_from():
     assert {text for text, _, _ in chart.labels} == {"zoo:a", "zoo:b"}
 
 
-def test_attacks_that_have_no_line_are_named():
+def test_attacks_without_a_line_are_named():
     rows = [record(f"l2:{eps}", attack=attack) for attack, eps in (("fgsm", 1), ("pgd", 1), ("pgd", 2), ("cw", 2))]
     (chart,) = drawn(page_of(rows))
     assert "Run at one eps only, so there is no line: fgsm, cw." in chart.notes
     assert "without a line" not in section(page_of(rows[1:3]))
 
 
-def test_lines_differ_without_colour():
+def test_lines_can_be_distinguished_without_colour():
     rows = [
         record(f"l2:{eps}", model=f"m{number}", attack=f"a{other}")
         for number in range(12)
@@ -405,11 +405,11 @@ def test_lines_differ_without_colour():
         groups = [group for group in chart.svg.iter("g") if group.get("class").startswith(kind) and group.find("text") is None]
         looks = {(group[0].get("stroke-dasharray"), list(group)[-1].get("d")) for group in groups}
         assert len(groups) == len(looks) == 12
-        assert kind == "main" or None not in {dashes for dashes, _ in looks}  # only the figure may be solid
+        assert kind == "main" or None not in {dashes for dashes, _ in looks}  # only main lines may be solid
 
 
 @pytest.mark.parametrize("name", [HOSTILE, TURNED, "\"'", "]]>", "&lt;", "bad\udcff.py", "", LONG], ids=ascii)
-def test_hostile_names_stay_text_in_a_chart_that_is_well_formed(name):
+def test_hostile_names_are_escaped_in_a_well_formed_chart(name):
     rows = [
         record(f"linf:{eps}", 0.5, model=model, attack=attack, data=name, defence=name)
         for model in (name, "other")
@@ -417,7 +417,7 @@ def test_hostile_names_stay_text_in_a_chart_that_is_well_formed(name):
         for eps in (0.1, 0.2)
     ]
     page = page_of(rows)
-    charts = drawn(page) if name != TURNED else []  # XML knows no control characters; HTML does
+    charts = drawn(page) if name != TURNED else []  # XML forbids control characters, HTML does not
     assert len(charts) == (3 if name != TURNED else 0)
     assert set(Text(section(page)).tags) <= {
         "h2",
@@ -439,7 +439,7 @@ def test_hostile_names_stay_text_in_a_chart_that_is_well_formed(name):
         assert not re.search("[\u202a-\u202e\u2066-\u2069\u200e\u200f\x00-\x08]", "".join(shown))
 
 
-def test_the_drawing_is_told_to_who_does_not_see_it():
+def test_a_chart_has_a_text_description():
     rows = [record("linf:1/255", 0.5, model=model) for model in ("a", "b")] + [
         record("linf:0.2", 0.25, model=model) for model in ("a", "b")
     ]
@@ -451,7 +451,7 @@ def test_the_drawing_is_told_to_who_does_not_see_it():
     )
 
 
-def test_no_id_comes_twice_equal_runs_give_equal_bytes_and_arguments_stay_as_they_are():
+def test_ids_are_unique_and_rendering_is_deterministic_and_keeps_its_arguments():
     flag = [{"name": "f", "why": "w"}]
     rows = [record(f"{norm}:{eps}", model=model, flags=flag) for norm in NORMS for eps in (1, 2) for model in ("a", "b")]
     before = copy.deepcopy(rows)
@@ -463,10 +463,10 @@ def test_no_id_comes_twice_equal_runs_give_equal_bytes_and_arguments_stay_as_the
     assert [family.norm for family in families(results_of(rows))] == list(NORMS)
 
 
-# Whole curves from one run
+# Curves of single records
 
 
-class Stairs(Drawn):
+class Steps(Drawn):
     """A chart whose lines are steps, read back from the page."""
 
     def __init__(self, figure, logarithmic):
@@ -475,53 +475,53 @@ class Stairs(Drawn):
         for path in self.classed("path", "line"):
             x, y, *rest = re.findall(r"[MHV ](-?[\d.]+)", path.get("d"))
             assert re.fullmatch(r"M\S+ \S+?(H[\d.]+V[\d.]+)*", path.get("d"))
-            places = [(x, y), *zip(rest[::2], rest[1::2], strict=True)]
-            self.steps.append([(self.place(float(x)), (self.zero - float(y)) / (self.zero - self.one)) for x, y in places])
+            positions = [(x, y), *zip(rest[::2], rest[1::2], strict=True)]
+            self.steps.append([(self.value(float(x)), (self.zero - float(y)) / (self.zero - self.one)) for x, y in positions])
 
-    def place(self, x):
+    def value(self, x):
         if not self.logarithmic:
             return self.eps(x)
         tens = {float(text.replace(",", "")): at for text, at in self.ticks.items()}
         return 10 ** ((x - tens[1]) / (tens[10] - tens[1]))
 
 
-def stairs(page, section, logarithmic=False):
+def step_charts(page, section, logarithmic=False):
     if f'<section id="{section}">' not in page:
         return []
     figures = page.split(f'<section id="{section}">')[1].split("</section>")[0].split("<figure>")[1:]
-    return [Stairs(figure, logarithmic) for figure in figures]
+    return [Steps(figure, logarithmic) for figure in figures]
 
 
-COST = [[0.0, 0.97], [3.0, 0.9], [40.0, 0.5], [1500.0, 0.5]]
-EVERY = [[0.0, 0.97], [0.05, 0.8], [0.1, 0.4]]
+AGAINST_COST = [[0.0, 0.97], [3.0, 0.9], [40.0, 0.5], [1500.0, 0.5]]
+AGAINST_EPS = [[0.0, 0.97], [0.05, 0.8], [0.1, 0.4]]
 
 
-def near_steps(curve, least=0.0):
-    return [(pytest.approx(max(place, least), rel=0.02, abs=1e-3), pytest.approx(share, abs=1e-3)) for place, share in curve]
+def near_steps(curve, low=0.0):
+    return [(pytest.approx(max(x, low), rel=0.02, abs=1e-3), pytest.approx(share, abs=1e-3)) for x, share in curve]
 
 
-def test_the_curve_against_cost_is_drawn_as_it_was_recorded_one_a_record():
+def test_each_recorded_curve_against_cost_is_drawn():
     fast = [[0.0, 0.97], [1.0, 0.97], [12.0, 0.6]]
     rows = [
-        record(attack="standard", against_cost=COST),
+        record(attack="standard", against_cost=AGAINST_COST),
         record(attack="pgd", against_cost=fast),
         record(attack="fmn", against_cost=None),
-        record("l2:1", against_cost=COST),
+        record("l2:1", against_cost=AGAINST_COST),
     ]
-    both, alone = stairs(page_of(rows), "cost", logarithmic=True)
-    assert [near_steps(curve, 1.0) for curve in (COST, fast)] == both.steps
+    both, alone = step_charts(page_of(rows), "cost", logarithmic=True)
+    assert [near_steps(curve, 1.0) for curve in (AGAINST_COST, fast)] == both.steps
     assert (both.caption, alone.caption) == ("m under linf:0.1 on digits", "m under l2:1 on digits")
     assert both.ticks.keys() == {"1", "10", "100", "1,000"}
-    assert alone.steps == [near_steps(COST, 1.0)]
+    assert alone.steps == [near_steps(AGAINST_COST, 1.0)]
     assert {text for text, _, _ in both.labels} == {"standard", "pgd"}
     assert both.classed("path", "point") == []
     assert "standard: 97.0 % at 0, 50.0 % at 1,500" in both.svg.get("aria-label")
     assert 'id="cost"' not in page_of([record()])
 
 
-def test_the_curve_against_eps_is_drawn_with_the_other_attacks_at_their_eps():
+def test_a_curve_against_eps_is_drawn_with_the_other_attacks_at_their_eps():
     rows = [
-        record(attack="fmn", robust=0.4, against_eps=EVERY),
+        record(attack="fmn", robust=0.4, against_eps=AGAINST_EPS),
         record("linf:0.05", 0.7, attack="pgd"),
         record("linf:0.1", 0.3, attack="pgd"),
         record("linf:0.2", 0.1, attack="pgd"),
@@ -529,18 +529,18 @@ def test_the_curve_against_eps_is_drawn_with_the_other_attacks_at_their_eps():
         record("linf:0.1", 0.9, attack="aimed", goal="least-likely"),
         record(model="other", attack="pgd"),
     ]
-    (chart,) = stairs(page_of(rows), "whole")
-    assert chart.steps == [near_steps(EVERY)]  # one line alone: the others are marks
-    assert chart.lines == {"pgd": near([(0.05, 0.7), (0.1, 0.3)])}  # not what lies beyond, nor of another norm, goal or model
+    (chart,) = step_charts(page_of(rows), "all-eps")
+    assert chart.steps == [near_steps(AGAINST_EPS)]  # one line; the other attacks are marks
+    assert chart.lines == {"pgd": near([(0.05, 0.7), (0.1, 0.3)])}  # without larger eps and other norms, goals and models
     assert (chart.caption, chart.ticks.keys()) == ("m on digits", {"0", "0.05", "0.1"})
-    assert 'id="whole"' not in page_of(rows[1:])
+    assert 'id="all-eps"' not in page_of(rows[1:])
 
 
-def test_seeds_and_threats_of_whole_curves_are_told_apart():
-    rows = [record(attack="fmn", seed=seed, against_eps=EVERY, against_cost=COST) for seed in (0, 1)]
-    (chart,) = stairs(page_of(rows), "whole")
+def test_curves_of_different_seeds_and_threats_have_different_labels():
+    rows = [record(attack="fmn", seed=seed, against_eps=AGAINST_EPS, against_cost=AGAINST_COST) for seed in (0, 1)]
+    (chart,) = step_charts(page_of(rows), "all-eps")
     assert "".join(text for text, _, _ in chart.labels) == "fmn, seed 0fmn, seed 1"
-    (chart,) = stairs(page_of([rows[0], record("linf:0.2", attack="fmn", against_eps=EVERY)]), "whole")
+    (chart,) = step_charts(page_of([rows[0], record("linf:0.2", attack="fmn", against_eps=AGAINST_EPS)]), "all-eps")
     assert "".join(text for text, _, _ in chart.labels) == "fmn, linf:0.1fmn, linf:0.2"
 
 
@@ -548,11 +548,11 @@ def stage(name, forwards, backwards, solved):
     return {"name": name, "forwards": forwards, "backwards": backwards, "solved": solved}
 
 
-def test_each_stage_is_told_with_what_it_solved_left_and_cost():
+def test_the_stage_table_has_solved_and_unsolved_images_and_cost():
     stages = [
         stage("clean", 100, 0, 3),
         stage("descent", 1940, 1000, 60),
-        stage("windows", 40, 10, 0),
+        stage("patches", 40, 10, 0),
         stage("attack", 37, 0, 0),
     ]
     page = page_of(
@@ -563,33 +563,33 @@ def test_each_stage_is_told_with_what_it_solved_left_and_cost():
     assert cells == [
         ["clean", "3", "97.0", "%", "1", "2.4", "%"],
         ["descent", "60", "37.0", "%", "39.4", "95.2", "%"],
-        ["windows", "0", "37.0", "%", "0.6", "1.5", "%"],
+        ["patches", "0", "37.0", "%", "0.6", "1.5", "%"],
         ["attack", "0", "37.0", "%", "0.4", "0.9", "%"],
     ]
     assert text_of(table).count("standard on m under linf:0.1") == 1
-    assert 'id="stages"' not in page_of([record(stages=stages[:1])])  # every attack has that one
+    assert 'id="stages"' not in page_of([record(stages=stages[:1])])  # every attack has the stage clean
 
 
-def test_a_cost_that_others_have_borne_is_told():
-    told = "their cost is not counted"
-    assert told in page_of([record(against_cost=COST, stages=[stage("clean", 1, 0, 0), stage("starts", 1, 0, 4)])])
-    assert told not in page_of([record(against_cost=COST, stages=[stage("clean", 1, 0, 0)])])
+def test_the_legend_states_that_the_cost_of_warm_starts_is_not_counted():
+    legend = "their cost is not counted"
+    assert legend in page_of([record(against_cost=AGAINST_COST, stages=[stage("clean", 1, 0, 0), stage("starts", 1, 0, 4)])])
+    assert legend not in page_of([record(against_cost=AGAINST_COST, stages=[stage("clean", 1, 0, 0)])])
 
 
 @pytest.mark.parametrize("name", [HOSTILE, "]]>", "bad\udcff.py", LONG], ids=ascii)
-def test_hostile_names_stay_text_in_whole_curves_and_stages(name):
+def test_hostile_names_are_escaped_in_curves_and_stages(name):
     rows = [
-        record(attack=name, model=name, data=name, against_cost=COST, against_eps=None, stages=[stage(name, 1, 1, 1)]),
-        record(attack=name, model=name, data=name, against_eps=EVERY, against_cost=None),
+        record(attack=name, model=name, data=name, against_cost=AGAINST_COST, against_eps=None, stages=[stage(name, 1, 1, 1)]),
+        record(attack=name, model=name, data=name, against_eps=AGAINST_EPS, against_cost=None),
     ]
     page = page_of(rows)
-    assert len(stairs(page, "cost", logarithmic=True)) == len(stairs(page, "whole")) == 1
+    assert len(step_charts(page, "cost", logarithmic=True)) == len(step_charts(page, "all-eps")) == 1
     assert "<script" not in page
     assert len(Text(page).ids) == len(set(Text(page).ids))
-    assert all(f'href="#{one}"' in page for one in ("whole", "cost", "stages"))
+    assert all(f'href="#{one}"' in page for one in ("all-eps", "cost", "stages"))
 
 
-def test_every_interval_is_called_what_it_is():
-    told = text_of(page_of([record(f"linf:{eps}") for eps in (0.1, 0.2)]))
-    assert told.count("95 % Wilson interval over the choice of images") == 3  # the answer, the curves, the rows
-    assert "the rate itself is an upper bound on robustness" in told
+def test_every_interval_is_explained():
+    text = text_of(page_of([record(f"linf:{eps}") for eps in (0.1, 0.2)]))
+    assert text.count("95 % Wilson interval over the choice of images") == 3  # in the header, the curves and the table
+    assert "the rate itself is an upper bound on robustness" in text

@@ -1,4 +1,4 @@
-"""The run as JUnit XML: read back by a parser, with names that XML cannot hold."""
+"""The run as JUnit XML, read back by a parser, with names that XML forbids."""
 
 import re
 from pathlib import Path
@@ -32,7 +32,7 @@ def suite_of(records, verdicts=()):
     return suite
 
 
-def test_records_and_verdicts_are_cases_and_the_counts_are_theirs():
+def test_records_and_verdicts_are_test_cases_and_are_counted():
     suite = suite_of([RECORD, RECORD | {"attack": "fgsm", "seconds": 0.5, "defence": "jpeg"}], [GOOD, BAD, GOOD])
     assert dict(suite.attrib) == {
         "name": "robustkit",
@@ -55,22 +55,22 @@ def test_records_and_verdicts_are_cases_and_the_counts_are_theirs():
     assert suite[2].find("system-out").text == GOOD.why
 
 
-def test_flags_are_output_and_no_failure():
-    flags = [{"name": "alarm", "why": "for a reason"}, {"name": "other", "why": "as well"}]
+def test_flags_are_output_and_not_failures():
+    flags = [{"name": "weak-attack", "why": "for a reason"}, {"name": "other", "why": "as well"}]
     suite = suite_of([RECORD | {"flags": flags}, RECORD])
     assert suite.get("failures") == "0"
     assert [child.tag for child in suite[0]] == ["system-out"]
-    assert suite[0][0].text == "! alarm: for a reason\n! other: as well"
+    assert suite[0][0].text == "! weak-attack: for a reason\n! other: as well"
     assert len(suite[1]) == 0
 
 
-def test_an_empty_run_is_a_document():
+def test_an_empty_run_is_a_valid_document():
     suite = suite_of([])
     assert (suite.get("tests"), suite.get("failures"), suite.get("time"), len(suite)) == ("0", "0", "0.000", 0)
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "escaped"),
     [
         ("a\x00b", r"a\x00b"),
         ("\x1b[31m", r"\x1b[31m"),
@@ -85,28 +85,30 @@ def test_an_empty_run_is_a_document():
         ("é−𝔸", "é−𝔸"),
     ],
 )
-def test_hostile_names_are_harmless(name, told):
+def test_hostile_names_are_escaped(name, escaped):
     record = RECORD | dict.fromkeys(("model", "threat", "attack", "goal"), name) | {"flags": [{"name": name, "why": name}]}
     suite = suite_of([record], [Verdict(name, False, name), Verdict(name, True, name)])
-    assert suite[0].get("classname") == told
-    assert suite[0].get("name") == f"{told} {told} {told} 3"
-    assert suite[0][0].text == f"! {told}: {told}"
-    assert suite[1].get("name") == suite[1][0].get("message") == suite[2][0].text == told
-    assert suite[1][0].text == f"{told}\n{told}"
+    assert suite[0].get("classname") == escaped
+    assert suite[0].get("name") == f"{escaped} {escaped} {escaped} 3"
+    assert suite[0][0].text == f"! {escaped}: {escaped}"
+    assert suite[1].get("name") == suite[1][0].get("message") == suite[2][0].text == escaped
+    assert suite[1][0].text == f"{escaped}\n{escaped}"
 
 
 @given(st.text(st.characters(exclude_categories=()), max_size=20))
-def test_any_text_is_read_back_as_the_text_or_its_escapes(name):
+def test_any_text_is_read_back_verbatim_or_escaped(name):
     suite = suite_of([RECORD | {"model": name}], [Verdict(name, True, name)])
-    told = suite[0].get("classname")
-    assert told == suite[1].get("name")
-    kept = re.sub(r"\\(x[0-9a-f]{2}|u[0-9a-f]{4}|r)", lambda found: found.group().encode().decode("unicode_escape"), told)
-    assert "\\" in name or kept == name
+    escaped = suite[0].get("classname")
+    assert escaped == suite[1].get("name")
+    unescaped = re.sub(
+        r"\\(x[0-9a-f]{2}|u[0-9a-f]{4}|r)", lambda match: match.group().encode().decode("unicode_escape"), escaped
+    )
+    assert "\\" in name or unescaped == name
     if name.isprintable():
-        assert told == name
+        assert escaped == name
 
 
-def test_equal_runs_give_equal_text_that_a_file_can_hold(tmp_path):
+def test_equal_runs_give_equal_text_that_can_be_written(tmp_path):
     arguments = {"records": [RECORD, RECORD | {"model": "\udcff"}]}, [GOOD, BAD]
     text = junit(*arguments)
     assert text == junit(*arguments)

@@ -1,4 +1,4 @@
-"""The HTML report: what it says is what the records say, whatever the names, and it stands alone."""
+"""The HTML report: its figures are those of the records, names are escaped, and it loads nothing."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def record(**changes):
 
 
 def picture(clean, adversarial, **changes):
-    told = {
+    defaults = {
         "model": "m",
         "attack": "pgd",
         "goal": "misclassify",
@@ -69,7 +69,7 @@ def picture(clean, adversarial, **changes):
         "size": 0.3,
         "success": True,
     }
-    return Picture(clean=clean, adversarial=adversarial, **(told | changes))
+    return Picture(clean=clean, adversarial=adversarial, **(defaults | changes))
 
 
 def page_of(records, pictures=(), command=COMMAND, environment=None):
@@ -84,7 +84,7 @@ def images(seed=0, channels=1, side=28, eps=0.3):
 
 
 class Tree(HTMLParser):
-    """All tags with their attributes, and all text, as a browser would read them."""
+    """All tags with their attributes, and all text, as a browser reads them."""
 
     def __init__(self, page):
         super().__init__()
@@ -122,7 +122,7 @@ def percent(share):
 @st.composite
 def records(draw, goals=("misclassify", "least-likely", "classify-as:3")):
     def one(number):
-        robust = draw(st.integers(0, 20)) / 20  # coarse, so that rows tie
+        robust = draw(st.integers(0, 20)) / 20  # coarse, so that there are ties
         return record(
             model=draw(st.sampled_from(["m1", "m2"])),
             defence=draw(st.sampled_from([None, "jpeg"])),
@@ -140,15 +140,15 @@ def records(draw, goals=("misclassify", "least-likely", "classify-as:3")):
 
 @settings(deadline=None, max_examples=60)
 @given(records())
-def test_the_weakest_rows_are_marked_where_others_are_not_as_weak(drawn):
-    found = defaultdict(set)
+def test_the_lowest_rows_are_marked_if_others_are_higher(drawn):
+    shares_of = defaultdict(set)
     for row in drawn:
         if row["goal"] == "misclassify":
-            found[row["model"], row["defence"], row["threat"]].add(row["robust_accuracy"])
+            shares_of[row["model"], row["defence"], row["threat"]].add(row["robust_accuracy"])
     expected = {
         row["attack"]
         for row in drawn
-        for shares in [found[row["model"], row["defence"], row["threat"]]]
+        for shares in [shares_of[row["model"], row["defence"], row["threat"]]]
         if row["goal"] == "misclassify" and row["robust_accuracy"] == min(shares) < max(shares)
     }
     page = page_of(drawn)
@@ -158,7 +158,7 @@ def test_the_weakest_rows_are_marked_where_others_are_not_as_weak(drawn):
 
 @settings(deadline=None, max_examples=60)
 @given(records())
-def test_every_row_is_there_once_with_its_numbers(drawn):
+def test_every_record_is_one_row_with_its_figures(drawn):
     page = page_of(drawn)
     assert sorted(rows(page)) == sorted(row["attack"] for row in drawn)
     for row in drawn:
@@ -170,7 +170,7 @@ def test_every_row_is_there_once_with_its_numbers(drawn):
 
 @settings(deadline=None, max_examples=40)
 @given(records())
-def test_the_header_answers_with_the_lowest_of_each_threat(drawn):
+def test_the_header_has_the_lowest_robust_accuracy_of_each_threat(drawn):
     header = page_of(drawn).split("<header>")[1].split("</header>")[0]
     assert "Every robust accuracy is an upper bound" in header
     threats = list(dict.fromkeys(row["threat"] for row in drawn))
@@ -179,19 +179,19 @@ def test_the_header_answers_with_the_lowest_of_each_threat(drawn):
         name, *cells = (Tree(cell).text for cell in re.split("<td[^>]*>", part.split("</tr>")[0]))
         answers[name.split("100 images")[0].strip()] = dict(zip(["Clean", *threats], cells, strict=True))
     for model, defence, threat in {(row["model"], row["defence"], row["threat"]) for row in drawn}:
-        told = [row for row in drawn if (row["model"], row["defence"], row["threat"]) == (model, defence, threat)]
-        plain = [row["robust_accuracy"] for row in told if row["goal"] == "misclassify"]
+        group = [row for row in drawn if (row["model"], row["defence"], row["threat"]) == (model, defence, threat)]
+        untargeted = [row["robust_accuracy"] for row in group if row["goal"] == "misclassify"]
         answer = answers[model + (f" behind {defence}" if defence else "")][threat]
-        assert answer == (f"{percent(min(plain))} 7.0 % to 20.0 %" if plain else "– only other goals")
+        assert answer == (f"{percent(min(untargeted))} 7.0 % to 20.0 %" if untargeted else "– only other goals")
         assert len(answers) == len({(row["model"], row["defence"]) for row in drawn})
 
 
-def test_a_targeted_row_is_never_the_models_robustness():
+def test_a_targeted_attack_is_never_shown_as_robustness():
     targeted = record(goal="least-likely", robust_accuracy=0.961, success_rate=0.002, attack="aimed")
     page = page_of([targeted])
     assert "96.1" not in Tree(page.split("<header>")[1].split("</header>")[0]).text
     assert "Untargeted attacks" not in page
-    assert "<svg" not in page  # the bar is for robust accuracy alone
+    assert "<svg" not in page  # only robust accuracy has a bar
     section = Tree(page.split('<section class="targeted">')[1].split("</section>")[0]).text
     assert "Read the success rate." in section
     assert "not robustness" in section
@@ -200,7 +200,7 @@ def test_a_targeted_row_is_never_the_models_robustness():
     assert rows(both) == {"pgd": ["row"], "aimed": ["row"]}
 
 
-def test_a_flagged_answer_shows_its_flag_and_a_threat_that_a_model_was_not_under_says_so():
+def test_the_header_marks_flagged_figures_and_threats_that_were_not_run():
     page = page_of([record(flags=[{"name": "f", "why": "w"}]), record(model="other", threat="l2:2")])
     cells = [Tree(cell.split("</td>")[0]).text for cell in page.split("</header>")[0].split("<td")[1:]]
     assert [cell.partition(">")[2] for cell in cells] == [
@@ -214,48 +214,50 @@ def test_a_flagged_answer_shows_its_flag_and_a_threat_that_a_model_was_not_under
     assert page.split("</header>")[0].count('<b class="figure">') == 1
 
 
-def test_every_link_leads_somewhere():
+def test_every_link_has_a_target():
     flag = {"name": "f", "why": "w"}
     page = page_of([record(threat=f"linf:{eps}", flags=[flag]) for eps in (0.1, 0.3)], [picture(*images())])
     tree = Tree(page)
     assert {attrs["href"][1:] for attrs in tree.all("a")} <= {attrs.get("id") for _, attrs in tree.tags}
-    assert [one for one in ("curves", "attacks", "flags", "terms", "again", "pictures") if f'href="#{one}"' not in page] == []
+    assert [
+        one for one in ("curves", "attacks", "flags", "terms", "reproduce", "pictures") if f'href="#{one}"' not in page
+    ] == []
     assert 'href="#pictures"' not in page_of([record()])
 
 
-def test_a_flag_names_its_rows_once_with_all_their_threats():
+def test_a_flag_lists_its_cases_once_with_all_their_threats():
     flag = {"name": "f", "why": "w"}
     drawn = [
         record(threat=threat, goal=goal, flags=[flag])
         for goal in ("misclassify", "least-likely")
         for threat in ("linf:0.1", "l2:2")
     ]
-    told = Tree(page_of(drawn).split('<ol class="flags">')[1].split("</ol>")[0]).text
-    assert told == "f: w m: pgd under linf:0.1, l2:2 m: pgd, goal least-likely, under linf:0.1, l2:2"
+    text = Tree(page_of(drawn).split('<ol class="flags">')[1].split("</ol>")[0]).text
+    assert text == "f: w m: pgd under linf:0.1, l2:2 m: pgd, goal least-likely, under linf:0.1, l2:2"
 
 
-def test_hashes_of_data_and_weights_and_the_seed_are_told():
+def test_hashes_of_data_and_weights_and_the_seed_are_listed():
     results = {
         "robustkit": "0.1.0",
         "environment": {},
         "data": {"offset": 50},
         "records": [record() | {"data_hash": "da7a", "model_hash": "5ea1"}],
     }
-    told = report(results, [], command=COMMAND).split("<h3>Data and weights</h3>")[1].split("</dl>")[0]
-    assert Tree(told.replace("<dd>", "<dd>: ").replace("</div>", "; ")).text == (
+    sources = report(results, [], command=COMMAND).split("<h3>Data and weights</h3>")[1].split("</dl>")[0]
+    assert Tree(sources.replace("<dd>", "<dd>: ").replace("</div>", "; ")).text == (
         "digits: 100 images after the first 50, hash da7a; m: hash 5ea1; seed: 0;"
     )
     assert "hash da" not in page_of([record()])
 
 
-def test_bar_and_whisker_stand_where_the_numbers_are():
+def test_bar_and_whisker_are_at_the_figures():
     page = page_of([record(robust_accuracy=0.25, low=0.125, high=0.5, clean_accuracy=0.75)])
     assert 'class="fill" y="3" width="25.000"' in page
     assert "M12.500 6H50.000" in page
     assert 'class="tick" d="M75.000 0V12"' in page
 
 
-def test_flags_are_loud_and_told_once_and_notes_are_folded():
+def test_each_flag_is_explained_once_and_notes_are_collapsed():
     flag = {"name": "flat-gradient", "why": "nothing to climb"}
     note = {"name": "memory", "why": "the batch was halved"}
     page = page_of([record(attack="a", flags=[flag], notes=[note]), record(attack="b", flags=[flag], robust_accuracy=0.5)])
@@ -270,18 +272,18 @@ def test_flags_are_loud_and_told_once_and_notes_are_folded():
     assert "No flag in 1 record." in page_of([record()])
 
 
-def test_sizes_costs_and_times_read_well():
+def test_sizes_costs_and_times_are_formatted():
     row = record(median_size=1.5, forwards=81_200, backwards=150, n=100, seconds=0.04)
     page = page_of([row]).replace("\N{NO-BREAK SPACE}", " ")
     cost = '814<span class="quiet">812 + 1.5</span>'
-    for label, told in {"Median size": "1.50", "Cost per image": cost, "Time": "&lt; 0.1 s", "Images": "100"}.items():
-        assert f'data-label="{label}">{told}</td>' in page
-    for nothing in (None, float("nan")):
-        assert 'data-label="Median size">–<' in page_of([record(median_size=nothing)])
+    for label, text in {"Median size": "1.50", "Cost per image": cost, "Time": "&lt; 0.1 s", "Images": "100"}.items():
+        assert f'data-label="{label}">{text}</td>' in page
+    for missing in (None, float("nan")):
+        assert 'data-label="Median size">–<' in page_of([record(median_size=missing)])
 
 
-def test_universal_attacks_show_every_rate_and_the_change():
-    """Rows are changes, columns the models of the run; a model on which a change was not tried shows a dash."""
+def test_universal_attacks_show_all_fooling_rates_and_the_perturbation():
+    """One row per perturbation and one column per model; a dash where the perturbation was not evaluated."""
     one = record(
         fooling_train=0.451,
         fooling_held_out=0.389,
@@ -290,15 +292,15 @@ def test_universal_attacks_show_every_rate_and_the_change():
         collapse={"class": "8", "share": 0.71},
     )
     two = record(threat="linf:0.2", fooling_train=0.5, fooling_held_out=0.4, fooling_random=0.03, transfer={}, collapse=None)
-    change = np.zeros((1, 4, 4), np.float32)
-    change[0, 0] = (0.125, -0.25, 0.25, 0.0)
+    perturbation = np.zeros((1, 4, 4), np.float32)
+    perturbation[0, 0] = (0.125, -0.25, 0.25, 0.0)
     shown = picture(
         np.zeros((1, 4, 4), np.float32),
         np.zeros((1, 4, 4), np.float32),
         attack=one["attack"],
         model=one["model"],
         threat=one["threat"],
-        perturbation=change,
+        perturbation=perturbation,
     )
     page = page_of([one, two], [shown])
     text = " ".join(Tree(page).text.split())
@@ -310,12 +312,12 @@ def test_universal_attacks_show_every_rate_and_the_change():
     assert 'id="universal"' not in page_of([record()])
 
 
-def test_no_record_and_no_picture():
+def test_a_page_without_records_and_pictures():
     assert "Nothing was measured" in page_of([])
     assert "<img" not in page_of([record()])
 
 
-def test_seeds_are_told_where_they_differ():
+def test_seeds_are_shown_where_they_differ():
     assert ", seed 0" not in page_of([record()])
     page = page_of([record(), record(seed=1)])
     assert ", seed 0" in page
@@ -329,7 +331,7 @@ def test_seeds_are_told_where_they_differ():
     side=st.integers(1, 40),
     eps=st.sampled_from([0.0, 1e-7, 1 / 255, 8 / 255, 0.3, 1.0]),
 )
-def test_pictures_are_the_images_and_the_change_at_its_stated_scale(seed, channels, side, eps):
+def test_pictures_are_the_images_and_the_perturbation_at_the_stated_scale(seed, channels, side, eps):
     clean, adversarial = images(seed, channels, side, eps)
     shown = Tree(page_of([record()], [picture(clean, adversarial)])).all("img")
     first, middle, last = (decode(attrs["src"]) for attrs in shown)
@@ -341,11 +343,11 @@ def test_pictures_are_the_images_and_the_change_at_its_stated_scale(seed, channe
         assert (middle == 128).all()
         return
     scale = float(re.fullmatch(r"The perturbation, amplified (\S+) times", shown[1]["alt"])[1])
-    assert np.abs((middle - 128.0) / 255 - scale * delta).max() <= 1.01 / 255  # half a grey level, and one at the white end
+    assert np.abs((middle - 128.0) / 255 - scale * delta).max() <= 1.01 / 255  # rounding by half a grey level, and one at white
     assert 0.45 < scale * np.abs(delta).max() <= 0.5 + 1e-9
 
 
-def test_pictures_follow_the_order_of_the_table_and_strays_come_last():
+def test_pictures_are_in_the_order_of_the_table_and_those_without_a_record_last():
     clean, adversarial = images()
     pictures = [
         picture(clean, adversarial, attack=name, goal=goal)
@@ -358,14 +360,14 @@ def test_pictures_follow_the_order_of_the_table_and_strays_come_last():
 
 
 @pytest.mark.parametrize(("side", "width", "enlarged"), [(8, 96, True), (28, 84, True), (32, 96, True), (200, 96, False)])
-def test_small_pictures_grow_by_whole_pixels_and_large_ones_shrink(side, width, enlarged):
+def test_small_pictures_are_enlarged_by_integers_and_large_ones_shrunk(side, width, enlarged):
     page = page_of([record()], [picture(*images(side=side))])
     assert {attrs["width"] for attrs in Tree(page).all("img")} == {str(width)}
     assert ('class="triple enlarged"' in page) is enlarged
     assert re.search(r"\.enlarged img \{ image-rendering: pixelated; \}", page)
 
 
-def test_captions_and_alt_texts_tell_labels_and_confidences():
+def test_captions_and_alt_texts_have_classes_and_confidences():
     page = page_of([record()], [picture(*images()), picture(*images(), success=False)])
     tree = Tree(page)
     assert "as 7, 99.9 %" in tree.text
@@ -383,7 +385,7 @@ def test_a_picture_of_another_shape_is_refused(shape):
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, np.nan])
-def test_a_picture_outside_the_box_or_of_two_shapes_is_refused(value):
+def test_a_picture_outside_the_bounds_or_of_two_shapes_is_refused(value):
     clean = np.zeros((1, 4, 4), np.float32)
     with pytest.raises(ArgumentError, match="adversarial of picture 3"):
         picture(clean, np.full_like(clean, value))
@@ -391,7 +393,7 @@ def test_a_picture_outside_the_box_or_of_two_shapes_is_refused(value):
         picture(clean, np.zeros((3, 4, 4), np.float32))
 
 
-def test_hostile_names_stay_text():
+def test_hostile_names_are_escaped():
     row = record(
         model=HOSTILE,
         attack=HOSTILE,
@@ -422,11 +424,11 @@ def test_hostile_names_stay_text():
     assert {name for name, _ in tree.tags} <= {name for name, _ in Tree(calm).tags} | {"a", "details", "summary", "ul"}
 
 
-def test_a_file_name_that_is_no_unicode_can_be_written():
+def test_a_file_name_that_is_not_unicode_can_be_written():
     assert "bad\\udcff.py" in page_of([record(model="bad\udcff.py")]).encode("utf-8").decode("utf-8")
 
 
-def test_nothing_is_loaded_from_anywhere():
+def test_the_page_loads_nothing():
     page = page_of([record(flags=[{"name": "f", "why": "w"}])], [picture(*images(channels=3))])
     tree = Tree(page)
     assert not {name for name, _ in tree.tags} & {
@@ -448,7 +450,7 @@ def test_nothing_is_loaded_from_anywhere():
     assert policy.startswith("default-src 'none'")
 
 
-def test_equal_runs_give_equal_bytes_and_arguments_stay_as_they_are():
+def test_rendering_is_deterministic_and_keeps_its_arguments():
     given_records, given_pictures = [record(), record(attack="b", robust_accuracy=0.0)], [picture(*images())]
     before = json.dumps(given_records)
     assert page_of(given_records, given_pictures) == page_of(given_records, given_pictures)
@@ -457,7 +459,7 @@ def test_equal_runs_give_equal_bytes_and_arguments_stay_as_they_are():
 
 def test_the_page_stays_small():
     drawn = [record(attack=f"a{number}") for number in range(8)]
-    pictures = [picture(*images(seed), attack=f"a{seed // 4}") for seed in range(32)]  # noise: the worst for PNG
+    pictures = [picture(*images(seed), attack=f"a{seed // 4}") for seed in range(32)]  # noise, which PNG cannot compress
     assert len(page_of(drawn, pictures).encode()) < 1_000_000
 
 
@@ -468,7 +470,7 @@ def luminance(colour):
 
 
 PAIRS = [(ink, paper) for paper in ("paper", "lowest-paper") for ink in ("ink", "quiet", "link", "lowest")]
-PAIRS += [(f"line-{number}", "paper") for number in range(4)]  # labels of curves have the colour of their line
+PAIRS += [(f"line-{number}", "paper") for number in range(4)]  # labels have the colour of their line
 
 
 @pytest.mark.parametrize(("ink", "paper"), [*PAIRS, ("ink", "sheet"), ("flag", "flag-paper"), ("held", "paper")])
@@ -486,13 +488,13 @@ document.documentElement.scrollWidth, innerWidth,
 
 
 def browse(page, folder, scheme, width):
-    """What a real browser measures of the page in a frame of that width, and what it logs."""
+    """The sizes that chromium measures of the page in a frame of that width, and its log."""
     (folder / "page.html").write_text(
         re.sub(r"<meta http-equiv[^>]*>", "", page).replace("</body>", PROBE + "</body>"), "utf-8"
     )
-    told = 'parent.document.title = document.querySelector("iframe").contentDocument.documentElement.dataset.probe'
+    on_load = 'parent.document.title = document.querySelector("iframe").contentDocument.documentElement.dataset.probe'
     (folder / "frame.html").write_text(
-        f'<iframe src="page.html" style="width:{width}px;height:900px;border:0" onload=\'{told}\'></iframe>', "utf-8"
+        f'<iframe src="page.html" style="width:{width}px;height:900px;border:0" onload=\'{on_load}\'></iframe>', "utf-8"
     )
     run = subprocess.run(
         [
@@ -523,7 +525,7 @@ def browse(page, folder, scheme, width):
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed; apt-get install chromium")
 @pytest.mark.parametrize(("width", "scheme"), [(400, 1), (400, 0), (1200, 1)], ids=["phone", "phone in the dark", "desk"])
-def test_nothing_sticks_out_sideways(tmp_path, width, scheme):
+def test_nothing_overflows_horizontally(tmp_path, width, scheme):
     flag = {"name": LONG, "why": LONG}
     drawn = [
         record(model=LONG, attack=LONG, data=LONG, threat=LONG, defence=LONG, flags=[flag], notes=[flag]),
@@ -542,18 +544,18 @@ def test_nothing_sticks_out_sideways(tmp_path, width, scheme):
     ]
     page = page_of(drawn, pictures, command=LONG, environment={LONG: LONG})
     assert page.count('<svg class="curve"') == 3
-    (needed, inner, drawn_all), log = browse(page, tmp_path, scheme, width)
-    assert inner == width
-    assert needed <= inner
-    assert drawn_all
+    (scroll_width, inner_width, images_loaded), log = browse(page, tmp_path, scheme, width)
+    assert inner_width == width
+    assert scroll_width <= inner_width
+    assert images_loaded
     assert "CONSOLE" not in log
 
 
 @pytest.mark.parametrize(("cases", "each"), [(1, 4), (24, 4), (25, 3), (48, 2), (96, 1), (120, 1)])
-def test_a_page_of_many_cases_shows_fewer_pictures_of_each(cases, each):
+def test_with_many_cases_each_shows_fewer_pictures(cases, each):
     clean, adversarial = images(side=2)
     names = [f"attack-{number}" for number in range(cases)]
     shown = [picture(clean, adversarial, attack=name, index=i) for name in names for i in range(4)]
     page = page_of([record(attack=name) for name in names], shown)
     assert page.count("<figure>") == cases * each
-    assert page.count("image 0, true class") == cases  # the first ones
+    assert page.count("image 0, true class") == cases  # the first image of each attack

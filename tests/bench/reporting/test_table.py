@@ -1,4 +1,4 @@
-"""The table on the terminal: every figure whole in 80 columns, alarms loud, names as they are."""
+"""The table on the terminal: figures are not cut in 80 columns, flags stand out, names are verbatim."""
 
 import io
 import itertools
@@ -45,7 +45,7 @@ WIDEST = {
     "forwards": 12_345_678,
     "backwards": 0,
     "seconds": 123_456.7,
-    "flags": [{"name": "an-alarm", "why": "do not believe it " * 20}],
+    "flags": [{"name": "a-flag", "why": "do not believe it " * 20}],
 }
 
 
@@ -61,7 +61,7 @@ def rows(text):
 
 
 @pytest.mark.parametrize("record", [RECORD, RECORD | WIDEST])
-def test_it_fits_80_columns_with_every_figure_whole(record):
+def test_the_table_fits_80_columns_without_cutting_a_figure(record):
     text = shown(record, record)
     assert all(len(line) <= 80 for line in text.splitlines())
     assert "…" not in text
@@ -83,23 +83,23 @@ def test_it_fits_80_columns_with_every_figure_whole(record):
         assert "zoo:mnist-cnn: 98.1% correct of 1,000 images of mnist-5k" in text
         assert rows(text)[0].split() == ["linf:0.3", "pgd", "12.3%", "7.1%", "–", "20.2%", "87.7%", "81.5", "12.3"]
     else:
-        assert packed.count("!an-alarm") == 1
+        assert packed.count("!a-flag") == 1
         assert ("donotbelieveit" * 20) in packed
 
 
-def test_a_long_name_is_folded_and_not_cut():
+def test_a_long_name_is_wrapped_and_not_cut():
     lines = shown(RECORD | WIDEST).splitlines()
     first = next(i for i, line in enumerate(lines) if "threat" in line)
     end = next(i for i, line in enumerate(lines) if line.startswith("!"))
     starts = [lines[first].index(name) for name in ("threat", "attack", "robust")]
     columns = [slice(start, end) for start, end in itertools.pairwise(starts)]
-    spoken = ["".join(line[column].strip() for line in lines[first + 2 : end]) for column in columns]
-    assert spoken[0] == WIDEST["threat"]
-    assert spoken[1].replace(" ", "") == f"{WIDEST['attack']}→{WIDEST['goal']}!"
+    columns_text = ["".join(line[column].strip() for line in lines[first + 2 : end]) for column in columns]
+    assert columns_text[0] == WIDEST["threat"]
+    assert columns_text[1].replace(" ", "") == f"{WIDEST['attack']}→{WIDEST['goal']}!"
 
 
 @pytest.mark.parametrize("name", ["net[0].py:[bold]x[/bold]", "a:smile:b", "[/]", "back\\slash\\", "[link=file:x]y"])
-def test_names_are_shown_as_they_are(name):
+def test_names_are_printed_verbatim(name):
     record = RECORD | dict.fromkeys(("model", "data", "threat", "attack", "goal"), name)
     record |= {"flags": [{"name": name, "why": name}], "notes": [{"name": f"note {name}", "why": name}]}
     text = shown(record, width=250)
@@ -110,8 +110,8 @@ def test_names_are_shown_as_they_are(name):
 
 
 @dataclass
-class Loading:
-    """What the bar needs to know of a run: its cases, each of 200 images."""
+class FakeRun:
+    """The part of a loaded run that the bar uses: its cases, each of 200 images."""
 
     cases: list
 
@@ -119,10 +119,10 @@ class Loading:
         return range(200)
 
 
-def moved(file, steps, *, terminal=True):
-    """A bar over two cases that has seen some blocks (case, seconds, found)."""
+def bar_output(file, steps, *, terminal=True):
+    """The output of a bar over two cases after some blocks (case, seconds, found)."""
     name = "net[0].py:[bold]x[/bold] :smile:"
-    loaded = Loading([SimpleNamespace(case=Case(name, "linf:1", attack)) for attack in ("fgsm", "pgd")])
+    loaded = FakeRun([SimpleNamespace(case=Case(name, "linf:1", attack)) for attack in ("fgsm", "pgd")])
     screen = Console(width=200, file=file, force_terminal=terminal, color_system=None)
     with Live(screen, loaded, 1) as live:
         for case, seconds, found in steps:
@@ -130,50 +130,50 @@ def moved(file, steps, *, terminal=True):
     return file.getvalue()
 
 
-def test_a_bar_shows_names_as_they_are():
-    assert "pgd linf:1 net[0].py:[bold]x[/bold] :smile:" in moved(io.StringIO(), [(0, 1, False), (1, 1, False)])
+def test_the_bar_prints_names_verbatim():
+    assert "pgd linf:1 net[0].py:[bold]x[/bold] :smile:" in bar_output(io.StringIO(), [(0, 1, False), (1, 1, False)])
 
 
-def test_a_bar_is_silent_where_there_is_no_terminal():
-    assert moved(io.StringIO(), [(0, 1, False)], terminal=False) == ""
+def test_the_bar_prints_nothing_without_a_terminal():
+    assert bar_output(io.StringIO(), [(0, 1, False)], terminal=False) == ""
 
 
-def test_a_bar_counts_images_and_the_time_that_the_costs_of_the_cases_make():
-    assert "100/400" in moved(io.StringIO(), [(0, 1, False)])
-    assert "-:-- left" in moved(io.StringIO(), [(0, 1, False)])  # nothing is known of the second case
-    text = moved(io.StringIO(), [(0, 1, False), (1, 3600, True)])
+def test_the_bar_shows_images_and_time_left_by_the_cost_of_each_case():
+    assert "100/400" in bar_output(io.StringIO(), [(0, 1, False)])
+    assert "-:-- left" in bar_output(io.StringIO(), [(0, 1, False)])  # the cost of the second case is not known yet
+    text = bar_output(io.StringIO(), [(0, 1, False), (1, 3600, True)])
     assert "200/400" in text
     assert "1:00:01 left" in text
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"), [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3600, "1:00:00"), (36_061, "10:01:01")]
+    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3600, "1:00:00"), (36_061, "10:01:01")]
 )
-def test_durations_read_like_a_clock(seconds, told):
-    assert duration(seconds) == told
+def test_durations_are_formatted_like_a_clock(seconds, text):
+    assert duration(seconds) == text
 
 
-def test_usual_names_are_whole_in_80_columns():
+def test_names_of_usual_length_are_not_wrapped_in_80_columns():
     usual = RECORD | {"threat": "linf:16/255", "attack": "pgd:steps=100"}
     text = shown(usual, usual | {"attack": "onepixel"})
     assert " linf:16/255 " in text
     assert " pgd:steps=100 " in text
 
 
-def test_what_survives_all_attacks_stands_below_them_threat_by_threat():
+def test_the_worst_case_is_the_last_row_of_each_threat():
     records = [RECORD | {"threat": threat, "attack": attack} for threat in ("linf:1", "l2:1") for attack in ("fgsm", "pgd")]
-    both = [records[0] | {"threat": threat, "attacks": ["fgsm", "pgd"]} for threat in ("linf:1", "l2:1")]
+    unions = [records[0] | {"threat": threat, "attacks": ["fgsm", "pgd"]} for threat in ("linf:1", "l2:1")]
     file = io.StringIO()
-    Console(width=80, file=file).print(table(records, both))
-    told = [line.split()[:2] for line in rows(file.getvalue())]
-    assert told == [[t, a] for t in ("linf:1", "l2:1") for a in ("fgsm", "pgd", "worst")]
+    Console(width=80, file=file).print(table(records, unions))
+    first_cells = [line.split()[:2] for line in rows(file.getvalue())]
+    assert first_cells == [[t, a] for t in ("linf:1", "l2:1") for a in ("fgsm", "pgd", "worst")]
 
 
-def test_flags_are_loud_and_told_once():
+def test_flags_are_bold_red_and_explained_once():
     flags = [{"name": "masked", "why": "for this reason"}]
     notes = [{"name": "fact", "why": "as it is"}]
-    loud, calm = RECORD | {"flags": flags, "attack": "apgd"}, RECORD | {"notes": notes}
-    plain, colored = shown(loud, calm, loud), shown(loud, calm, loud, color=True)
+    flagged, noted = RECORD | {"flags": flags, "attack": "apgd"}, RECORD | {"notes": notes}
+    plain, colored = shown(flagged, noted, flagged), shown(flagged, noted, flagged, color=True)
     assert [" !" in row for row in rows(plain)] == [True, False, True]
     assert plain.count("! masked (apgd, linf:0.3): for this reason") == 1
     assert plain.count("fact (pgd, linf:0.3): as it is") == 1
@@ -182,7 +182,7 @@ def test_flags_are_loud_and_told_once():
     assert colored.count("\x1b[1;31m !") == 2
 
 
-def test_each_model_has_a_table_and_goals_of_being_wrong_come_first():
+def test_each_model_has_a_table_with_untargeted_attacks_first():
     other = RECORD | {"goal": "least-likely", "success_rate": 0.111}
     text = shown(other, RECORD, RECORD | {"model": "second"}, width=120)
     assert [line.split(":")[0] for line in text.splitlines() if "correct of" in line] == ["zoo", "second"]
@@ -193,9 +193,9 @@ def test_each_model_has_a_table_and_goals_of_being_wrong_come_first():
     )
 
 
-def test_the_figure_that_counts_is_bold():
-    wrong, targeted = rows(shown(RECORD, RECORD | {"goal": "least-likely"}, width=120, color=True))
-    assert "\x1b[1m 12.3%" in wrong
-    assert "\x1b[2m  87.7%" in wrong
+def test_robust_accuracy_or_success_rate_is_bold_by_goal():
+    untargeted, targeted = rows(shown(RECORD, RECORD | {"goal": "least-likely"}, width=120, color=True))
+    assert "\x1b[1m 12.3%" in untargeted
+    assert "\x1b[2m  87.7%" in untargeted
     assert "\x1b[2m 12.3%" in targeted
     assert "\x1b[1m  87.7%" in targeted
