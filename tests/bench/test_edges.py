@@ -112,7 +112,7 @@ def test_a_run_uses_the_threads_of_the_plan_and_restores_the_previous_number():
 
 def test_seconds_are_those_of_all_blocks():
     loaded, seconds = load(PLAN), {0: [], 1: []}
-    done = list(outcomes(loaded, progress=lambda block, found: seconds[block.task.case].append(block.seconds)))
+    done = list(outcomes(loaded, progress=lambda block, was_stored: seconds[block.task.case].append(block.seconds)))
     for outcome in done:
         assert outcome.record["seconds"] == pytest.approx(sum(seconds[outcome.index]))
         assert len(seconds[outcome.index]) == 3

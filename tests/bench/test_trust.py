@@ -116,11 +116,11 @@ def test_the_name_of_a_block_depends_on_versions_and_hardware_and_on_the_outputs
 
 
 def test_blocks_of_other_settings_are_not_reused(tmp_path):
-    store, found = Files(tmp_path), []
+    store, were_stored = Files(tmp_path), []
     for change in ({}, {"seed": 1}, {"batch_size": 7}, {"normalize": None}):
         loaded = load(replace(PLAN, **change))
-        list(outcomes(loaded, store, progress=lambda block, stored: found.append(stored)))
-    assert found == [False, False, False, True]
+        list(outcomes(loaded, store, progress=lambda block, was_stored: were_stored.append(was_stored)))
+    assert were_stored == [False, False, False, True]
 
 
 # --- threads and pictures ------------------------------------------------------------------------------------------------

@@ -74,33 +74,33 @@ def test_rows_outside_of_the_threat_are_projected_and_checked_again(tmp_path):
 
 
 def test_a_file_made_for_another_norm_can_be_used(tmp_path):
-    found = PGD(steps=20)(NET.eval(), X, Y, threat=Linf(0.1)).x_adv
-    np.savez(tmp_path / "f.npz", x_adv=found.numpy())
+    x_adv = PGD(steps=20)(NET.eval(), X, Y, threat=Linf(0.1)).x_adv
+    np.savez(tmp_path / "f.npz", x_adv=x_adv.numpy())
     (record,) = run(plan_of(tmp_path / "f.npz", threat="l2:0.5")).records
-    assert solved(record, "clean") + solved(record, "starts") == int(wrong(L2(0.5).project(found, X)).sum())
+    assert solved(record, "clean") + solved(record, "starts") == int(wrong(L2(0.5).project(x_adv, X)).sum())
 
 
 def test_uint8_arrays_are_divided_by_255_and_have_channels_last(tmp_path):
-    found = (PGD(steps=20)(NET.eval(), X, Y, threat=Linf(0.1)).x_adv * 255).round().to(torch.uint8)
-    for number, array in enumerate((found[:, 0], found.movedim(1, -1))):
+    x_adv = (PGD(steps=20)(NET.eval(), X, Y, threat=Linf(0.1)).x_adv * 255).round().to(torch.uint8)
+    for number, array in enumerate((x_adv[:, 0], x_adv.movedim(1, -1))):
         np.savez(tmp_path / f"{number}.npz", x_adv=array.numpy())
         (record,) = run(plan_of(tmp_path / f"{number}.npz")).records
-        near = Linf(0.1).project(found.float() / 255, X)
+        near = Linf(0.1).project(x_adv.float() / 255, X)
         assert solved(record, "clean") + solved(record, "starts") == int(wrong(near).sum()) > 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_other_floating_point_types_are_read(tmp_path, dtype):
-    found = PGD(steps=20)(NET.eval(), X, Y, threat=Linf(0.1)).x_adv.to(dtype)
-    save_file({"x_adv": found}, tmp_path / "f.safetensors")
+    x_adv = PGD(steps=20)(NET.eval(), X, Y, threat=Linf(0.1)).x_adv.to(dtype)
+    save_file({"x_adv": x_adv}, tmp_path / "f.safetensors")
     file = read_adversarial_file(str(tmp_path / "f.safetensors"), DIGITS, range(N))
-    assert torch.equal(file.images([0, 3, 39]), found[[0, 3, 39]].float())
+    assert torch.equal(file.images([0, 3, 39]), x_adv[[0, 3, 39]].float())
 
 
 def test_rows_with_nan_and_rows_equal_to_the_image_are_skipped(tmp_path):
-    found = PGD(steps=20)(NET.eval(), X, Y, threat=Linf(0.1))
-    given, correct = found.x_adv.clone(), (~wrong(X)).nonzero().squeeze(1)
-    broken = [row for row in correct.tolist() if found.success[row]]
+    result = PGD(steps=20)(NET.eval(), X, Y, threat=Linf(0.1))
+    given, correct = result.x_adv.clone(), (~wrong(X)).nonzero().squeeze(1)
+    broken = [row for row in correct.tolist() if result.success[row]]
     given[broken[:2]], given[broken[2:4]] = torch.nan, X[broken[2:4]]
     np.savez(tmp_path / "f.npz", x_adv=given.numpy())
     (record,) = run(plan_of(tmp_path / "f.npz")).records

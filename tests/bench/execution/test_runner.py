@@ -69,19 +69,19 @@ def predicted(x):
         return torch.cat([NET(image[None]).argmax(1) for image in x])
 
 
-def recompute(attack, threat, wanted, *, seed=0, offset=0, limit=None, batch_size=100):
+def recompute(attack, threat, target, *, seed=0, offset=0, limit=None, batch_size=100):
     """The figures of a case, from the attack itself and image by image where possible."""
     last = len(DATA) if limit is None else min(offset + limit, len(DATA))
     clean, robust, success, sizes, backwards, net = [], [], [], [], 0, Counting()
     for first in range(offset, last, 100):
         x, y, ids = (values[first : min(first + 100, last)] for values in (DATA.x, DATA.y, torch.arange(len(DATA))))
-        ref = y if wanted is None else NET(x).argmin(1) if wanted == "least" else torch.full_like(y, wanted)
-        goal = Misclassify() if wanted is None else ClassifyAs()
+        ref = y if target is None else NET(x).argmin(1) if target == "least" else torch.full_like(y, target)
+        goal = Misclassify() if target is None else ClassifyAs()
         batches = [slice(i, i + batch_size) for i in range(0, len(x), batch_size)]
         results = [attack(net, x[b], ref[b], goal=goal, threat=threat, seed=seed, ids=ids[b]) for b in batches]
         x_adv, backwards = torch.cat([r.x_adv for r in results]), backwards + sum(int(r.backwards.sum()) for r in results)
         before, after, change = predicted(x) == y, predicted(x_adv), (x_adv.double() - x.double()).flatten(1)
-        reached = after != y if wanted is None else after == ref
+        reached = after != y if target is None else after == ref
         lengths = change.abs().amax(1) if isinstance(threat, Linf) else change.square().sum(1).sqrt()
         clean, robust, success = (
             [*clean, *before.tolist()],
@@ -105,7 +105,7 @@ def recompute(attack, threat, wanted, *, seed=0, offset=0, limit=None, batch_siz
 
 
 @pytest.mark.parametrize(
-    ("case", "attack", "threat", "wanted", "options"),
+    ("case", "attack", "threat", "target", "options"),
     [
         (("linf:0.1", "fgsm"), FGSM(), Linf(0.1), None, {}),
         (("linf:1/16", "pgd:steps=5"), PGD(5), Linf(1 / 16), None, {"seed": 7, "offset": 100, "limit": 130}),
@@ -115,12 +115,12 @@ def recompute(attack, threat, wanted, *, seed=0, offset=0, limit=None, batch_siz
         (("l2:2", "ifgsm:steps=3", "classify-as:0"), PGD(3, 2.0, random_start=False), L2(2.0), 0, {"seed": -5, "limit": 100}),
     ],
 )
-def test_a_record_equals_a_slow_recomputation(case, attack, threat, wanted, options):
+def test_a_record_equals_a_slow_recomputation(case, attack, threat, target, options):
     (outcome,) = measured(case, **options)
-    expected = recompute(attack, threat, wanted, **options)
+    expected = recompute(attack, threat, target, **options)
     assert {key: outcome.record[key] for key in expected} == pytest.approx(expected, rel=1e-9, abs=1e-9)
     assert 0 < expected["success_rate"] < 1  # otherwise the case would test little
-    goal = "misclassify" if wanted is None else case[2]
+    goal = "misclassify" if target is None else case[2]
     expected_specs = {"model": "zoo:digits-mlp", "data": "digits", "threat": case[0], "attack": case[1], "goal": goal}
     assert expected_specs.items() <= outcome.record.items()
     assert outcome.record["seed"] == options.get("seed", 0)
@@ -130,8 +130,8 @@ CASES = (("linf:0.1", "pgd:steps=3"), ("l2:1", "fgsm", "least-likely"), ("linf:0
 
 
 def test_a_case_does_not_depend_on_the_other_cases():
-    together = measured(*CASES, limit=120)
-    for case, outcome in zip(CASES, together, strict=True):
+    joint = measured(*CASES, limit=120)
+    for case, outcome in zip(CASES, joint, strict=True):
         (alone,) = measured(case, limit=120)
         assert timeless(alone.record) == timeless(outcome.record)
         for ours, theirs in zip(alone.pictures, outcome.pictures, strict=True):
@@ -234,14 +234,16 @@ def held_bytes():
 def test_finished_blocks_keep_no_images():
     image = DATA.x[:1].numel() * 4
     memory = []
-    measured(("linf:0.1", "fgsm"), progress=lambda block, found: memory.append(held_bytes()))
+    measured(("linf:0.1", "fgsm"), progress=lambda block, was_stored: memory.append(held_bytes()))
     assert len(memory) == 4
     assert memory[-1] - memory[0] < 100 * image  # three further blocks keep less than the images of one
 
 
 def test_progress_counts_every_image_once():
     calls = []
-    measured(*CASES, limit=230, progress=lambda block, found: calls.append((block.task.case, len(block.labels), found)))
+    measured(
+        *CASES, limit=230, progress=lambda block, was_stored: calls.append((block.task.case, len(block.labels), was_stored))
+    )
     # The first block of every case comes first, for the estimate of the remaining time.
     assert calls == [(case, 100, False) for case in range(3)] + [(c, n, False) for c in range(3) for n in (100, 30)]
 

@@ -153,7 +153,7 @@ def test_blocks_are_equal_whichever_of_a_chain_were_stored(tmp_path, whole, fini
             store.path(task).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(Files(whole[0]).path(task), store.path(task))
     stored_before = []
-    list(outcomes(loaded, store, progress=lambda block, found: stored_before.append(found)))
+    list(outcomes(loaded, store, progress=lambda block, was_stored: stored_before.append(was_stored)))
     assert sum(stored_before) == finished.bit_count()
     assert stored(loaded, store) == whole[1]
 
@@ -283,8 +283,8 @@ def test_images_of_the_same_model_come_before_those_of_others(tmp_path, monkeypa
     (goal, threat), signature = ("misclassify", load(own).cases[0].threat), load(own).plan.expected_hashes[MODEL]
     ids = torch.arange(60)
     starts = warm_starts.starting_points(goal, threat, signature, ids, data.images(slice(0, 60)))
-    mine = torch.cat([block.ids[block.perturbed] for block in blocks(tmp_path / "own")])
-    assert torch.equal(starts[mine], torch.cat([block.adversarial for block in blocks(tmp_path / "own")]))
+    own_ids = torch.cat([block.ids[block.perturbed] for block in blocks(tmp_path / "own")])
+    assert torch.equal(starts[own_ids], torch.cat([block.adversarial for block in blocks(tmp_path / "own")]))
     both = masks(plan_of("linf:0.3", start_from=(str(tmp_path / "other"), str(tmp_path / "own"))))["linf:0.3"]
     assert not (both & ~before).any()
 

@@ -286,25 +286,25 @@ def test_blocks_of_different_defences_have_different_names_and_a_resumed_run_doe
 
 
 def test_the_records_of_each_defence_are_read_separately(made, capsys):
-    found = read(made)
-    assert len(found.robust) == 3
-    for record, robust in zip(found.results["records"], found.robust, strict=True):
+    loaded = read(made)
+    assert len(loaded.robust) == 3
+    for record, robust in zip(loaded.results["records"], loaded.robust, strict=True):
         assert record["robust_accuracy"] == robust.mean()
-    assert {picture.model for picture in found.pictures} == {
+    assert {picture.model for picture in loaded.pictures} == {
         case.model_under_test for case in read_plan(made / "plan.toml").cases
     }
     assert main(["report", str(made)]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    clean = found.results["records"][1]["clean_accuracy"]
+    clean = loaded.results["records"][1]["clean_accuracy"]
     assert f"zoo:mnist-cnn behind quantise:levels=3: {clean:.1%} correct of 20 images" in printed
     page = (made / "report.html").read_text()
     assert 'behind <b class="name">quantise:levels=3</b>' in page
 
 
 def test_runs_are_compared_defence_by_defence(made):
-    found = compare(read(made), read(made))
-    assert [pair.defence_a for pair in found.pairs if not pair.worst_case] == [None, "quantise:levels=3", "median"]
-    assert all(pair.only_a == pair.only_b == 0 for pair in found.pairs)
+    comparison = compare(read(made), read(made))
+    assert [pair.defence_a for pair in comparison.pairs if not pair.worst_case] == [None, "quantise:levels=3", "median"]
+    assert all(pair.only_a == pair.only_b == 0 for pair in comparison.pairs)
 
 
 def test_starts_for_the_same_model_behind_the_same_defence_go_first(made):

@@ -120,13 +120,13 @@ class FakeRun:
 
 
 def bar_output(file, steps, *, terminal=True):
-    """The output of a bar over two cases after some blocks (case, seconds, found)."""
+    """The output of a bar over two cases after some blocks (case, seconds, was_stored)."""
     name = "net[0].py:[bold]x[/bold] :smile:"
     loaded = FakeRun([SimpleNamespace(case=Case(name, "linf:1", attack)) for attack in ("fgsm", "pgd")])
     screen = Console(width=200, file=file, force_terminal=terminal, color_system=None)
     with Live(screen, loaded, 1) as live:
-        for case, seconds, found in steps:
-            live.progress(SimpleNamespace(task=SimpleNamespace(case=case), labels=range(100), seconds=seconds), found)
+        for case, seconds, was_stored in steps:
+            live.progress(SimpleNamespace(task=SimpleNamespace(case=case), labels=range(100), seconds=seconds), was_stored)
     return file.getvalue()
 
 
