@@ -94,6 +94,7 @@ def test_the_package_runs_as_a_module():
     assert (done.returncode, done.stdout, done.stderr) == (0, f"robustkit {robustkit.__version__}\n", "")
 
 
+@pytest.mark.slow
 def test_a_process_writes_a_run_on_an_ascii_terminal(tmp_path):
     case = ["--model", "zoo:digits-mlp", "--data", "digits", "--limit", "20", "--threat", "linf:0.1", "--goal", "least-likely"]
     words = ["bench", *case, "--attack", "fgsm", "--out", "a"]
@@ -126,6 +127,7 @@ SLOW = [
 ]
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_finished_cases(tmp_path):
     words = [sys.executable, "-m", "robustkit", "bench", *SLOW, "--out", str(tmp_path / "out")]
     # A background shell makes the tests ignore SIGINT, and child processes inherit that.
@@ -188,6 +190,7 @@ def test_a_defect_is_not_a_wrong_request(monkeypatch, error):
     assert caught.value is error
 
 
+@pytest.mark.slow
 def test_a_defect_shows_its_traceback_and_exits_with_1():
     code = (
         "import robustkit.commands.bench as c, robustkit.__main__ as m, sys\n"
@@ -249,6 +252,7 @@ def test_zoo_train_prints_the_path_of_the_weights(monkeypatch, capsys, tmp_path)
     assert capsys.readouterr().out.startswith(f"{out}/digits-mlp.safetensors: 97.2% clean, ")
 
 
+@pytest.mark.slow
 def test_crosscheck_compares_the_requested_model_and_data(monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(crosscheck_command, "crosscheck", lambda model, x, y: seen.append((model, x, y)) or [])

@@ -42,6 +42,7 @@ def digits():
 
 
 # Hashes of the first released split; other hashes would mean another data set under the same name.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "source", "held_out", "shape", "hashes"),
     [

@@ -6,6 +6,8 @@ import inspect
 import statistics
 from pathlib import Path
 
+import pytest
+
 import robustkit
 
 REPO = Path(__file__).parent.parent
@@ -131,6 +133,7 @@ def test_every_public_name_is_importable_from_its_module():
             assert "__all__" in names or not [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)], path
 
 
+@pytest.mark.slow
 def test_there_is_as_much_test_as_code():
     def lines(folder):
         """Statements, written out one way, without comments and docstrings."""

@@ -547,6 +547,7 @@ MESSAGE_PARTS = [parts for _, parts in ROWS.values()] + [parts for _, parts in O
 AS_PROCESSES = range(len(ALL)) if os.environ.get("PROCESSES") else range(3, len(ALL), len(ALL) // 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", AS_PROCESSES)
 def test_a_real_process_prints_the_same_message(folder, number):
     before = listing(folder)

@@ -46,6 +46,7 @@ def test_it_holds_what_is_not_python(installed):
     assert all(path.stat().st_size < 1_500_000 for path in (package / "zoo" / "weights").iterdir())
 
 
+@pytest.mark.slow
 def test_it_runs_outside_the_tree(installed):
     where = python(installed, "-c", "import robustkit; print(robustkit.__file__)")
     assert where.stdout.startswith(str(installed))
@@ -58,6 +59,7 @@ def test_it_runs_outside_the_tree(installed):
     assert (installed.parent / "a run" / "report.html").stat().st_size > 5_000
 
 
+@pytest.mark.slow
 def test_a_missing_extra_is_named_with_its_install_line(installed):
     hide = "import sys; sys.modules['foolbox'] = None\nfrom robustkit.interop.foolbox import from_foolbox\nfrom_foolbox(None)"
     found = python(installed, "-c", hide)

@@ -36,6 +36,7 @@ def slow_philox(counter, key):
     return c
 
 
+@pytest.mark.slow
 @given(st.integers(-(2**63), 2**63 - 1), st.integers(0, 9), st.integers(-5, 5), st.text())
 def test_bits_are_philox_of_id_and_position(example, position, seed, purpose):
     noise = Noise(seed, torch.tensor([example])).at(purpose)

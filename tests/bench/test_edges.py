@@ -65,6 +65,7 @@ def test_a_factory_makes_the_same_random_weights_each_time_and_restores_the_gene
     assert random_state() == state
 
 
+@pytest.mark.slow
 def test_a_factory_that_makes_another_model_in_each_process_is_refused(tmp_path, capfd):
     (tmp_path / "nets.py").write_text(
         "import os\nfrom torch import nn\n"

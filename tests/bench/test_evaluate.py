@@ -232,6 +232,7 @@ def test_a_plan_can_be_run_in_a_folder_and_resumed(tmp_path):
         run(PLAN, out=tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_script_can_use_several_workers(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

@@ -381,6 +381,7 @@ def test_output_of_a_model_does_not_mix_with_the_json(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["records"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_model_that_exits_the_program_passes_no_gate(tmp_path, workers):
     model = factory_with(tmp_path, "self.calls > 3 and sys.exit(0)")
@@ -411,6 +412,7 @@ class ExitsAtOnce:
         return exit_at_once, (self.log,)
 
 
+@pytest.mark.slow
 def test_workers_that_cannot_start_are_reported_soon_and_not_as_a_lack_of_memory(tmp_path):
     log = tmp_path / "log"
     with pytest.raises(RobustkitError, match="start"):
@@ -544,6 +546,7 @@ class Logging:
         return task
 
 
+@pytest.mark.slow
 def test_workers_wait_until_their_results_are_consumed(tmp_path):
     """Otherwise results would fill the memory if the disk is slow."""
     log = tmp_path / "log"
@@ -562,6 +565,7 @@ class KillsWorker(Logging):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_task_that_kills_its_worker_runs_once_with_others_and_then_alone_patience_times(tmp_path):
     log = tmp_path / "log"
     with pytest.raises(RobustkitError, match="killed its worker 2 times"):

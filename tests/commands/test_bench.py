@@ -95,6 +95,7 @@ class Prints(torch.nn.Module):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_the_output_of_a_model_goes_to_standard_error(tmp_path, workers):
     (tmp_path / "nets.py").write_text(PRINTING)
@@ -186,6 +187,7 @@ def test_only_missing_and_damaged_blocks_are_computed_again(finished_run, tmp_pa
     assert without_seconds(results(out)) == without_seconds(results(finished_run))
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_changes_no_result(finished_run, tmp_path, capsys):
     assert bench_command(SMALL, RunOptions(tmp_path / "run", workers=2)) == 0
     assert without_seconds(results(tmp_path / "run")) == without_seconds(results(finished_run))
@@ -346,6 +348,7 @@ def test_a_cross_check_without_a_library_says_how_to_install_one(monkeypatch, ca
     assert printed.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_cross_check_that_finds_a_difference_fails(monkeypatch, capsys):
     from robustkit.commands import crosscheck as module
 

@@ -105,6 +105,7 @@ def net(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 """
 
 
+@pytest.mark.slow
 def test_train_writes_weights_that_bench_reads(tmp_path, capsys):
     (tmp_path / "nets.py").write_text(NETS)
     out = tmp_path / "w.safetensors"
@@ -125,6 +126,7 @@ def test_train_writes_weights_that_bench_reads(tmp_path, capsys):
     assert record["clean_accuracy"] == accuracy
 
 
+@pytest.mark.slow
 def test_adversarial_training_raises_robust_accuracy(tmp_path, capsys):
     """For each of three seeds: adversarial training of a linear model is logistic regression with an L1 penalty."""
     (tmp_path / "nets.py").write_text(NETS)

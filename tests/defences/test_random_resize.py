@@ -77,6 +77,7 @@ def test_the_derivative_is_the_transposed_map():
     assert torch.allclose((grad * u).sum(), (defence(u, noise=noise) * v).sum())
 
 
+@pytest.mark.slow
 def test_averaged_gradients_break_the_model_behind_it():
     digits, net = data.load("mnist-5k").part(limit=40), zoo.load("mnist-cnn")
     target = RandomResize(0.8, 1.0).guard(net, draws=10)

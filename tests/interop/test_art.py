@@ -288,6 +288,7 @@ def test_numpy_preprocessing_uses_arts_estimated_gradient(trained):
     assert fooled(classifier, found, y) > 0.1
 
 
+@pytest.mark.slow
 def test_success_is_judged_on_what_the_estimator_predicts(trained):
     net, x, y = trained
     filtered = classifier_of(net, postprocessing_defences=[Rounded(decimals=1, apply_predict=True)])
@@ -378,6 +379,7 @@ def test_the_estimator_is_restored(trained):
         assert random_state() == state
 
 
+@pytest.mark.slow
 def test_arts_trainers_accept_our_attacks(trained):
     net, x, y = trained
     one_hot = np.eye(10, dtype=np.float32)[y]
@@ -565,6 +567,7 @@ def test_attacks_on_one_image_query_in_batches_of_the_target(trained):
     assert int(result.forwards.sum()) == sum(sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "serves"),
     [
@@ -579,6 +582,7 @@ def test_the_laws_hold(make, serves, cases):
     cases(check_attack(from_art(make), serves=serves, examples=8))
 
 
+@pytest.mark.slow
 def test_all_laws_hold_one_by_one_with_random_starts(cases):
     make = functools.partial(ProjectedGradientDescent, max_iter=3, num_random_init=1)
     cases(check_attack(from_art(make, one_by_one=True), serves=[Linf], examples=6))

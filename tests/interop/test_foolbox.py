@@ -394,6 +394,7 @@ def test_missing_foolbox_raises_with_the_install_command(monkeypatch, call):
         call()
 
 
+@pytest.mark.slow
 def test_the_import_needs_no_git_does_not_warn_and_restores_the_environment(tmp_path):
     code = """
 import os, sys

@@ -94,6 +94,7 @@ def test_a_broken_attack_violates_its_law(attack, law):
     assert any(law in note for note in failure.value.__notes__)
 
 
+@pytest.mark.slow
 def test_a_weak_attack_is_not_exact():
     with pytest.raises(AssertionError):
         check_law(attack_laws.solves_a_hyperplane_whenever_possible, Weak(), attack_laws._unbounded(Linf), 100)

@@ -28,6 +28,7 @@ def test_the_names_of_the_models():
     assert set(zoo.names()) == set(NAMES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_shipped_weights_score_what_their_card_says(name):
     card, model = zoo.card(name), zoo.load(name)
@@ -65,6 +66,7 @@ def test_load_returns_a_new_model_in_evaluation_mode(name):
     assert next(other.parameters()).abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_training_again_gives_the_shipped_bytes(tmp_path):
     shipped = zoo.card("digits-mlp")
     torch.manual_seed(123)

@@ -156,6 +156,7 @@ def test_the_minimum_is_found(function, strategy, p, generations):
     assert minima.max() < 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [sphere, rastrigin])
 @pytest.mark.parametrize(("strategy", "name", "mutation"), [(BEST, "best1bin", (0.5, 1)), (RAND, "rand1bin", 0.5)])
 def test_the_results_are_distributed_like_those_of_scipy(function, strategy, name, mutation):

@@ -214,6 +214,7 @@ def test_the_first_successful_candidate_is_returned_for_any_batch_size():
         assert float(one[i].max()) == pytest.approx(first)
 
 
+@pytest.mark.slow
 def test_a_population_above_the_memory_limit_runs_image_by_image():
     attack = OnePixel(population=1100, generations=1)
     few, many = (attack(Target(NET, batch_size=batch), X, Y, threat=Pixels(1), keep="last").x_adv for batch in (2, 64))

@@ -109,6 +109,7 @@ def test_nothing_is_queried_after_the_first_success():
     assert 3 < result.success.sum() < 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pixels", [1, 2])
 def test_the_result_does_not_depend_on_the_batch_size(pixels):
     net, x, y = make_problem(3, 3, 12, 12)

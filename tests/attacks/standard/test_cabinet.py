@@ -30,6 +30,7 @@ def gradient(fn, x, y):
     return torch.zeros_like(x) if grad is None else grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 def test_a_masked_model_looks_robust_and_is_not(entry):
     figures, (x, y) = entry.figures, entry.images()
@@ -45,6 +46,7 @@ def test_a_masked_model_looks_robust_and_is_not(entry):
         assert transferred < naive or entry.name == "winners"  # a different network rather than a mask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROBUST_OF_FEW)
 def test_the_standard_evaluation_breaks_a_masked_model_and_flags_it(name):
     """On a few images, to save time."""

@@ -101,6 +101,7 @@ class SometimesWrong(nn.Module):
         return torch.stack([1 - wrong, wrong], 1) + 0 * x.flatten(1).sum(1, keepdim=True)
 
 
+@pytest.mark.slow
 def test_a_lucky_draw_is_not_a_success(monkeypatch):
     monkeypatch.setattr(escalation, "_SUBSTITUTE", SubstituteConfig(points=4, steps=10))
     result = Standard()(Target(SometimesWrong(), stochastic=True), X, torch.zeros(N, dtype=torch.int64), threat=Linf(EPS))
@@ -108,6 +109,7 @@ def test_a_lucky_draw_is_not_a_success(monkeypatch):
     assert not result.success.any()
 
 
+@pytest.mark.slow
 def test_further_views_are_attacked():
     """The default view has a flipped gradient, the second one does not."""
 

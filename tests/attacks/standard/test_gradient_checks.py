@@ -297,6 +297,7 @@ def test_the_audit_supports_degenerate_inputs_and_models(x, model):
     assert Linf(EPS).contains(result.x_adv, x).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threat", [Linf(EPS), L2(0.3)])
 def test_the_evaluation_flags_a_masked_model_and_not_a_sound_one(threat, monkeypatch):
     monkeypatch.setattr(escalation, "_ATTEMPTS", ((25, 25),))  # a short escalation is enough

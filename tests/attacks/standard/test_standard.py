@@ -109,6 +109,7 @@ def test_a_class_that_only_targeted_attacks_reach():
 # Boundary walks.
 
 
+@pytest.mark.slow
 def test_longer_walks_are_run_where_descents_miss_many_examples():
     """A network with thresholds in L2; 3 of these 40 examples are robust by pyautoattack 0.2.0 (standard, seed 0)."""
     part, net = data.load("mnist-5k").part(limit=40), zoo.load("mnist-cnn-robust")

@@ -382,6 +382,7 @@ def test_stages_are_shown_for_attacks_with_their_own_stages():
     assert as_json(compare(run(({}, mask(0))), run(({}, mask(1)))))["pairs"][0]["stages"] == []
 
 
+@pytest.mark.slow
 def test_the_solving_stages_are_read_from_the_folder_of_a_run(tmp_path):
     cases = tuple(
         Case("zoo:digits-mlp", threat, attack) for threat, attack in (("linf:0.05", "fgsm"), ("linf:0.1", "standard"))

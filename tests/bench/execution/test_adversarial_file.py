@@ -169,6 +169,7 @@ def test_the_plan_records_the_file_and_block_names_depend_on_it(tmp_path, capsys
     assert "it has changed, or is not the same twice" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_starts_are_used_with_any_number_of_workers(tmp_path, workers):
     np.savez(tmp_path / "f.npz", x_adv=PGD(steps=20)(NET.eval(), X, Y, threat=Linf(0.1)).x_adv.numpy())

@@ -61,6 +61,7 @@ def run_all(executor, work, tasks=range(8)):
     return sorted(executor.run(work, tasks))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("executor", [Serial(), Processes(1), Processes(2)])
 def test_every_task_runs_once_and_the_function_is_made_once_per_worker(executor, log):
     assert run_all(executor, Work(log)) == [n * n for n in range(8)]
@@ -75,6 +76,7 @@ def test_without_tasks_no_worker_starts(log):
     assert lines(log) == []
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced(log):
     assert run_all(Processes(2), Work(log, "dies once")) == [n * n for n in range(8)]
     counts = Counter(word for word, _ in lines(log) if word != "made")
@@ -88,6 +90,7 @@ def collect(values, outputs):
         outputs.append(value)  # one by one, to keep those that come before an error
 
 
+@pytest.mark.slow
 def test_a_task_that_always_kills_its_worker_is_given_up_after_all_others_are_done(log):
     outputs = []
     with pytest.raises(RobustkitError, match=r"workers=2: 3 killed its worker 3 times, .* take a smaller batch_size"):
@@ -95,6 +98,7 @@ def test_a_task_that_always_kills_its_worker_is_given_up_after_all_others_are_do
     assert sorted(outputs) == [n * n for n in range(8) if n != 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("behaviour", "error", "message"),
     [
@@ -135,6 +139,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_workers_end_when_their_parent_ends(tmp_path, log, signal_number):
     script = tmp_path / "parent.py"

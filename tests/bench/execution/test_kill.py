@@ -75,6 +75,7 @@ def undisturbed(tmp_path_factory):
     return timeless(out)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_and_resumed_run_equals_an_undisturbed_run(undisturbed, tmp_path, workers):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from sklearn.datasets import load_digits
 
 CODE = """
@@ -40,6 +41,7 @@ def peak(tmp_path, n):
     return int(done.stdout.splitlines()[-1]) / 1024
 
 
+@pytest.mark.slow
 def test_many_more_images_need_hardly_more_memory(tmp_path):
     # As float32, 38,000 images take 9.3 MiB; about 100 bytes are kept of each, 3.8 MiB.
     assert peak(tmp_path, 40_000) - peak(tmp_path, 2_000) < 7

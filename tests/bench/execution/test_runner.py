@@ -231,6 +231,7 @@ def held_bytes():
     return sum(storages.values())
 
 
+@pytest.mark.slow
 def test_finished_blocks_keep_no_images():
     image = DATA.x[:1].numel() * 4
     memory = []

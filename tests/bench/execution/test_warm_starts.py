@@ -137,6 +137,7 @@ def whole(tmp_path_factory):
     return store.root, stored(loaded, store)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("executor", [Backwards(), Singly(), Processes(2)], ids=lambda one: type(one).__name__)
 def test_blocks_are_equal_bit_for_bit_with_any_executor_and_order(tmp_path, whole, executor):
     loaded, store = load(plan_of(*EPS)), Files(tmp_path)
@@ -310,6 +311,7 @@ def test_the_name_of_a_block_depends_on_the_content_of_the_earlier_run_and_not_o
     assert not names(plan_of("linf:0.1", start_from=(str(tmp_path / "copy"),)), "linf:0.1") & original
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_the_plan_records_the_earlier_run_and_refuses_to_resume_if_it_changes(strong, tmp_path, workers, capsys):
     out, start = tmp_path / "out", tmp_path / "start"

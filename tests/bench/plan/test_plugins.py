@@ -128,6 +128,7 @@ def test_the_example_of_the_documentation_works(tmp_path, monkeypatch, capsys):
     assert 0 < record["success_rate"] < 1
 
 
+@pytest.mark.slow
 def test_an_installed_attack_is_listed_and_a_broken_one_is_reported_in_one_line(site):
     done = process(site, "bench", "--list")
     assert done.returncode == 0
@@ -143,6 +144,7 @@ def test_an_installed_attack_is_listed_and_a_broken_one_is_reported_in_one_line(
     assert "broken" not in done.stdout
 
 
+@pytest.mark.slow
 def test_an_installed_attack_runs_by_name_in_worker_processes(site):
     words = [*WORDS, "--attack", "random-corner:tries=3", "--attack", "fgsm", "--block", "20", "--workers", "2"]
     done = process(site, *words, "--out", "run")
@@ -165,6 +167,7 @@ def test_an_installed_attack_runs_by_name_in_worker_processes(site):
     assert (record["robust_accuracy"], record["forwards"]) == (pytest.approx(1 - successes / 40), forwards)
 
 
+@pytest.mark.slow
 def test_a_broken_attack_is_refused_by_name_with_the_reason(site):
     done = process(site, *WORDS, "--attack", "broken", "--out", "refused")
     assert (done.returncode, done.stdout) == (2, "")

@@ -523,6 +523,7 @@ def browse(page, folder, scheme, width):
     return json.loads(Tree(run.stdout.split("<title>")[1].split("</title>")[0]).text), run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed; apt-get install chromium")
 @pytest.mark.parametrize(("width", "scheme"), [(400, 1), (400, 0), (1200, 1)], ids=["phone", "phone in the dark", "desk"])
 def test_nothing_overflows_horizontally(tmp_path, width, scheme):

@@ -101,6 +101,7 @@ def test_a_learned_perturbation_is_run_like_any_other_attack():
     assert "fooling_train" not in record
 
 
+@pytest.mark.slow
 def test_workers_and_a_resumed_run_give_the_same_records(tmp_path):
     plan = Plan(
         (Case("zoo:digits-mlp", "linf:0.2", SHORT), Case("zoo:digits-mlp", "l2:1", SHORT)), "digits", limit=90, block=30

@@ -37,6 +37,7 @@ def test_every_installed_library_agrees_on_a_trained_network(rows):
     assert [row for row in rows if not row.ok] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", zoo.names())
 def test_foolbox_agrees_on_the_shipped_models(name):
     """Real images: Linf bit for bit, L2 within a millionth on 98 %, random starts at the same rate.
@@ -149,6 +150,7 @@ def test_success_rates_are_misclassification_rates(rows, trained):
     assert row.ours == row.theirs == float(expected)
 
 
+@pytest.mark.slow
 def test_model_random_state_and_inputs_are_restored(trained):
     net, x, y = copy.deepcopy(trained[0]).train(), *trained[1:]
     net[0].eval()
