@@ -15,7 +15,7 @@ bench: $(VENV)/.core
 test: $(VENV)/.dev
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2
 
-# For every commit, in less than two minutes: no slow tests, and five generated cases of each law instead of twenty.
+# For every commit, in less than two minutes: no slow tests, and three generated cases of each law instead of twenty.
 quick: $(VENV)/.dev
 	$(ONE_THREAD) HYPOTHESIS_PROFILE=quick $(BIN)/python -m pytest -q -n 2 -m "not slow"
 

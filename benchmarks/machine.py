@@ -17,9 +17,9 @@ def processor() -> str:
 
 
 def peak_memory() -> float:
-    """Return the peak_memory memory of this process so far, in MiB.
+    """Return the peak memory of this process so far, in MiB.
 
-    getrusage is not used: its peak_memory includes memory of the parent process.
+    getrusage is not used: its peak includes memory of the parent process.
     """
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) / 1024

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
-for profile, examples in (("quick", 5), ("tests", 20)):  # `make quick` and `make test`
+for profile, examples in (("quick", 3), ("tests", 20)):  # `make quick` and `make test`
     settings.register_profile(
         profile, max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
     )
