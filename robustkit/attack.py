@@ -318,5 +318,5 @@ def flat_flag(result: Result) -> list[Message]:
     gradients, flat = int(result.backwards[robust].sum()), int(result.flat[robust].sum())
     if flat <= gradients / 2:
         return []
-    why = f"{flat} of {gradients} gradients of the unsolved examples were zero, not finite or missing; unsolved does not mean robust"
+    why = f"{flat} of {gradients} gradients of the unsolved examples were zero, not finite or missing; unsolved is not robust"
     return [Message(FLAT_GRADIENTS, why)]

@@ -172,7 +172,7 @@ def _placeholder(loaded: LoadedRun) -> Run:
         {
             **asdict(resolved.case),
             "data": plan.data,
-            "defence": resolved.case.defended,
+            "defence": resolved.case.defence_or_none,
             "recipe": repr(resolved.attack),
             "seed": plan.seed,
             "n": len(images),

@@ -50,7 +50,7 @@ def _names() -> dict[str, list[str]]:
 
 
 def _fields(name: str) -> str:
-    return ",".join(f"{field}={value}" for field, value in defences.settable(name).items())
+    return ",".join(f"{field}={value}" for field, value in defences.settable_fields(name).items())
 
 
 def _plugin_attacks() -> Iterator[str]:
@@ -63,6 +63,6 @@ def _plugin_attacks() -> Iterator[str]:
 
 def _attack(name: str, cls: type[Attack], preset: Mapping[str, Any], *more: str) -> str:
     """A name with its fields and defaults, its access to the model, and the threats that it supports."""
-    fields = ",".join(f"{field}={value}" for field, value in specs.settable(cls, preset).items())
+    fields = ",".join(f"{field}={value}" for field, value in specs.settable_fields(cls, preset).items())
     universal = ["one perturbation for all images"] if cls.universal else []
     return f"{name}:{fields}".rstrip(":") + f"  ({'; '.join([cls.access, specs.served_threats(cls), *universal, *more])})"

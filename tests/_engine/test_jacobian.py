@@ -25,6 +25,7 @@ class StraightThrough(torch.autograd.Function):
         return grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fn", [lambda x: (x @ W).tanh(), lambda x: StraightThrough.apply(3 * x @ W)], ids=["tanh", "no forward rule"]
 )

@@ -69,6 +69,7 @@ def test_a_walk_does_not_depend_on_the_budget():
     torch.testing.assert_close(small.size[small.success], large.size[small.success])
 
 
+@pytest.mark.slow
 def test_fab_succeeds_where_a_network_is_flat_around_x():
     """A network with thresholds, trained against Linf, in L2: FAB leaves at most half as many robust images as PGD.
 

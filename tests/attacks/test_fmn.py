@@ -280,6 +280,7 @@ def test_invalid_fields_are_refused(fields):
         FMN(**fields)
 
 
+@pytest.mark.slow
 def test_balls_may_exceed_the_budget():
     """A network with thresholds, trained against Linf, in L2: 12 of 40 stay robust; with balls inside the budget 33."""
     part, net = load("mnist-5k").part(limit=40), zoo.load("mnist-cnn-robust")

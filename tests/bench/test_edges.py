@@ -75,7 +75,7 @@ def test_a_factory_that_makes_another_model_in_each_process_is_refused(tmp_path,
         "    return made\n"
     )
     plan = Plan((Case(f"{tmp_path}/nets.py:net", "linf:0.1", "fgsm"),), "digits", limit=40, block=10)
-    with pytest.raises(ArgumentError, match="or is not the same twice"):
+    with pytest.raises(ArgumentError, match="or is not reproducible"):
         run(plan, workers=2)
 
 
@@ -203,7 +203,7 @@ def set_robust(out, images):
         if weak is None:
             weak = np.flatnonzero(~block.robust)[:images]
         block.robust[weak] = True
-        file.write_bytes(block.bytes())
+        file.write_bytes(block.to_bytes())
     return len(weak)
 
 

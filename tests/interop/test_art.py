@@ -149,6 +149,7 @@ class Guess(Attack):
 # a defence that looks robust in ART
 
 
+@pytest.mark.slow
 def test_rounding_looks_robust_in_art_but_is_not(trained):
     net, x, y = trained
     documented, ours = (classifier_of(net, preprocessing_defences=[step]) for step in (Rounding(), preprocessor(Quantise(8))))
@@ -461,6 +462,7 @@ def ref_of(goal, y):
     return (y + 1) % 10 if isinstance(goal, ClassifyAs) else y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRAPPED)
 def test_queries_are_counted_and_success_matches_the_model(trained, name):
     (make, threat, goal), (net, x, y) = WRAPPED[name], trained

@@ -168,7 +168,7 @@ def _start_worker(pipe: Connection) -> None:
 
 
 @lru_cache(maxsize=1)
-def _made(make: Callable[[], Any]) -> Any:
+def _make_once(make: Callable[[], Any]) -> Any:
     """The function that runs a task, made once per worker."""
     return make()
 
@@ -176,7 +176,7 @@ def _made(make: Callable[[], Any]) -> Any:
 def _run_task(make: Callable[[], Any], task: Any) -> tuple[str, Any]:
     # Exceptions are sent as text: one that cannot be unpickled would break the pool.
     try:
-        return "done", _made(make)(task)
+        return "done", _make_once(make)(task)
     except RobustkitError as error:
         return "refused", str(error)
     except (Exception, SystemExit):

@@ -90,7 +90,7 @@ class LoadedRun:
         self.weight_hashes = {spec: model.hash for spec, model in models.items()}
         self.fingerprints = {spec: model.fingerprint for spec, model in models.items()}
         self.plan, self.cases = replace(plan, expected_hashes=hashes), tuple(cases)
-        self.environment = environment(plan.device, plan.threads) | specs.packages(case.attack for case in plan.cases)
+        self.environment = environment(plan.device, plan.threads) | specs.plugin_packages(case.attack for case in plan.cases)
         self.command = command_of(plan) if command is None else command
         self._data, self._models, self._warm_starts = data, models, warm_starts
         self._learner = PerturbationLearner(self.plan, data, models)

@@ -73,7 +73,7 @@ def load_models_under_test(data: Data, plan: Plan) -> dict[str, ModelUnderTest]:
     for case in plan.cases:
         if case.model_under_test not in models:
             model = undefended[case.model]
-            models[case.model_under_test] = model if case.defended is None else model.behind_defence(case)
+            models[case.model_under_test] = model if case.defence_or_none is None else model.behind_defence(case)
     return models
 
 

@@ -51,6 +51,6 @@ class RunLoader:
         for spec, fingerprint in self.fingerprints:
             if loaded.fingerprints[spec] != fingerprint:
                 raise ArgumentError(
-                    f"model {spec!r} is not the same twice: a worker process gets other outputs; seed what it draws at random"
+                    f"model {spec!r} is not reproducible: a worker process gets other outputs; seed what it draws at random"
                 )
         return partial(loaded.measure_chain, store=self.store)

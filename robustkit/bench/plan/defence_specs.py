@@ -19,7 +19,7 @@ from robustkit.defences import GaussianNoise, JPEGLike, MedianFilter, Quantise, 
 from robustkit.errors import ArgumentError, RobustkitError
 from robustkit.target import Fn, Target
 
-__all__ = ["DEFENCES", "FORMS", "defence_recipe", "guard_target", "settable"]
+__all__ = ["DEFENCES", "FORMS", "defence_recipe", "guard_target", "settable_fields"]
 
 DEFENCES: Final[Mapping[str, type[Defence]]] = {
     "quantise": Quantise,
@@ -32,7 +32,7 @@ FORMS: Final = (NONE, *DEFENCES, "path/to/file.py:factory", "package.module:fact
 _DRAWS: Final = 10  # of a random defence, averaged for a gradient (EOT)
 
 
-def settable(name: str) -> dict[str, str]:
+def settable_fields(name: str) -> dict[str, str]:
     """The fields of a defence with their defaults as text; `draws` is the number of draws per gradient."""
     cls = DEFENCES[name]
     fields = {field: specs.format_value(parameter.default) for field, parameter in _parameters(cls).items()}
@@ -73,7 +73,7 @@ def _parse(spec: str, name: str, settings: str) -> tuple[Defence, int | None]:
     """A defence of this package, and the number of draws per gradient, if it is set."""
     cls = DEFENCES[name]
     hints = get_type_hints(cls.__init__) | {"draws": int}
-    fields = list(settable(name))
+    fields = list(settable_fields(name))
     chosen = specs.parse_fields(settings, {field: hints[field] for field in fields}, fields, f"defence {spec!r}", name)
     draws = chosen.pop("draws", None)
     if draws is not None and draws < 1:

@@ -36,6 +36,6 @@ def check_hashes(actual: Mapping[str, str], expected: Mapping[str, str]) -> None
     for spec, value in expected.items():
         if spec in actual and not hash_matches(actual[spec], value):
             raise ArgumentError(
-                f"{spec!r} has the hash {actual[spec]}, but the plan was made with {value}: it has changed, or is not the same "
-                "twice; restore it, or remove its line from [hashes] and begin a new run"
+                f"{spec!r} has the hash {actual[spec]}, but the plan was made with {value}: it has changed, or is not "
+                "reproducible; restore it, or remove its line from [hashes] and begin a new run"
             )

@@ -8,7 +8,7 @@ from typing import Any, final
 
 from robustkit.errors import ArgumentError
 
-__all__ = ["NONE", "UNTARGETED", "Case", "Plan", "default_plan", "model_under_test_name", "pairs", "product"]
+__all__ = ["NONE", "UNTARGETED", "Case", "Plan", "attack_goal_pairs", "default_plan", "model_under_test_name", "product"]
 
 NONE = "none"  # the spec of no defence
 UNTARGETED = "misclassify"  # the only goal whose robust accuracy measures the robustness of a model
@@ -39,14 +39,14 @@ class Case:
         return cls(record["model"], record["threat"], record["attack"], record["goal"], record["defence"] or NONE)
 
     @property
-    def defended(self) -> str | None:
+    def defence_or_none(self) -> str | None:
         """The defence spec; None if there is no defence."""
         return None if self.defence == NONE else self.defence
 
     @property
     def model_under_test(self) -> str:
         """The name of what is attacked: the model, or the model behind its defence."""
-        return model_under_test_name(self.model, self.defended)
+        return model_under_test_name(self.model, self.defence_or_none)
 
 
 def model_under_test_name(model: str, defence: str | None) -> str:
@@ -73,8 +73,8 @@ class Plan:
             separated by ":". None if the models normalise their inputs themselves.
         save_adversarial: Write the images of all examples, not only those on which the attack succeeded.
         start_from: Folders of earlier runs on the same images, or files of adversarial images; attacks start from these.
-        expected_hashes: Hashes of the data, the models and the earlier runs that the plan was made with, by spec. The table
-            [hashes] of a plan file. Others are refused.
+        expected_hashes: Hashes of the data, the models and the earlier runs that the plan was made with, by spec. They are
+            the table [hashes] of a plan file. Anything with another hash is refused.
     """
 
     cases: tuple[Case, ...]
@@ -130,7 +130,7 @@ def product(
     return tuple(dict.fromkeys(cases))
 
 
-def pairs(threat: str, attacks: Iterable[str] | None, goals: Iterable[str] | None) -> list[tuple[str, str]]:
+def attack_goal_pairs(threat: str, attacks: Iterable[str] | None, goals: Iterable[str] | None) -> list[tuple[str, str]]:
     """Every attack with every goal. The defaults are the strongest attack for the threat, and misclassify.
 
     Args:

@@ -10,7 +10,7 @@ from typing import Any
 
 import tomli_w
 
-from robustkit.bench.plan.plan import NONE, Case, Plan, pairs, product
+from robustkit.bench.plan.plan import NONE, Case, Plan, attack_goal_pairs, product
 from robustkit.errors import ArgumentError
 
 __all__ = ["plan_text", "read_plan"]
@@ -94,7 +94,7 @@ def _combined_cases(table: Table) -> tuple[Case, ...]:
         for model in lists["models"]
         for defence in lists["defences"] or [NONE]
         for threat in lists["threats"]
-        for case in product([model], [threat], pairs(threat, lists["attacks"], lists["goals"]), [defence])
+        for case in product([model], [threat], attack_goal_pairs(threat, lists["attacks"], lists["goals"]), [defence])
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, final
 
 from robustkit.bench.plan import specs
-from robustkit.bench.plan.plan import NONE, Plan, default_plan, pairs, product
+from robustkit.bench.plan.plan import NONE, Plan, attack_goal_pairs, default_plan, product
 from robustkit.bench.plan.plan_file import read_plan
 from robustkit.errors import ArgumentError
 
@@ -118,7 +118,7 @@ def _attacks_of(request: Request, threat: str) -> list[tuple[str, str]]:
         kinds = {name: cls for name, cls, _ in specs.THREATS}
         cases = dict.fromkeys((case.attack, case.goal) for case in default_plan().cases)
         return [(attack, goal) for attack, goal in cases if kind not in kinds or specs.serves(attack, kinds[kind])]
-    return pairs(threat, request.attack, request.goal)
+    return attack_goal_pairs(threat, request.attack, request.goal)
 
 
 def command_of(plan: Plan, file: str = "plan.toml") -> str:

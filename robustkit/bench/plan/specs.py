@@ -49,14 +49,14 @@ __all__ = [
     "format_value",
     "goal",
     "number",
-    "packages",
     "parse_fields",
     "parse_value",
     "plugin",
+    "plugin_packages",
     "plugins",
     "served_threats",
     "serves",
-    "settable",
+    "settable_fields",
     "threat",
     "threat_to_spec",
 ]
@@ -152,8 +152,8 @@ def plugin(spec: str) -> Plugin | None:
     return None if name in attack_names() else plugins().get(name)
 
 
-def packages(attacks: Iterable[str]) -> dict[str, str]:
-    """The entry "plugins" of an environment: the packages, with versions, that provide these attacks; empty if none."""
+def plugin_packages(attacks: Iterable[str]) -> dict[str, str]:
+    """The entry "plugins" of an environment: the packages of these attacks with versions; empty if there are none."""
     used = [plugin(spec) for spec in dict.fromkeys(attacks)]
     versions = sorted({" ".join(package) for one in used if one is not None for package in one.packages})
     return {"plugins": ", ".join(versions)} if versions else {}
@@ -165,7 +165,9 @@ def attack(spec: str) -> Attack:
     provider = plugin(name)
     cls, preset = _attack_class(name, provider)
     hints, known = get_type_hints(cls), {field.name: field for field in _fields(cls)}
-    chosen = parse_fields(settings, {field: hints[field] for field in known}, list(settable(cls)), f"attack {spec!r}", name)
+    chosen = parse_fields(
+        settings, {field: hints[field] for field in known}, list(settable_fields(cls)), f"attack {spec!r}", name
+    )
     missing = [name for name, field in known.items() if _default(field) is MISSING and name not in preset | chosen]
     if missing:
         raise ArgumentError(f"attack {spec!r}: {missing[0]} is missing; write {name}:{missing[0]}=VALUE")
@@ -212,7 +214,7 @@ def parse_fields(
     return chosen
 
 
-def settable(cls: type[Attack], preset: Mapping[str, Any] | None = None) -> dict[str, str]:
+def settable_fields(cls: type[Attack], preset: Mapping[str, Any] | None = None) -> dict[str, str]:
     """The fields that can be set on the command line, with their defaults as text; "..." for a required field."""
     hints, defaults = get_type_hints(cls), {field.name: _default(field) for field in _fields(cls)} | dict(preset or {})
     settable_names = [name for name in defaults if _accepted(hints[name])]

@@ -91,7 +91,7 @@ class Block:
         """The adversarial images of `perturbed`, in order, (k, *S); None if they are not kept."""
         return self.result.x_adv[self.perturbed] if self.result.x_adv.shape[1:].numel() else self.kept_images
 
-    def bytes(self) -> bytes:
+    def to_bytes(self) -> bytes:
         """The block as a safetensors file: tensors with one row per example, and metadata."""
         tensors = {name: getattr(self.result, name) for name in _RESULT_FIELDS}
         tensors |= {
@@ -117,7 +117,7 @@ class Block:
 
     @classmethod
     def load(cls, path: Path) -> Block:
-        """Read a file that was written from `bytes`. No code is executed.
+        """Read a file that was written by `to_bytes`. No code is executed.
 
         Raises:
             ArgumentError: The file is missing or damaged, or is not a block.
@@ -156,7 +156,7 @@ class BlockHeader:
         path: The file.
         ids: The index in the data of each image.
         sizes: The size of each perturbation.
-        digest: The hash of the content that the file states.
+        digest: The hash of the content, as the file states it.
     """
 
     path: Path

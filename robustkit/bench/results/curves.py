@@ -26,10 +26,9 @@ def costs(result: Result) -> Tensor:
 def against_cost(result: Result, correct: NDArray[np.bool_], robust: NDArray[np.bool_]) -> Curve:
     """Robust accuracy against cost: as if the attack had been stopped after a number of forward passes per image.
 
-    A solved example is attacked no further, so its cost is that of its solution. After cost B those images count as robust
-    that are correctly classified without an attack, and that are unsolved or cost more than B. If the curve has more than
-    `GRID` steps, some are left out, evenly. It is exact at its points, and between two points at most the value of the left
-    one.
+    Solved examples are skipped, so the cost of an example is the cost of solving it. An image counts as robust after cost B if
+    it is correctly classified without an attack, and if it is unsolved or cost more than B. A curve with more than `GRID`
+    steps is thinned out evenly. It is exact at its points; between two points the exact value is at most that of the left one.
 
     Args:
         result: The result of the attack.

@@ -62,7 +62,7 @@ def make_record(
     return {
         "model": case.model,
         "data": plan.data,
-        "defence": case.defended,
+        "defence": case.defence_or_none,
         "goal": case.goal,
         "threat": case.threat,
         "attack": case.attack,

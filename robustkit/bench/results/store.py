@@ -80,7 +80,7 @@ class Files(Store):
         """Write a block."""
         path = self.path(block.task)
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, block.bytes())
+        replace_file(path, block.to_bytes())
 
     def get(self, task: Task) -> Block | None:
         """The block of a task; None if its file is missing or damaged."""

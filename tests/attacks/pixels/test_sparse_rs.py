@@ -83,6 +83,7 @@ def test_the_schedule_is_that_of_the_paper(queries, count):
     assert SparseRS(queries=10_000).swaps(9000, 100) == 1
 
 
+@pytest.mark.slow
 def test_where_few_locations_are_unused_pixels_return_in_other_colours():
     """Three of four locations: the attack still finds the best corner of a linear model, and no location occurs twice."""
     torch.manual_seed(1)
@@ -96,6 +97,7 @@ def test_where_few_locations_are_unused_pixels_return_in_other_colours():
     assert torch.equal(result.x_adv.flatten(1), best)
 
 
+@pytest.mark.slow
 def test_on_a_linear_model_the_best_pixel_is_found():
     torch.manual_seed(2)
     net, x = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).double(), torch.rand(8, 1, 3, 4, dtype=torch.float64)

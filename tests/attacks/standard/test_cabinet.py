@@ -141,6 +141,7 @@ def test_with_batch_norm_the_output_depends_on_the_batch():
     assert torch.allclose(fn(x.flip(0)).flip(0), fn(x), atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RANDOM)
 def test_random_models_differ_between_calls_with_stable_majorities(name):
     entry = BY_NAME[name]

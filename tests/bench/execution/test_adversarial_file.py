@@ -166,7 +166,7 @@ def test_the_plan_records_the_file_and_block_names_depend_on_it(tmp_path, capsys
     assert names != [task.name for task in load(plan_of(path)).tasks()]
     capsys.readouterr()
     assert main(["bench", "--plan", str(out / "plan.toml"), "--out", str(tmp_path / "again")]) == 2
-    assert "it has changed, or is not the same twice" in capsys.readouterr().err
+    assert "it has changed, or is not reproducible" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ def blocks(out):
     return files
 
 
-def timeless(out):
+def without_seconds(out):
     def stripped(value):
         if isinstance(value, dict):
             return {key: stripped(item) for key, item in value.items() if key != "seconds"}
@@ -72,7 +72,7 @@ def undisturbed(tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     finished(started(out))
     assert len(blocks(out)) == BLOCKS
-    return timeless(out)
+    return without_seconds(out)
 
 
 @pytest.mark.slow
@@ -100,4 +100,4 @@ def test_a_killed_and_resumed_run_equals_an_undisturbed_run(undisturbed, tmp_pat
     finished(started(out, "--workers", str(workers), "--resume"))
     assert before.items() <= blocks(out).items()
     assert len(blocks(out)) == BLOCKS
-    assert timeless(out) == undisturbed
+    assert without_seconds(out) == undisturbed

@@ -54,7 +54,7 @@ def measured(*cases, seed=0, offset=0, limit=None, batch_size=100, progress=lamb
     return sorted(outcomes(load(plan), progress=progress), key=lambda outcome: outcome.index)
 
 
-def timeless(record):
+def without_seconds(record):
     return {key: value for key, value in record.items() if key != "seconds"}
 
 
@@ -133,7 +133,7 @@ def test_a_case_does_not_depend_on_the_other_cases():
     joint = measured(*CASES, limit=120)
     for case, outcome in zip(CASES, joint, strict=True):
         (alone,) = measured(case, limit=120)
-        assert timeless(alone.record) == timeless(outcome.record)
+        assert without_seconds(alone.record) == without_seconds(outcome.record)
         for ours, theirs in zip(alone.pictures, outcome.pictures, strict=True):
             assert (ours.adversarial == theirs.adversarial).all()
 
@@ -197,13 +197,13 @@ def test_a_stochastic_model_gets_a_note_and_reproducible_numbers(use):
     state = random_state()
     first, again = (measured(case, limit=130)[0] for _ in range(2))
     assert random_state() == state
-    assert timeless(first.record) == timeless(again.record)
+    assert without_seconds(first.record) == without_seconds(again.record)
     assert [note["name"] for note in first.record["notes"]] == ["stochastic-target"]
     assert [flag["name"] for flag in first.record["flags"]] == ["train-mode", "undeclared-randomness"]
     torch.testing.assert_close(
         figures(first), figures(measured(case, limit=100)[0]) + figures(measured(case, offset=100, limit=30)[0])
     )
-    assert timeless(measured(case, limit=130, seed=1)[0].record) != timeless(first.record) | {"seed": 1}
+    assert without_seconds(measured(case, limit=130, seed=1)[0].record) != without_seconds(first.record) | {"seed": 1}
     declared = Noisy().eval()
     declared.stochastic = True
     use(declared)

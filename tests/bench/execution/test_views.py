@@ -93,6 +93,7 @@ def test_a_flag_of_a_further_view_is_a_note():
     assert note.why.startswith("view 'blind' by itself would raise flat-gradients: ")
 
 
+@pytest.mark.slow
 def test_the_audit_of_standard_runs_once():
     """It checks the deployed function; along a view without gradients it would escalate."""
     target = Target(NET, NET, {"exact": NET, "blind": lambda x: NET(x.detach())}, batch_size=8)

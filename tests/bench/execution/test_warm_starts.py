@@ -39,13 +39,13 @@ def masks(plan, **options):
     return {plan.cases[one.index].threat: one.robust for one in outcomes(load(plan), **options)}
 
 
-def timeless(block):
+def without_seconds(block):
     """A block without its seconds, as bytes."""
-    return replace(block, seconds=0.0).bytes()
+    return replace(block, seconds=0.0).to_bytes()
 
 
 def stored(loaded, store):
-    return {task.name: timeless(store.get(task)) for task in loaded.tasks()}
+    return {task.name: without_seconds(store.get(task)) for task in loaded.tasks()}
 
 
 def run(out, plan):
@@ -177,7 +177,9 @@ def test_a_block_without_images_is_computed_again_for_those_that_start_from_it(t
         if task.case < 2:
             store.put(replace(Files(whole[0]).get(task), kept_images=None))
     list(outcomes(loaded, store))
-    assert {task.name: timeless(store.get(task)) for task in loaded.tasks() if task.case == 2}.items() <= whole[1].items()
+    assert {task.name: without_seconds(store.get(task)) for task in loaded.tasks() if task.case == 2}.items() <= whole[
+        1
+    ].items()
 
 
 def test_images_beyond_the_size_limit_are_not_stored_and_nothing_else_changes(tmp_path, whole, monkeypatch):
@@ -187,7 +189,7 @@ def test_images_beyond_the_size_limit_are_not_stored_and_nothing_else_changes(tm
     for task in load(plan).tasks():
         block, usual = store.get(task), Files(whole[0]).get(task)
         assert block.kept_images is None
-        assert timeless(replace(block, kept_images=usual.kept_images)) == whole[1][task.name]
+        assert without_seconds(replace(block, kept_images=usual.kept_images)) == whole[1][task.name]
     monkeypatch.setattr(loaded_module, "MAX_STORED_BYTES", 60 * 64 * 4)
     list(outcomes(load(plan), fits := Files(tmp_path / "fits")))
     assert stored(load(plan), fits) == whole[1]
@@ -362,7 +364,7 @@ def test_the_plan_records_the_earlier_run_and_refuses_to_resume_if_it_changes(st
 def remove_images(out):
     """Remove the images from a run, as if an older version had written it."""
     for file in (out / "examples").rglob("*.safetensors"):
-        file.write_bytes(replace(Block.load(file), kept_images=None).bytes())
+        file.write_bytes(replace(Block.load(file), kept_images=None).to_bytes())
 
 
 def test_a_folder_without_a_usable_run_is_refused_in_one_line(strong, tmp_path):

@@ -12,7 +12,7 @@ from robustkit.attacks import Square
 from robustkit.bench import Case, Plan, plan_text, read_plan, run
 from robustkit.bench.comparison.compare import compare
 from robustkit.bench.execution.loaded_run import load
-from robustkit.bench.plan.defence_specs import DEFENCES, defence_recipe, guard_target, settable
+from robustkit.bench.plan.defence_specs import DEFENCES, defence_recipe, guard_target, settable_fields
 from robustkit.bench.plan.model_specs import model_hash
 from robustkit.bench.plan.request import Request, command_of, plan_of
 from robustkit.bench.results.read_run import read
@@ -102,7 +102,7 @@ def test_every_defence_of_the_package_has_a_spec():
 
     assert set(DEFENCES.values()) == {getattr(defences, name) for name in defences.__all__}
     for name in DEFENCES:  # the shown defaults are the actual ones
-        shown = ",".join(f"{field}={value}" for field, value in settable(name).items())
+        shown = ",".join(f"{field}={value}" for field, value in settable_fields(name).items())
         assert defence_recipe(guard_target(f"{name}:{shown}", Target(NET))) == defence_recipe(guard_target(name, Target(NET)))
 
 

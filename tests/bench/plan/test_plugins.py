@@ -108,6 +108,7 @@ def line_of(text, name):
     return line.strip()
 
 
+@pytest.mark.slow
 def test_the_example_of_the_documentation_works(tmp_path, monkeypatch, capsys):
     page = PAGE.read_text()
     (tmp_path / "pyproject.toml").write_text(re.search(r"^```toml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1])
@@ -245,7 +246,7 @@ def test_a_plugin_cannot_take_the_name_of_an_attack_of_robustkit(publish, capsys
     own = specs.attack(name)
     publish("thief", f"{name} = thief:Still", "raise RuntimeError('never run')")
     assert specs.attack(name) == own
-    assert (specs.plugin(name), specs.packages([name])) == (None, {})
+    assert (specs.plugin(name), specs.plugin_packages([name])) == (None, {})
     assert cli.main(["bench", "--list"]) == 0
     said = capsys.readouterr()
     assert said.err == (

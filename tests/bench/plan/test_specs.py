@@ -112,7 +112,7 @@ def test_attacks(spec, attack):
 def test_every_attack_can_be_written_with_all_fields_and_parsed_again(name):
     attack = specs.attack(name)
     values = {field.name: getattr(attack, field.name) for field in dataclasses.fields(attack)}
-    assert set(specs.settable(type(attack))) == set(values)
+    assert set(specs.settable_fields(type(attack))) == set(values)
     words = [f"{key}={specs.format_value(value)}" for key, value in values.items()]
     assert specs.attack(":".join([name, ",".join(words)])) == attack
     for key, value in values.items():
@@ -133,7 +133,7 @@ def others(cls, key, value):
 
 
 @dataclasses.dataclass(frozen=True)
-class Picky(Attack):
+class ManyFields(Attack):
     """A field of every type that a spec can set, and of some that it cannot."""
 
     recipe: Literal["paper", "scipy"] = "paper"
@@ -158,7 +158,7 @@ class Picky(Attack):
 
 
 @dataclasses.dataclass(frozen=True)
-class Needy(Attack):
+class TwoRequired(Attack):
     layer: str
     steps: int
 
@@ -168,13 +168,17 @@ class Needy(Attack):
     def check(self, threat):
         super().check(threat)
         if threat.eps > 2:
-            raise ArgumentError(f"eps={threat.eps} is too much for Needy; take at most 2")
+            raise ArgumentError(f"eps={threat.eps} is too much for TwoRequired; take at most 2")
 
 
 @pytest.fixture
 def local(monkeypatch):
     """Attacks of this package that the tests add."""
-    known = {"picky": (Picky, {}), "tuned": (Picky, {"layer": "conv2", "pixels": 4}), "needy": (Needy, {"steps": 3})}
+    known = {
+        "many": (ManyFields, {}),
+        "tuned": (ManyFields, {"layer": "conv2", "pixels": 4}),
+        "required": (TwoRequired, {"steps": 3}),
+    }
     monkeypatch.setattr(specs, "attack_names", lambda: known)
 
 
@@ -204,8 +208,8 @@ def local(monkeypatch):
     ],
 )
 def test_fields_of_every_type(local, words, field, value):
-    attack = specs.attack(f"picky:{words}")
-    assert attack == Picky(**{field: value})
+    attack = specs.attack(f"many:{words}")
+    assert attack == ManyFields(**{field: value})
     assert type(getattr(attack, field)) is type(value)
 
 
@@ -226,24 +230,24 @@ def test_fields_of_every_type(local, words, field, value):
         ),
         (
             "hidden=3",
-            "not a field=value of picky; its fields: recipe, layer, pixels, length, order, rank, quick, name, either$",
+            "not a field=value of many; its fields: recipe, layer, pixels, length, order, rank, quick, name, either$",
         ),
     ],
 )
 def test_invalid_values_are_refused(local, words, message):
-    with pytest.raises(ArgumentError, match=f"^attack 'picky:{words}': .*{message}"):
-        specs.attack(f"picky:{words}")
+    with pytest.raises(ArgumentError, match=f"^attack 'many:{words}': .*{message}"):
+        specs.attack(f"many:{words}")
 
 
 def test_a_field_without_default_must_be_given(local):
-    assert specs.attack("needy:layer=conv1") == Needy("conv1", 3)
-    with pytest.raises(ArgumentError, match=r"^attack 'needy': layer is missing; write needy:layer=VALUE$"):
-        specs.attack("needy")
-    assert specs.settable(Needy, {"steps": 3}) == {"layer": "...", "steps": "3"}
+    assert specs.attack("required:layer=conv1") == TwoRequired("conv1", 3)
+    with pytest.raises(ArgumentError, match=r"^attack 'required': layer is missing; write required:layer=VALUE$"):
+        specs.attack("required")
+    assert specs.settable_fields(TwoRequired, {"steps": 3}) == {"layer": "...", "steps": "3"}
 
 
 def test_fields_are_shown_as_text_that_can_be_parsed(local):
-    fields = specs.settable(Picky, {"layer": "conv2", "pixels": 4})
+    fields = specs.settable_fields(ManyFields, {"layer": "conv2", "pixels": 4})
     assert fields == {
         "recipe": "paper",
         "layer": "conv2",
@@ -255,10 +259,10 @@ def test_fields_are_shown_as_text_that_can_be_parsed(local):
         "name": "none",
         "either": "3",
     }
-    assert specs.attack("picky:" + ",".join(f"{name}={word}" for name, word in fields.items() if name != "either")) == Picky(
-        layer="conv2", pixels=4
-    )
-    assert specs.attack("tuned") == Picky(layer="conv2", pixels=4)
+    assert specs.attack(
+        "many:" + ",".join(f"{name}={word}" for name, word in fields.items() if name != "either")
+    ) == ManyFields(layer="conv2", pixels=4)
+    assert specs.attack("tuned") == ManyFields(layer="conv2", pixels=4)
 
 
 def test_the_threats_that_an_attack_serves_are_shown_as_specs():
@@ -275,28 +279,28 @@ def test_the_threats_that_an_attack_serves_are_shown_as_specs():
         (Threat,): "linf:EPS, l2:EPS, l1:EPS, pixels:K",
     }
     for serves, text in expected.items():
-        assert specs.served_threats(type("Some", (Needy,), {"serves": serves})) == text
+        assert specs.served_threats(type("Some", (TwoRequired,), {"serves": serves})) == text
 
 
 def test_a_threat_that_an_attack_does_not_serve_is_refused():
-    specs.check_served("picky", Picky(), "pixels:3", Pixels(3))
-    specs.check_served("needy:layer=x", Needy("x", 3), "l2:1", L2(1.0))
-    message = "attack 'picky:layer=x' does not serve threat 'l2:0.5'; it serves linf:EPS, pixels:K"
+    specs.check_served("many", ManyFields(), "pixels:3", Pixels(3))
+    specs.check_served("required:layer=x", TwoRequired("x", 3), "l2:1", L2(1.0))
+    message = "attack 'many:layer=x' does not serve threat 'l2:0.5'; it serves linf:EPS, pixels:K"
     with pytest.raises(ArgumentError, match=f"^{re.escape(message)}$"):
-        specs.check_served("picky:layer=x", Picky(), "l2:0.5", L2(0.5))
-    with pytest.raises(ArgumentError, match=r"^attack 'needy' in threat 'l2:3': eps=3.0 is too much for Needy"):
-        specs.check_served("needy", Needy("x", 3), "l2:3", L2(3.0))
+        specs.check_served("many:layer=x", ManyFields(), "l2:0.5", L2(0.5))
+    with pytest.raises(ArgumentError, match=r"^attack 'required' in threat 'l2:3': eps=3.0 is too much for TwoRequired"):
+        specs.check_served("required", TwoRequired("x", 3), "l2:3", L2(3.0))
 
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_run_is_refused_before_any_attack(local, order):
     message = "^attack {} does not serve threat {}; it serves linf:EPS, pixels:K$"
-    cases = tuple(Case("zoo:digits-mlp", threat, "picky") for threat in ("pixels:2", "l2:0.5"))
-    with pytest.raises(ArgumentError, match=message.format("'picky'", "'l2:0.5'")):
+    cases = tuple(Case("zoo:digits-mlp", threat, "many") for threat in ("pixels:2", "l2:0.5"))
+    with pytest.raises(ArgumentError, match=message.format("'many'", "'l2:0.5'")):
         load(Plan(cases[::order], "digits", limit=2))
     digits, seen = data.load("digits").part(limit=2), []
-    with pytest.raises(ArgumentError, match=message.format('"Picky.*"', "'l1:3'")):
-        evaluate_(lambda x: seen.append(x) or x.flatten(1)[:, :10], (digits.x, digits.y), threat=L1(3.0), attacks=Picky())
+    with pytest.raises(ArgumentError, match=message.format('"ManyFields.*"', "'l1:3'")):
+        evaluate_(lambda x: seen.append(x) or x.flatten(1)[:, :10], (digits.x, digits.y), threat=L1(3.0), attacks=ManyFields())
     assert not any(x.requires_grad for x in seen)
 
 

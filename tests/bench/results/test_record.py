@@ -137,12 +137,12 @@ def test_gradients_without_signal_are_noted():
     assert note == {"name": "flat-gradients", "why": "50.0% of the gradient queries were zero or not finite, on 3 images"}
 
 
-def test_flat_gradients_of_unbroken_images_are_a_flag_of_the_whole_case():
+def test_flat_gradients_of_unsolved_images_are_a_flag_of_the_whole_case():
     record = make([True, False, False, False], [0.1] * 4, flat=2)
     assert record["notes"] == []
     (flag,) = record["flags"]
     assert flag["name"] == "flat-gradients"
-    assert flag["why"].startswith("6 of 6 gradients of the unbroken examples")
+    assert flag["why"].startswith("6 of 6 gradients of the unsolved examples")
 
 
 def test_the_worst_case_is_robust_to_every_attack():
