@@ -34,8 +34,8 @@ def measure(file: Path, out: Path) -> dict[str, Any]:
     from robustkit.bench.execution.forecast import Forecast
     from robustkit.bench.execution.loaded_run import load
     from robustkit.bench.execution.runner import outcomes
-    from robustkit.bench.folder import open_folder
     from robustkit.bench.plan.plan import Case, Plan
+    from robustkit.bench.run_folder import open_folder
 
     cases = tuple(Case("zoo:digits-mlp", "linf:0.1", attack) for attack in ("fgsm", "pgd:steps=20"))
     start = time.monotonic()

@@ -148,9 +148,9 @@ class Attack(ABC):
             result = result if learning_cost is None else result.plus_cost(learning_cost)
             if x.element_size() < 4:
                 notes.append(float32_note(target, result.x_adv, ref, goal, result.success))
-        check_flags, check_notes = flags_and_notes(result.checks)
-        flags += [*result.flags, *flat_flag(result), *check_flags]
-        return replace(result, flags=tuple(flags), notes=(*notes, *result.notes, *check_notes))
+        diagnostic_flags, diagnostic_notes = flags_and_notes(result.checks)
+        flags += [*result.flags, *flat_flag(result), *diagnostic_flags]
+        return replace(result, flags=tuple(flags), notes=(*notes, *result.notes, *diagnostic_notes))
 
     @final
     def perturb(

@@ -1,4 +1,4 @@
-"""Can this number be believed? The flags and notes that follow from the diagnostic checks of a run."""
+"""Diagnostics of a run: gradient masking and other reasons not to believe its number, as flags and notes."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from robustkit._engine.best_so_far import BestSoFar, Keep
 from robustkit._engine.gradients import input_gradient, mean, vjp, without_signal
 from robustkit._engine.jacobian import Jacobian
-from robustkit._engine.layers import flat_output, layer_named, layers_of, up_to
+from robustkit._engine.layers import flat_output, layer_named, layers_of, truncate_after
 from robustkit._engine.ledger import Check, Message
 from robustkit._engine.noise import Noise
 from robustkit._engine.output_checks import check_final_output, check_first_output, predict_one
@@ -214,7 +214,7 @@ class Problem:
         """Number of gradients of each example without a signal: zero, not finite or missing, (N,) int64."""
         return self._best.ledger.flat[self._rows]
 
-    def with_surrogate(self, goal: Goal, ref: Tensor) -> Problem:
+    def with_surrogate_loss(self, goal: Goal, ref: Tensor) -> Problem:
         """The same problem with the loss of another goal and its reference, (N, ...).
 
         What counts as success, and which point is best, stays the same: one of the goal's parts, or its loss with another
@@ -382,7 +382,7 @@ class Problem:
         """
         fn = flat_output(self._target.view)
         if layer is not None:
-            fn = up_to(layer_named(layer, self._layers()), self._target.view)
+            fn = truncate_after(layer_named(layer, self._layers()), self._target.view)
         return Jacobian(fn, self._input(self.x, _ALL), partial(self._best.ledger.charge, self._rows))
 
     def _layers(self) -> dict[str, nn.Module]:

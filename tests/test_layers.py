@@ -29,7 +29,7 @@ LAYERS = [
     ["attack", "defence"],
     # Attacks: what several of them share, then the papers, then what is made of other attacks.
     ["attacks._boundary", "attacks._descent", "attacks._hyperplane", "attacks._max_threat", "attacks._square_patches"],
-    ["attacks._fmn", "attacks._apgd"],
+    ["attacks._fmn", "attacks._restarted_attack"],
     [
         "attacks.fgsm",
         "attacks.pgd",
@@ -62,7 +62,7 @@ LAYERS = [
     ["bench.execution."],
     ["bench.comparison."],
     ["bench.reporting."],
-    ["bench.folder"],
+    ["bench.run_folder"],
     ["bench.evaluate"],
     ["bench"],
     ["testing."],

@@ -57,7 +57,7 @@ def test_the_loss_of_another_goal_can_be_followed_while_success_is_still_that_of
     wanted = NET(X).argmin(1)
 
     def question(problem):
-        part = problem.with_surrogate(ClassifyAs(margin), wanted)[rows]
+        part = problem.with_surrogate_loss(ClassifyAs(margin), wanted)[rows]
         return part.loss(part.x), *part.loss_and_grad(part.x), part.success(part.x), part[:1].loss(part.x[:1])
 
     (loss, again, grad, success, first), result = ask(question, keep="best")

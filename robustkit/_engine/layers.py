@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from robustkit.errors import ArgumentError
 
-__all__ = ["flat_output", "layer_named", "layers_of", "up_to"]
+__all__ = ["flat_output", "layer_named", "layers_of", "truncate_after"]
 
 
 class _StopForward(BaseException):
@@ -73,7 +73,7 @@ def _tensors(out: Any) -> list[Tensor]:
     return [tensor for part in out for tensor in _tensors(part)] if isinstance(out, tuple | list) else []
 
 
-def up_to(layer: nn.Module, fn: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
+def truncate_after(layer: nn.Module, fn: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
     """`fn` cut off after `layer`, whose output it returns, (N, *S) -> (N, *H); later layers do not run."""
 
     def truncated(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from robustkit._engine.noise import Noise
 from robustkit._engine.tensors import expand_rows
 from robustkit.threats import L2, Linf, Threat
 
-__all__ = ["initial_point", "patch_size", "propose", "uniforms_per_example"]
+__all__ = ["initial_point", "patch_shape", "propose", "uniforms_per_example"]
 
 _TILES = 5  # of the L2 start, along the shorter side
 _CANCELLED = 1e-6  # the sum of two unit vectors counts as zero below this norm
@@ -47,7 +47,7 @@ def propose(threat: Threat, x_adv: Tensor, x: Tensor, share: float, uniforms: Te
     return proposal(threat, _images(x_adv), _images(x), share, uniforms).reshape(x.shape)
 
 
-def patch_size(share: float, height: int, width: int, min_side: int = 1) -> tuple[int, int]:
+def patch_shape(share: float, height: int, width: int, min_side: int = 1) -> tuple[int, int]:
     """Height and width of a patch that covers a share of an image: a square, with an odd side if `min_side` is above 1.
 
     A square larger than the shorter side of the image becomes a rectangle of the same area.
@@ -81,7 +81,7 @@ def _stripes(threat: Threat, x: Tensor, noise: Noise) -> Tensor:
 
 def _recolour_patch(threat: Threat, x_adv: Tensor, x: Tensor, share: float, uniforms: Tensor) -> Tensor:
     """A patch in one colour, each channel at one end of the ball (algorithm 2); it always changes the image."""
-    patch = _Patch(uniforms[:, :2], patch_size(share, x.shape[2], x.shape[3]), x)
+    patch = _Patch(uniforms[:, :2], patch_shape(share, x.shape[2], x.shape[3]), x)
     current, clean = patch.read(x_adv), patch.read(x)
     signs = _signs(uniforms[:, 2:], x)[:, :, None].expand_as(current)
     colours, opposite = threat.steepest(signs, clean), threat.steepest(-signs, clean)
@@ -106,7 +106,7 @@ def _tiles(threat: Threat, x: Tensor, noise: Noise) -> Tensor:
 
 def _move_energy(threat: Threat, x_adv: Tensor, x: Tensor, share: float, uniforms: Tensor) -> Tensor:
     """Moves the perturbation of a second patch, and the unspent budget, to a bump added to a first patch (algorithm 3)."""
-    size = patch_size(share, x.shape[2], x.shape[3], min_side=3)
+    size = patch_shape(share, x.shape[2], x.shape[3], min_side=3)
     target, source = _Patch(uniforms[:, :2], size, x), _Patch(uniforms[:, 2:4], size, x)
     perturbation = x_adv - x
     # Patches are small, so float64 costs nothing here.

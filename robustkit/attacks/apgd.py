@@ -9,7 +9,7 @@ from typing import ClassVar, final
 import torch
 
 from robustkit._engine.field_checks import positive
-from robustkit.attacks._apgd import Point, RestartedAttack, Trajectory, per_example
+from robustkit.attacks._restarted_attack import Point, RestartedAttack, Trajectory, per_example
 from robustkit.errors import ArgumentError
 from robustkit.problem import Problem
 from robustkit.threats import L2, Linf, Threat

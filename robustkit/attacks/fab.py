@@ -73,9 +73,9 @@ class FAB(Attack):
     def run(self, problem: Problem) -> Tensor:
         """One boundary walk for each part of the goal, from x."""
         best = BestPoint(problem.x)
-        goal = problem.goal.with_surrogate(margin)
+        goal = problem.goal.with_surrogate_loss(margin)
         for part, ref in goal.parts(problem.predict(problem.x), problem.ref)[: self.parts]:
-            best.update(*boundary_walk(problem.with_surrogate(DecisionBoundary(part), ref), self.steps, self))
+            best.update(*boundary_walk(problem.with_surrogate_loss(DecisionBoundary(part), ref), self.steps, self))
         return problem.threat.project(best.x_adv, problem.x)
 
 

@@ -73,7 +73,7 @@ class FMN(Attack):
     def run(self, problem: Problem) -> Tensor:
         """Algorithm 1."""
         x = x_adv = problem.x
-        to_boundary = problem.with_surrogate(DecisionBoundary(problem.goal), problem.ref)
+        to_boundary = problem.with_surrogate_loss(DecisionBoundary(problem.goal), problem.ref)
         check, balls = SuccessCheck(problem), AdaptiveBalls(problem.threat, x)
         for step in problem.steps(self.steps):
             margin, grad = to_boundary.loss_and_grad(x_adv)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robustkit._engine.tensors import as_rows, flatten_rows
-from robustkit.attacks._apgd import Point, RestartedAttack, Trajectory, per_example
+from robustkit.attacks._restarted_attack import Point, RestartedAttack, Trajectory, per_example
 from robustkit.problem import Problem
 from robustkit.threats import L1, Threat
 

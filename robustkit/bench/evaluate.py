@@ -18,7 +18,6 @@ from robustkit.bench.execution.loaded_run import LoadedRun, load
 from robustkit.bench.execution.model_under_test import ModelUnderTest
 from robustkit.bench.execution.resolved_case import ResolvedCase
 from robustkit.bench.execution.runner import Outcome, outcomes
-from robustkit.bench.folder import open_folder, results_of
 from robustkit.bench.plan import specs
 from robustkit.bench.plan.defence_specs import defence_recipe
 from robustkit.bench.plan.plan import NONE, Case, Plan
@@ -28,6 +27,7 @@ from robustkit.bench.reporting.page import report
 from robustkit.bench.reporting.table import table
 from robustkit.bench.results.picture import Picture
 from robustkit.bench.results.store import Store, replace_file
+from robustkit.bench.run_folder import open_folder, results_of
 from robustkit.data import Data
 from robustkit.errors import ArgumentError
 from robustkit.target import Fn, Target

@@ -22,7 +22,6 @@ from robustkit.bench.execution.executors import Executor, Processes, Serial
 from robustkit.bench.execution.loaded_run import LoadedRun, load
 from robustkit.bench.execution.preview import preview
 from robustkit.bench.execution.runner import Outcome, outcomes
-from robustkit.bench.folder import Folder, open_folder, results_of
 from robustkit.bench.plan.plan import Plan
 from robustkit.bench.plan.plan_file import read_plan
 from robustkit.bench.plan.request import Request, plan_of
@@ -31,6 +30,7 @@ from robustkit.bench.reporting.live import Live
 from robustkit.bench.reporting.table import preview_table, table
 from robustkit.bench.results.read_run import Run, read
 from robustkit.bench.results.record import worst_case
+from robustkit.bench.run_folder import Folder, open_folder, results_of
 from robustkit.commands._output import write_output
 from robustkit.errors import ArgumentError
 

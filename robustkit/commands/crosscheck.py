@@ -15,7 +15,7 @@ from robustkit.interop.crosscheck import (
     compare_with_autoattack,
     comparison_table,
     crosscheck,
-    format_comparisons,
+    format_autoattack_comparisons,
     library_versions,
     why_unsupported,
 )
@@ -74,5 +74,5 @@ def _run_autoattack(model: nn.Module, part: Data, limit: int, screen: Console) -
         screen.print(f"AutoAttack was not run: {reasons[0]}", highlight=False)
         return True
     comparisons = [compare_with_autoattack(model, x, y, threat) for threat in _THREATS]
-    screen.print(format_comparisons(comparisons))
+    screen.print(format_autoattack_comparisons(comparisons))
     return all(comparison.ok for comparison in comparisons)

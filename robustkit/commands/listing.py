@@ -44,7 +44,10 @@ def _names() -> dict[str, list[str]]:
             *defences.FORMS[-2:],
         ],
         "threats": [example for *_, example in specs.THREATS],
-        "attacks": [*(_attack(name, cls, preset) for name, (cls, preset) in specs.attack_names().items()), *_plugin_attacks()],
+        "attacks": [
+            *(_attack(name, cls, preset) for name, (cls, preset) in specs.attack_registry().items()),
+            *_plugin_attacks(),
+        ],
         "goals": list(specs.GOALS),
     }
 

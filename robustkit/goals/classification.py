@@ -42,7 +42,7 @@ class Misclassify(Goal):
         """
         return ~_predicted_as(logits_of(out, ref), ref)
 
-    def with_surrogate(self, surrogate: Loss) -> Goal:
+    def with_surrogate_loss(self, surrogate: Loss) -> Goal:
         """The same goal with another surrogate loss."""
         return Misclassify(surrogate)
 
@@ -57,7 +57,7 @@ class Misclassify(Goal):
     def parts(self, out: Out, ref: Tensor) -> list[tuple[Goal, Tensor]]:
         """One `ClassifyAs` for each rank among the other classes, the largest logit first."""
         others = logits_of(out, ref).scatter(1, ref.unsqueeze(1), -torch.inf).argsort(1, descending=True)[:, :-1]
-        return [(ClassifyAs().with_surrogate(self.surrogate), column) for column in others.unbind(1)]
+        return [(ClassifyAs().with_surrogate_loss(self.surrogate), column) for column in others.unbind(1)]
 
     def check(self, out: Out, ref: Tensor) -> None:
         """Refuse outputs that are not logits, and labels outside [0, C)."""
@@ -83,7 +83,7 @@ class ClassifyAs(Goal):
         """Where the target class is predicted and every logit is finite, (N,) bool."""
         return _predicted_as(logits_of(out, ref), ref)
 
-    def with_surrogate(self, surrogate: Loss) -> Goal:
+    def with_surrogate_loss(self, surrogate: Loss) -> Goal:
         """The same goal with another surrogate loss, in its targeted form."""
         return ClassifyAs(targeted(surrogate))
 

@@ -46,7 +46,7 @@ class Goal(ABC):
         """
         return [(self, ref)]
 
-    def with_surrogate(self, surrogate: Loss) -> Goal:
+    def with_surrogate_loss(self, surrogate: Loss) -> Goal:
         """The same goal with another surrogate loss; by default the goal itself, which has only one loss."""
         return self
 

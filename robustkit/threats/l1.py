@@ -28,7 +28,7 @@ class L1(Threat):
 
     def slack(self, x: Tensor) -> Tensor:
         """One rounding error per coordinate: D of them."""
-        return self._rounding(x) * math.prod(x.shape[1:])
+        return self._rounding_error(x) * math.prod(x.shape[1:])
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """The Euclidean projection onto the intersection of ball and box; projecting onto one after the other is not."""

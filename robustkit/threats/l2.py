@@ -28,7 +28,7 @@ class L2(Threat):
 
     def slack(self, x: Tensor) -> Tensor:
         """One rounding error per coordinate: sqrt(D) of them."""
-        return self._rounding(x) * math.sqrt(math.prod(x.shape[1:]))
+        return self._rounding_error(x) * math.sqrt(math.prod(x.shape[1:]))
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Scale to the ball, then clamp to the box: inside both, but not always the nearest point of the intersection."""

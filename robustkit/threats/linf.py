@@ -29,7 +29,7 @@ class Linf(Threat):
 
     def slack(self, x: Tensor) -> Tensor:
         """One rounding error."""
-        return self._rounding(x)
+        return self._rounding_error(x)
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """The nearest point of ball and box, by the operations of other libraries in their order, bit for bit."""

@@ -138,7 +138,7 @@ class Threat(ABC):
         return replace(self, eps=self.eps[rows]) if isinstance(self.eps, Tensor) and self.eps.dim() else self
 
     @final
-    def _rounding(self, x: Tensor) -> Tensor:
+    def _rounding_error(self, x: Tensor) -> Tensor:
         """The largest float32 rounding error of one coordinate, (N,) float64."""
         if self.bounds is None:
             return (abs_max(x).double() + 2 * self._eps_column(x)[:, 0]) * _FLOAT32_ROUNDING

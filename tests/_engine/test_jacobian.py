@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from robustkit._engine.jacobian import Jacobian
-from robustkit._engine.layers import flat_output, layers_of, up_to
+from robustkit._engine.layers import flat_output, layers_of, truncate_after
 from robustkit.errors import ArgumentError
 
 torch.manual_seed(0)
@@ -69,10 +69,10 @@ def test_layers_of_lists_the_layers_that_run_and_return_one_tensor():
 
 def test_the_output_of_a_layer_is_taken_before_later_layers_overwrite_it():
     net, x = Branching(), torch.randn(6, 4)
-    assert torch.equal(up_to(net.stem[0], net)(x), net.stem[0](x))
+    assert torch.equal(truncate_after(net.stem[0], net)(x), net.stem[0](x))
     assert float(net.stem[0](x).detach().min()) < 0
     with pytest.raises(ArgumentError, match="did not run"):
-        up_to(net.idle, net)(x)
+        truncate_after(net.idle, net)(x)
     assert not any(part._forward_hooks for part in net.modules())
 
 

@@ -9,7 +9,7 @@ from robustkit import L1, L2, ClassifyAs, Linf, Misclassify, Target
 from robustkit._engine.noise import Noise
 from robustkit.attack import Attack
 from robustkit.attacks import APGD
-from robustkit.attacks._apgd import Trajectory
+from robustkit.attacks._restarted_attack import Trajectory
 from robustkit.errors import ArgumentError
 from robustkit.goals import Goal
 
@@ -156,7 +156,7 @@ def test_checkpoints_of_few_steps_increase_and_lie_within_them():
 @pytest.mark.parametrize("loss", ["cross-entropy", "margin", "dlr"])
 def test_the_best_of_all_points_is_returned(loss):
     """By the loss that was minimised, over all restarts."""
-    surrogate = Misclassify().with_surrogate({"margin": _margin, "dlr": _dlr}.get(loss, _cross_entropy))
+    surrogate = Misclassify().with_surrogate_loss({"margin": _margin, "dlr": _dlr}.get(loss, _cross_entropy))
     target = Recorder(NET)
     result = APGD(steps=9, loss=loss, restarts=3)(Target(target), X, Y, threat=L2(2.0), keep="last")
     queried = target.inputs[1:31] if loss == "dlr" else target.inputs[:30]  # dlr queries x first

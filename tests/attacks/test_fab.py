@@ -102,7 +102,7 @@ def test_a_walk_does_not_depend_on_the_batch():
     class OneWalk(Attack):
         def run(self, problem):
             target = NET(problem.x).argsort(1, descending=True)[:, 1]
-            to_boundary = problem.with_surrogate(DecisionBoundary(ClassifyAs().with_surrogate(margin)), target)
+            to_boundary = problem.with_surrogate_loss(DecisionBoundary(ClassifyAs().with_surrogate_loss(margin)), target)
             walks.append((*boundary_walk(to_boundary, 12, FAB()), (~problem.unsolved).tolist()))
             return problem.x
 

@@ -7,7 +7,7 @@ from torch import nn
 from robustkit import L1, L2, Linf
 from robustkit._engine.noise import Noise
 from robustkit.attacks import Square
-from robustkit.attacks._square_patches import patch_size
+from robustkit.attacks._square_patches import patch_shape
 from robustkit.errors import ArgumentError
 from robustkit.goals import Misclassify
 from robustkit.losses import margin
@@ -191,12 +191,12 @@ def test_patches_cover_their_share_of_an_image_of_any_shape(min_side):
         for size in (1, 3, 5, 28, 33):
             side = max(min_side, round(math.sqrt(share) * size))
             side += min_side > 1 and side % 2 == 0
-            assert patch_size(share, size, size, min_side) == (min(side, size), min(side, size))
+            assert patch_shape(share, size, size, min_side) == (min(side, size), min(side, size))
         for height, width in ((1, 64), (2, 40), (5, 300), (1, 2)):
-            high, wide = patch_size(share, height, width, min_side)
+            high, wide = patch_shape(share, height, width, min_side)
             assert 1 <= high <= height
             assert 1 <= wide <= width
-            assert patch_size(share, width, height, min_side) == (wide, high)
+            assert patch_shape(share, width, height, min_side) == (wide, high)
             if high == height and wide > max(min_side, high):  # else a square, or the smallest patch
                 assert abs(high * wide - share * height * width) <= max(high / 2, min_side * high)
 
@@ -213,7 +213,7 @@ def test_linf_candidates_differ_in_one_patch_at_the_corners_of_the_ball(shape):
         distance = torch.minimum((points - low).abs(), (points - high).abs())
         assert float(distance.max()) < 1e-6
         if query:
-            height, width = patch_size(p_by_the_paper(query, 80), *shape[1:])
+            height, width = patch_shape(p_by_the_paper(query, 80), *shape[1:])
             for changed in (points != start).any(1):
                 rows, columns = changed.any(1).nonzero(), changed.any(0).nonzero()
                 assert len(rows), "no query repeats the current image"

@@ -15,10 +15,10 @@ from robustkit.bench import Case, Plan, run
 from robustkit.bench.execution import preview
 from robustkit.bench.execution.loaded_run import load
 from robustkit.bench.execution.runner import outcomes
-from robustkit.bench.folder import open_folder
 from robustkit.bench.plan import specs
 from robustkit.bench.plan.model_specs import load_model
 from robustkit.bench.results.block import Block, Task
+from robustkit.bench.run_folder import open_folder
 from robustkit.cli import main
 from robustkit.data import load as load_data
 from robustkit.errors import ArgumentError

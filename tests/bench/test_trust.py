@@ -23,12 +23,12 @@ from robustkit.bench.execution.preview import preview
 from robustkit.bench.execution.resolved_case import ResolvedCase
 from robustkit.bench.execution.run_loader import RunLoader
 from robustkit.bench.execution.runner import outcomes
-from robustkit.bench.folder import open_folder
 from robustkit.bench.plan.request import Request
 from robustkit.bench.plan.specs import goal
 from robustkit.bench.results.block import Task
 from robustkit.bench.results.read_run import read
 from robustkit.bench.results.store import Files, Memory
+from robustkit.bench.run_folder import open_folder
 from robustkit.commands import bench as command
 from robustkit.commands.bench import RunOptions, bench_command
 from robustkit.data import load as load_data

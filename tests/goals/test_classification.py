@@ -44,10 +44,10 @@ def test_parts_are_all_other_classes_by_decreasing_logit(case):
 
 @given(CASES)
 def test_with_surrogate_replaces_the_loss_of_a_goal_and_its_parts(case):
-    assert Misclassify().with_surrogate(margin) == Misclassify(margin)
-    assert ClassifyAs().with_surrogate(margin) == ClassifyAs(margin)
-    assert ClassifyAs().with_surrogate(dlr) == ClassifyAs(targeted_dlr)
-    assert all(part == ClassifyAs(targeted_dlr) for part, _ in Misclassify().with_surrogate(dlr).parts(*case))
+    assert Misclassify().with_surrogate_loss(margin) == Misclassify(margin)
+    assert ClassifyAs().with_surrogate_loss(margin) == ClassifyAs(margin)
+    assert ClassifyAs().with_surrogate_loss(dlr) == ClassifyAs(targeted_dlr)
+    assert all(part == ClassifyAs(targeted_dlr) for part, _ in Misclassify().with_surrogate_loss(dlr).parts(*case))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -70,7 +70,7 @@ class SparseRS(PixelAttack):
         bounds = channel_bounds(problem.x, problem.threat)
         start = problem.noise("start")
         locations = _shuffled_locations(start, problem.x)[:, :count]
-        colours = _random_colours(start, count, bounds)
+        colours = _random_extreme_colours(start, count, bounds)
         lowest = nan_to_inf(problem.loss(paint(problem.x, locations, colours)))
         for query in problem.steps(self.queries - 1):
             unsolved = problem.unsolved
@@ -93,7 +93,7 @@ def _shuffled_locations(noise: Noise, x: Tensor) -> Tensor:
     return noise.at("place").uniform(x.shape[2] * x.shape[3]).argsort(dim=1, stable=True)
 
 
-def _random_colours(noise: Noise, count: int, bounds: Tensor) -> Tensor:
+def _random_extreme_colours(noise: Noise, count: int, bounds: Tensor) -> Tensor:
     """Colours with each channel at one of its two `bounds` (2, C), (N, count, C)."""
     is_high = (noise.at("colour").bits(count, bounds.shape[1]) & 1).bool()
     return torch.where(is_high, bounds[1], bounds[0])
@@ -110,4 +110,6 @@ def _replace_pixels(
     rank = rank.scatter_add(1, locations, torch.full_like(locations, 2, dtype=rank.dtype).scatter(1, slots, 1.0))
     unused = rank.argsort(dim=1, stable=True)[:, :swaps]
     slots_per_channel = slots.unsqueeze(2).expand(-1, -1, colours.shape[2])
-    return locations.scatter(1, slots, unused), colours.scatter(1, slots_per_channel, _random_colours(noise, swaps, bounds))
+    return locations.scatter(1, slots, unused), colours.scatter(
+        1, slots_per_channel, _random_extreme_colours(noise, swaps, bounds)
+    )

@@ -75,13 +75,13 @@ def check_monotonicity(problem: Problem, rows: Tensor) -> None:
             RunSpec(part, starts[2], eps, _FEW_STEPS),
             RunSpec(part, wider_start, twice, _FEW_STEPS),
         ]
-        weak, more_steps, *restarts, larger_eps = _run_all(problem, runs)
+        weak, more_steps, *restarts, larger_eps = _run_pgd_variants(problem, runs)
         _record_comparison(problem, "more-steps-leave-more", weak, more_steps)
         _record_comparison(problem, "more-restarts-leave-more", weak, torch.stack(restarts).any(0))
         _record_comparison(problem, "larger-eps-leaves-more", weak, larger_eps)
 
 
-def _run_all(problem: Problem, runs: Sequence[RunSpec]) -> list[Tensor]:
+def _run_pgd_variants(problem: Problem, runs: Sequence[RunSpec]) -> list[Tensor]:
     """Which examples each run solves, (M,) bool each; successes within the budget of the problem are kept."""
     rows, start = torch.cat([run.rows for run in runs]), torch.cat([run.start for run in runs])
     eps = torch.cat([run.eps for run in runs])

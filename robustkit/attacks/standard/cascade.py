@@ -104,7 +104,7 @@ class CascadeState:
         if not len(rows):
             return
         examples = self.problem[rows]
-        goal = examples.goal.with_surrogate(margin)
+        goal = examples.goal.with_surrogate_loss(margin)
 
         def margins(out: Out, ref: Tensor) -> Iterator[Tensor]:
             parts = goal.parts(out, ref)[:_MAX_PARTS]
@@ -154,7 +154,7 @@ class CascadeState:
             return
         x_adv, reach = self.problem[rows].start(draw), reach_factor * _default_reach(self.problem.threat)
         if rank is None:
-            yield DescentSpec(rows, self.problem.goal.with_surrogate(margin), self.problem.ref[rows], x_adv, reach)
+            yield DescentSpec(rows, self.problem.goal.with_surrogate_loss(margin), self.problem.ref[rows], x_adv, reach)
             return
         part = self._order[rows, rank]
         for goal, members in self._parts_by_goal():
@@ -185,7 +185,7 @@ class CascadeState:
     def run_descents(self, specs: Sequence[DescentSpec], steps: int) -> None:
         """Run descents, those with the same goal in one batch, and update the best points."""
         for group in self._batches(specs):
-            problem, x_adv = self._merged(group)
+            problem, x_adv = self._as_one_problem(group)
             default = _default_reach(problem.threat)
             reach = [torch.full((len(spec.rows),), default if spec.reach is None else spec.reach) for spec in group]
             self.update_best(group, descend(problem, x_adv, steps, torch.cat(reach).to(problem.x)))
@@ -194,7 +194,7 @@ class CascadeState:
         """Walk along the decision boundary from x; the points, projected onto the threat set, update the best points."""
         walks = [spec._replace(goal=DecisionBoundary(spec.goal)) for spec in specs]
         for group in self._batches(walks):
-            problem, _ = self._merged(group)
+            problem, _ = self._as_one_problem(group)
             points, _ = boundary_walk(problem, steps, FAB())
             self.update_best(group, problem.threat.project(points, problem.x))
 
@@ -213,11 +213,11 @@ class CascadeState:
         """Whether the group and one more descent fit into one batch of the model."""
         return sum(len(member.rows) for member in (*group, spec)) <= self.problem.batch_size
 
-    def _merged(self, group: Sequence[DescentSpec]) -> tuple[Problem, Tensor]:
+    def _as_one_problem(self, group: Sequence[DescentSpec]) -> tuple[Problem, Tensor]:
         """The examples of a group as one problem with the loss of its goal, and the first points."""
         problem = self.problem[torch.cat([spec.rows for spec in group])]
         x_adv = torch.cat([spec.x_adv for spec in group])
-        return problem.with_surrogate(group[0].goal, torch.cat([spec.ref for spec in group])), x_adv
+        return problem.with_surrogate_loss(group[0].goal, torch.cat([spec.ref for spec in group])), x_adv
 
     def update_best(self, group: Sequence[DescentSpec], points: Tensor) -> None:
         """Query the end points (M, *S) of a group of descents in one batch, and update the best points."""

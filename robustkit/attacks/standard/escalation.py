@@ -79,8 +79,8 @@ def _further_attacks(problem: Problem) -> list[str]:
     """Attack through other views, by transfer and without gradients; returns descriptions of the attacks."""
     attacks = []
     for number, view in enumerate(problem.views[1:]):
-        goal = problem.goal.with_surrogate(margin)
-        through_view = problem.with_view(view).with_surrogate(goal, problem.ref)
+        goal = problem.goal.with_surrogate_loss(margin)
+        through_view = problem.with_view(view).with_surrogate_loss(goal, problem.ref)
         problem.success(descend(through_view, problem.start(2001 + number), _VIEW_STEPS))
         attacks.append(f"view {view}")
     for attempt, (scores, decisions) in enumerate(_ATTEMPTS):
@@ -146,7 +146,7 @@ def _select_by_vote(problem: Problem) -> tuple[Tensor, list[str]]:
         if len(rows):
             examples = problem[rows].with_eot_draws(2 * _EOT_DRAWS)
             start, reach = (examples.start(2200 + number), _EOT_REACH) if number % 2 else (best.x_adv[rows], 0.5)
-            soft = examples.with_surrogate(SoftHinge(examples.goal), examples.ref)
+            soft = examples.with_surrogate_loss(SoftHinge(examples.goal), examples.ref)
             compare(rows, _descend_on_mean_gradient(soft, start, reach))
     return best.x_adv, [
         f"gradients averaged over {_EOT_DRAWS} draws per step and over the steps",
@@ -159,9 +159,9 @@ def _random_model_candidates(problem: Problem) -> Iterator[Tensor]:
     """Points from averaged gradients through each view, and from a substitute model, (N, *S) each."""
     averaged = problem.with_eot_draws(_EOT_DRAWS)
     for number, view in enumerate(problem.views):
-        for draw, goal in enumerate((problem.goal.with_surrogate(margin), SoftHinge(problem.goal))):
+        for draw, goal in enumerate((problem.goal.with_surrogate_loss(margin), SoftHinge(problem.goal))):
             start = problem.start(2000 + 10 * number + draw)
-            yield _descend_on_mean_gradient(averaged.with_view(view).with_surrogate(goal, problem.ref), start, _EOT_REACH)
+            yield _descend_on_mean_gradient(averaged.with_view(view).with_surrogate_loss(goal, problem.ref), start, _EOT_REACH)
     substitute = train_substitute(problem, _SUBSTITUTE)
     if substitute is not None:
         yield from transfer_attack(problem, substitute, _SUBSTITUTE)
@@ -198,7 +198,7 @@ class SoftHinge(Goal):
 
     def loss(self, out: Out, ref: Tensor) -> Tensor:
         """The softplus of the margin plus 1/2, log(1 + exp(margin + 1/2)), (N,)."""
-        return softplus(self.inner.with_surrogate(margin).loss(out, ref) + 0.5)
+        return softplus(self.inner.with_surrogate_loss(margin).loss(out, ref) + 0.5)
 
     def success(self, out: Out, ref: Tensor) -> Tensor:
         """The success of `inner`, (N,) bool."""
@@ -216,7 +216,7 @@ def _joint_batch_attack(problem: Problem) -> list[str]:
     for number in range(_JOINT_ATTEMPTS):
         batch = problem.subproblem(rows, keep="best")
         start, reach = (batch.start(2100 + number), 1.0) if number % 2 else (best, 0.5)
-        x_adv = _descend_on_sum(batch.with_surrogate(SoftHinge(batch.goal), batch.ref), start, reach) if number else best
+        x_adv = _descend_on_sum(batch.with_surrogate_loss(SoftHinge(batch.goal), batch.ref), start, reach) if number else best
         successes = int(batch.success(x_adv).sum())
         problem.charge(rows, batch)
         if successes > most:

@@ -138,7 +138,7 @@ def _compare_gradients(problem: Problem, scales: list[float]) -> tuple[Tensor, T
     """
     if not len(problem):
         return torch.zeros(()), torch.zeros(())
-    problem = problem.with_surrogate(problem.goal.with_surrogate(margin), problem.ref)
+    problem = problem.with_surrogate_loss(problem.goal.with_surrogate_loss(margin), problem.ref)
     threat = problem.threat
     moves = [_random_move(problem, number, scale) for number, scale in enumerate(scales)]
     # Near x, where robustness is claimed, but not at x, where constant backgrounds have ties; further away even sound models

@@ -183,7 +183,7 @@ def _descents(
     state: CascadeState, level: EffortLevel, rows: Tensor, kind: str, ranks: Sequence[int | None], draws: Iterator[int]
 ) -> Iterator[DescentSpec]:
     """The descents of an effort level of one kind: "parts", "refine" or "restarts"."""
-    goal, ref = state.problem.goal.with_surrogate(margin), state.problem.ref[rows]
+    goal, ref = state.problem.goal.with_surrogate_loss(margin), state.problem.ref[rows]
     if kind == "parts":
         for rank in ranks:
             yield from state.descents_towards(rows, rank, next(draws))

@@ -39,7 +39,7 @@ _TILE_SIDES = (1, 2, 4, 7)  # in pixels
 _MAX_VALUES = 2**26  # of all training points together: 256 MiB of float32
 _FEATURE_SIDE = 14  # approximate height and width of an image after the first convolution
 _NEIGHBOURS = 8  # further training points around each adversarial example of the substitute
-_ATTACK_STEPS = 20  # of a descent on the substitute
+_SUBSTITUTE_ATTACK_STEPS = 20  # of a descent on the substitute
 _MAX_PARTS = 4  # parts of the goal, likeliest first, that the descents aim at
 _MAX_OUTPUTS = 4096  # models with more outputs per example get no substitute
 _DRAWS = 100_000  # random draws reserved for one attempt
@@ -308,21 +308,21 @@ def _attack_substitute(
     """
     examples, repeated_rows = problem[rows], rows.repeat(len(numbers))
     x_adv = torch.cat([random_tiles(examples, _first_draw(attempt, number)) for number in numbers])
-    goal, refs = _likeliest_parts(examples.goal.with_surrogate(margin), substitute, examples)
+    goal, refs = _likeliest_parts(examples.goal.with_surrogate_loss(margin), substitute, examples)
     surrogate = problem.subproblem(repeated_rows, keep="last", fn=substitute)
-    surrogate = surrogate.with_surrogate(goal, torch.cat([refs[number % len(refs)] for number in numbers]))
+    surrogate = surrogate.with_surrogate_loss(goal, torch.cat([refs[number % len(refs)] for number in numbers]))
     if not query_every_step:
-        return list(torch.split(descend(surrogate, x_adv, _ATTACK_STEPS), len(rows)))
+        return list(torch.split(descend(surrogate, x_adv, _SUBSTITUTE_ATTACK_STEPS), len(rows)))
 
     def update(step: int, x_adv: Tensor, grad: Tensor) -> Tensor:
-        fraction = 2 * cosine_decay(step, _ATTACK_STEPS)
+        fraction = 2 * cosine_decay(step, _SUBSTITUTE_ATTACK_STEPS)
         x_next = surrogate.threat.project(surrogate.threat.step(-grad, x_adv, surrogate.x, fraction), surrogate.x)
         batches = (torch.split(tensor, problem.batch_size) for tensor in (repeated_rows, x_next))
         for batch_rows, points in zip(*batches, strict=True):
             problem[batch_rows].success(points)
         return x_next
 
-    return list(torch.split(gradient_descent(surrogate, x_adv, range(_ATTACK_STEPS), update), len(rows)))
+    return list(torch.split(gradient_descent(surrogate, x_adv, range(_SUBSTITUTE_ATTACK_STEPS), update), len(rows)))
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from robustkit.bench.statistics.intervals import tango
 from robustkit.bench.statistics.paired_tests import holm, mcnemar
 from robustkit.errors import ArgumentError
 
-__all__ = ["Comparison", "Pair", "StagePair", "compare", "label"]
+__all__ = ["Comparison", "Pair", "StageComparison", "compare", "label"]
 
 Record = Mapping[str, Any]  # a record of results.json: strings, numbers, and lists of {name, why}
 Key = tuple[Hashable, ...]
@@ -27,7 +27,7 @@ _MAX_LABELS = 3  # records named in an error, which must stay one line
 
 @final
 @dataclass(frozen=True)
-class StagePair:
+class StageComparison:
     """The images that one stage of an attack solved in run A and in run B.
 
     Attributes:
@@ -93,7 +93,7 @@ class Pair:
     high: float
     flags_a: tuple[str, ...]
     flags_b: tuple[str, ...]
-    stages: tuple[StagePair, ...] = ()
+    stages: tuple[StageComparison, ...] = ()
 
     @property
     def worst_case(self) -> bool:
@@ -227,14 +227,14 @@ def _pair(a: Run, b: Run, rows: Sequence[tuple[int, int]], *, worst_case: bool) 
     )
 
 
-def _stages(a: Run, b: Run, row: tuple[int, int], solved: tuple[Solvers, Solvers]) -> tuple[StagePair, ...]:
+def _stages(a: Run, b: Run, row: tuple[int, int], solved: tuple[Solvers, Solvers]) -> tuple[StageComparison, ...]:
     """The images that each stage solved in the records of A and B in `row`, in the order of the stages."""
     records = [run.results["records"][at] for run, at in zip((a, b), row, strict=True)]
     names = dict.fromkeys(stage["name"] for record in records for stage in record.get("stages", ()))
     stages = []
     for name in names:
         in_a, in_b = (solvers[at] == name for solvers, at in zip(solved, row, strict=True))
-        stages.append(StagePair(name, int(in_a.sum()), int(in_b.sum()), int((in_a & in_b).sum())))
+        stages.append(StageComparison(name, int(in_a.sum()), int(in_b.sum()), int((in_a & in_b).sum())))
     return tuple(stages)
 
 

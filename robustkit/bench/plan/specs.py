@@ -44,7 +44,7 @@ __all__ = [
     "THREATS",
     "GoalSpec",
     "attack",
-    "attack_names",
+    "attack_registry",
     "check_served",
     "format_value",
     "goal",
@@ -117,7 +117,7 @@ def _format_exactly(value: float) -> str:
     return f"{numerator}/255" if numerator / 255 == value else repr(value)
 
 
-def attack_names() -> dict[str, tuple[type[Attack], dict[str, Any]]]:
+def attack_registry() -> dict[str, tuple[type[Attack], dict[str, Any]]]:
     """The attacks of this package by name: the class, and the fields that differ from its defaults."""
     return {
         "fgsm": (FGSM, {}),
@@ -143,13 +143,13 @@ def attack_names() -> dict[str, tuple[type[Attack], dict[str, Any]]]:
 
 def plugins() -> dict[str, Plugin]:
     """The attacks of other installed packages by name. They are not imported here, so some may turn out to be broken."""
-    return find_plugins(attack_names())
+    return find_plugins(attack_registry())
 
 
 def plugin(spec: str) -> Plugin | None:
     """The plugin of the attack that `spec` names; None if it is an attack of this package or unknown."""
     name = spec.partition(":")[0]
-    return None if name in attack_names() else plugins().get(name)
+    return None if name in attack_registry() else plugins().get(name)
 
 
 def plugin_packages(attacks: Iterable[str]) -> dict[str, str]:
@@ -180,7 +180,7 @@ def _attack_class(name: str, provider: Plugin | None) -> tuple[type[Attack], dic
     if provider is not None:
         with _prefixed(f"attack {name!r}"):
             return provider.load(), {}
-    own = attack_names()
+    own = attack_registry()
     if name not in own:
         available = [*own, *(other for other, one in plugins().items() if not one.problem)]
         raise ArgumentError(f"attack {name!r} does not exist; there are {', '.join(available)}")

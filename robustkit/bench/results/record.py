@@ -54,11 +54,11 @@ def make_record(
     low, high = wilson(int(robust.sum()), n)
     sizes = result.size[result.success]
     # These rules are applied again to the whole case, because each block has applied them to its own images.
-    flat, (check_flags, check_notes) = flat_flag(result), flags_and_notes(result.checks)
+    flat, (diagnostic_flags, diagnostic_notes) = flat_flag(result), flags_and_notes(result.checks)
     replaced = {FLAT_GRADIENTS, *(rule.name for rule in (*FLAGS, *NOTES))}
-    flags = _merge((*(flag for flag in result.flags if flag.name not in replaced), *flat, *check_flags))
+    flags = _merge((*(flag for flag in result.flags if flag.name not in replaced), *flat, *diagnostic_flags))
     flat_note = [] if flat else _flat_note(result)
-    notes = _merge((*(note for note in result.notes if note.name not in replaced), *flat_note, *check_notes))
+    notes = _merge((*(note for note in result.notes if note.name not in replaced), *flat_note, *diagnostic_notes))
     return {
         "model": case.model,
         "data": plan.data,

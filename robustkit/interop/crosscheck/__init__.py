@@ -3,7 +3,7 @@
 from robustkit.interop.crosscheck.autoattack import (
     autoattack_version,
     compare_with_autoattack,
-    format_comparisons,
+    format_autoattack_comparisons,
     why_unsupported,
 )
 from robustkit.interop.crosscheck.libraries import comparison_table, crosscheck, library_versions
@@ -13,7 +13,7 @@ __all__ = [
     "compare_with_autoattack",
     "comparison_table",
     "crosscheck",
-    "format_comparisons",
+    "format_autoattack_comparisons",
     "library_versions",
     "why_unsupported",
 ]

@@ -28,7 +28,7 @@ __all__ = [
     "AutoAttackComparison",
     "autoattack_version",
     "compare_with_autoattack",
-    "format_comparisons",
+    "format_autoattack_comparisons",
     "run_autoattack",
     "why_unsupported",
 ]
@@ -179,7 +179,7 @@ def _restore_trace() -> Iterator[None]:
         sys.settrace(before)
 
 
-def format_comparisons(comparisons: Sequence[AutoAttackComparison]) -> Group:
+def format_autoattack_comparisons(comparisons: Sequence[AutoAttackComparison]) -> Group:
     """Format comparisons for printing: a line each, then the indices of the images that only one attack solves."""
     lines: list[Text] = []
     for one in comparisons:

@@ -97,7 +97,7 @@ def _foolbox(case: Case, model: nn.Module, x: Tensor, ref: Tensor) -> Tensor | N
     return x_adv
 
 
-def _art(case: Case, model: nn.Module, x: Tensor, ref: Tensor) -> Tensor | None:
+def _run_art(case: Case, model: nn.Module, x: Tensor, ref: Tensor) -> Tensor | None:
     evasion, _ = load_art()
     with torch.no_grad():
         classes = model(x[:1]).shape[1]
@@ -145,7 +145,7 @@ LIBRARIES: Mapping[str, tuple[Callable[[Case, nn.Module, Tensor, Tensor], Tensor
     MappingProxyType(
         {
             "foolbox": (_foolbox, load_foolbox, "foolbox"),
-            "art": (_art, load_art, "adversarial-robustness-toolbox"),
+            "art": (_run_art, load_art, "adversarial-robustness-toolbox"),
             "torchattacks": (_torchattacks, load_torchattacks, "torchattacks"),
         }
     )

@@ -41,7 +41,7 @@ def test_the_joint_descent_returns_one_of_its_batches():
     def descend(problem):
         batch = problem.subproblem(all_rows(problem), keep="best")
         batches.clear()
-        best.append(_descend_on_sum(batch.with_surrogate(Misclassify(margin), batch.ref), batch.x, 1.0))
+        best.append(_descend_on_sum(batch.with_surrogate_loss(Misclassify(margin), batch.ref), batch.x, 1.0))
 
     y = torch.zeros(N, dtype=torch.int64)
     run_inside(descend, model, y=y, threat=Linf(0.1))
@@ -81,11 +81,11 @@ def test_gradients_are_averaged_over_draws_and_steps(monkeypatch):
     model, ends = NoisySlope(), []
 
     def descend(problem):
-        goal = problem.goal.with_surrogate(margin)
+        goal = problem.goal.with_surrogate_loss(margin)
         for averaged in (problem, problem.with_eot_draws(2)):
-            ends.append(_descend_on_mean_gradient(averaged.with_surrogate(goal, problem.ref), problem.x, 2.0))
+            ends.append(_descend_on_mean_gradient(averaged.with_surrogate_loss(goal, problem.ref), problem.x, 2.0))
         monkeypatch.setattr(escalation, "_EOT_DECAY", 0.0)
-        ends.append(_descend_on_mean_gradient(problem.with_surrogate(goal, problem.ref), problem.x, 2.0))
+        ends.append(_descend_on_mean_gradient(problem.with_surrogate_loss(goal, problem.ref), problem.x, 2.0))
 
     run_inside(descend, Target(model, stochastic=True), y=torch.zeros(N, dtype=torch.int64), threat=Linf(EPS))
     agreement = [((end - X).flatten(1).sign() == model.weight).double().mean() for end in ends]

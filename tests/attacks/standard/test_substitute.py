@@ -226,7 +226,7 @@ def test_attacks_aim_at_the_likeliest_parts_or_at_the_whole_goal():
     run_inside(rank, model, y=Y, threat=Linf(1e-6))
     goal, refs = aims[0]
     others = out.scatter(1, Y[:, None], -torch.inf).argsort(1, descending=True)
-    assert goal == ClassifyAs().with_surrogate(margin)
+    assert goal == ClassifyAs().with_surrogate_loss(margin)
     assert torch.equal(torch.stack(refs, 1), others[:, : len(refs)])
     assert len(refs) == min(substitute_module._MAX_PARTS, out.shape[1] - 1)
     whole = Above()

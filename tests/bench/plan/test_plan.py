@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from robustkit import cli
 from robustkit.bench import Case, Plan, default_plan, plan_text, read_plan
 from robustkit.bench.plan.request import Request, command_of, plan_of
-from robustkit.bench.plan.specs import attack_names
+from robustkit.bench.plan.specs import attack_registry
 from robustkit.commands import bench as command
 from robustkit.errors import ArgumentError
 
@@ -26,7 +26,7 @@ def test_the_default_plan_has_attacks_of_each_kind_and_a_curve():
             cases.append(Case(model, "linf:0.3", name, goal or "misclassify"))
         cases += [Case(model, "pixels:1", attack) for attack in ("onepixel:population=40,generations=10", "pixelsearch")]
     assert plan_of(Request()) == default_plan() == Plan(tuple(cases), "mnist-5k", limit=300)
-    assert {case.attack.partition(":")[0] for case in cases} <= set(attack_names())
+    assert {case.attack.partition(":")[0] for case in cases} <= set(attack_registry())
 
 
 @pytest.mark.parametrize(

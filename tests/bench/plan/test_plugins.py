@@ -241,7 +241,7 @@ def test_a_name_that_the_command_line_cannot_have_is_refused(publish, capsys, na
     assert f"plugin {name!r} of package 'odd' 1.0 cannot be used: its name may only have letters, digits" in said.err
 
 
-@pytest.mark.parametrize("name", specs.attack_names())
+@pytest.mark.parametrize("name", specs.attack_registry())
 def test_a_plugin_cannot_take_the_name_of_an_attack_of_robustkit(publish, capsys, name):
     own = specs.attack(name)
     publish("thief", f"{name} = thief:Still", "raise RuntimeError('never run')")
@@ -383,5 +383,5 @@ def test_listed_specs_can_be_copied(capsys):
     assert cli.main(["bench", "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     listed = [line.split()[0] for line in lines[lines.index("attacks") + 1 : lines.index("goals")]]
-    assert [specs.attack(line) for line in listed] == [specs.attack(name) for name in specs.attack_names()]
+    assert [specs.attack(line) for line in listed] == [specs.attack(name) for name in specs.attack_registry()]
     assert models.FORMS[1] in " ".join(lines)

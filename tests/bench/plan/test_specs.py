@@ -108,7 +108,7 @@ def test_attacks(spec, attack):
     assert specs.attack(spec) == attack
 
 
-@pytest.mark.parametrize("name", specs.attack_names())
+@pytest.mark.parametrize("name", specs.attack_registry())
 def test_every_attack_can_be_written_with_all_fields_and_parsed_again(name):
     attack = specs.attack(name)
     values = {field.name: getattr(attack, field.name) for field in dataclasses.fields(attack)}
@@ -179,7 +179,7 @@ def local(monkeypatch):
         "tuned": (ManyFields, {"layer": "conv2", "pixels": 4}),
         "required": (TwoRequired, {"steps": 3}),
     }
-    monkeypatch.setattr(specs, "attack_names", lambda: known)
+    monkeypatch.setattr(specs, "attack_registry", lambda: known)
 
 
 @pytest.mark.parametrize(

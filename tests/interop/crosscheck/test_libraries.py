@@ -341,7 +341,7 @@ def test_being_significantly_weaker_than_autoattack_is_not_ok(ours, theirs, ok):
 def test_images_that_only_one_attack_solves_are_listed_by_index():
     one = autoattack.AutoAttackComparison("l2:1", 99, 5, (3,), tuple(range(40, 65)), 1, (7, 8), 0.01)
     console = Console(width=400, record=True, file=io.StringIO())
-    console.print(autoattack.format_comparisons([one]))
+    console.print(autoattack.format_autoattack_comparisons([one]))
     text = console.export_text()
     assert "l2:1, first 99 images: both solve 5, only Standard 1, only AutoAttack 25, neither 1; p = 0.01" in text
     assert "only Standard solves image 3\n" in text

@@ -62,18 +62,18 @@ class RestartedAttack(Attack):
         return x_best
 
     def _best_of_runs(self, problem: Problem) -> Tensor:
-        surrogates = self._surrogates(problem)
+        surrogates = self._surrogate_losses(problem)
         best = BestPoint(problem.x)
         for draw in problem.steps(len(surrogates) * self.restarts):
             rows = problem.unsolved.nonzero().squeeze(1)
-            unsolved = problem.with_surrogate(*surrogates[draw // self.restarts])[rows]
+            unsolved = problem.with_surrogate_loss(*surrogates[draw // self.restarts])[rows]
             end = self.descend(unsolved, draw)
             best.update(end.x_adv, end.loss, rows)
         return best.x_adv
 
-    def _surrogates(self, problem: Problem) -> list[tuple[Goal, Tensor]]:
+    def _surrogate_losses(self, problem: Problem) -> list[tuple[Goal, Tensor]]:
         """The losses to minimise one after another, as goals with their references (N, ...)."""
-        goal = problem.goal.with_surrogate(_LOSSES[self.loss])
+        goal = problem.goal.with_surrogate_loss(_LOSSES[self.loss])
         if goal is problem.goal:
             problem.add_note("loss", f"{goal!r} has a loss of its own, which was used instead of {self.loss}")
         if self.loss in ("cross-entropy", "margin") or (self.loss == "dlr" and goal is problem.goal):

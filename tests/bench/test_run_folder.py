@@ -11,7 +11,7 @@ import robustkit
 from robustkit.bench import Case, Plan, read_plan
 from robustkit.bench.execution.loaded_run import load
 from robustkit.bench.execution.runner import outcomes
-from robustkit.bench.folder import SCHEMA, open_folder
+from robustkit.bench.run_folder import SCHEMA, open_folder
 from robustkit.errors import ArgumentError
 
 PLAN = Plan((Case("zoo:digits-mlp", "linf:0.1", "fgsm"), Case("zoo:digits-mlp", "linf:0.2", "fgsm")), "digits", limit=20)
